@@ -1,0 +1,119 @@
+"""What a task is to the loop, and the registry of tasks."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any, Protocol
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments.errors import UserError
+
+Batch = Mapping[str, Any]
+Tree = Any
+Sums = Mapping[str, tuple[Any, Any]]
+Totals = Mapping[str, tuple[float, float]]
+
+
+class DataIterator(Protocol):
+    """Endless numpy batches that know their position.
+
+    `get_state()` after the n-th `next` says that n batches were taken; an iterator set to it yields
+    batch n + 1. `close()` may be missing.
+    """
+
+    def __next__(self) -> Batch:
+        """The next batch of this host: a dict of numpy arrays, examples (lanes) first."""
+
+    def get_state(self) -> Any:
+        """The position, as something `json.dumps` accepts."""
+
+    def set_state(self, state: Any) -> None:
+        """Go to a position that `get_state` gave, perhaps in another process."""
+
+
+class Task(Protocol):
+    """A model, its data and its loss.
+
+    Attributes:
+        unit: what throughput is counted in ("examples", "tokens").
+        units_per_step: how many of them one training step takes, over all hosts.
+        eval_split: the split evaluated during training.
+        test_split: the split evaluated at the end, for `final.json`.
+    """
+
+    unit: str
+    units_per_step: int
+    eval_split: str
+    test_split: str
+
+    def init(self, rng: jax.Array) -> tuple[Tree, Tree]:
+        """Parameters (nested dict of arrays) and model state; pure and jittable."""
+
+    def loss(
+        self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Sums]]:
+        """The training loss at the forward view, with the new model state and sums; pure."""
+
+    def eval_state(self, model_state: Tree, split: str) -> Tree:
+        """What evaluation starts from."""
+
+    def eval_step(self, params: Tree, eval_state: Tree, batch: Batch) -> tuple[Tree, Sums]:
+        """Sums over one batch, in which padding has weight 0; pure."""
+
+    def train_data(self) -> DataIterator:
+        """The training batches of this host, from the first."""
+
+    def eval_data(self, split: str) -> Iterable[Batch]:
+        """All batches of a split, of one size, the last ones padded."""
+
+    def model_state_specs(self, shapes: Tree) -> Tree:
+        """A PartitionSpec for each leaf of the model state, given its abstract values."""
+
+    def eval_context(self, split: str) -> dict[str, Any]:
+        """What a metric depends on besides the parameters: lengths, number of examples."""
+
+    def final_metrics(self, totals: Totals) -> dict[str, float]:
+        """Summed (numerator, denominator) pairs of training or evaluation → what is reported."""
+
+    def example_batch(self) -> Batch:
+        """ShapeDtypeStructs of one training batch."""
+
+
+# Where a task's module is. It defines `default_config() -> ConfigDict` with the sections `model` and
+# `data`, `validate(config)`, which raises UserError, and `make_task(config) -> Task`.
+_MODULES: dict[str, str] = {
+    "image_classification": "experiments.image_classification.task",
+    "language_modelling": "experiments.language_modelling.task",
+}
+
+
+def register_task(name: str, module: str) -> None:
+    """Make a task known under a name.
+
+    Args:
+        name: what configs call it.
+        module: import path of the module that defines it.
+    """
+    _MODULES[name] = module
+
+
+def task_module(name: str) -> ModuleType:
+    """The module of a registered task."""
+    if name not in _MODULES:
+        raise UserError(f"config.task: no task {name!r}; allowed: {', '.join(sorted(_MODULES))}")
+    return importlib.import_module(_MODULES[name])
+
+
+def make_task(config: ConfigDict) -> Task:
+    """The task that a validated config describes."""
+    task: Task = task_module(config.task).make_task(config)
+    return task
+
+
+def ratios(totals: Totals) -> dict[str, float]:
+    """The usual `final_metrics`: each numerator over its denominator."""
+    return {name: top / bottom if bottom else float("nan") for name, (top, bottom) in totals.items()}
