@@ -1,0 +1,283 @@
+"""The wrapper every sparsity method shares: its order of update, and what a method must say."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from topkast_jax.errors import SparsityError
+from topkast_jax.inner_state import map_parameter_shaped
+from topkast_jax.patterns import Pattern, Unstructured
+from topkast_jax.rules import Density, Leaf, Rules, check_densities, logger, resolve
+from topkast_jax.sets import (
+    Sets,
+    SparsifyState,
+    first_flags,
+    forward_params,
+    frozen_flags,
+    is_dense,
+    keep_masks,
+    next_flags,
+    unpack,
+)
+from topkast_jax.trees import flatten
+
+__all__ = ["Method", "Sets", "SparsifyState", "forward_params", "keep_masks", "sparsify"]
+
+
+class Method:
+    """How the sets of one leaf start and how they change; subclass it to make a new method.
+
+    Every function is called for one layer of one leaf, traced, and must be pure. `memory` is what
+    the method wants to remember about the leaf: any tree of scalars and arrays of the leaf's shape.
+
+    Attributes:
+      needs_gradient: whether `change` reads the gradient; without it, `grad` is None there, and
+        the gradient's memory is free by then.
+    """
+
+    needs_gradient: bool = False
+
+    def start(self, theta: jax.Array, leaf: Leaf, key: jax.Array) -> tuple[Sets, Any]:
+        """The first sets and the first memory, from the initial parameters."""
+        raise TypeError(f"{type(self).__name__} must define start(theta, leaf, key)")
+
+    def gradient(self, grad: jax.Array, theta: jax.Array, sets: Sets, leaf: Leaf) -> jax.Array:
+        """The gradient the inner optimizer gets; it is zeroed outside the backward set after."""
+        del theta, sets, leaf
+        return grad
+
+    def change(
+        self,
+        theta: jax.Array,
+        grad: jax.Array | None,
+        sets: Sets,
+        memory: Any,
+        leaf: Leaf,
+        key: jax.Array,
+        step: jax.Array,
+    ) -> tuple[Sets, Any]:
+        """The next sets and memory, from the updated parameters and the gradient at the view."""
+        del theta, grad, leaf, key, step
+        return sets, memory
+
+
+def sparsify(
+    inner: optax.GradientTransformation,
+    method: Method,
+    *,
+    forward_density: Density,
+    backward_density: Density | None = None,
+    refresh_every: int | jax.Array | None = 100,
+    stop_exploring_at: int | jax.Array | None = None,
+    inner_state: Literal["keep", "reset"] = "keep",
+    rules: Rules | None = None,
+    pattern: Pattern | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Makes `inner` train a network that is sparse in every step (Top-KAST, section 2).
+
+    With forward set A and backward set B of the parameters θ, a step takes the gradient g at
+    ``forward_params(params, state)`` (θ on A, 0 elsewhere) and does, on sparse leaves,
+
+    .. math::
+      u = \text{inner}(\text{method.gradient}(g) \cdot 1_B), \quad θ ← θ + u \cdot 1_B
+
+    and every `refresh_every` steps lets the method choose A and B anew from the new θ. The new θ is
+    taken to be ``optax.apply_updates(params, updates)``, so in an `optax.chain` nothing that alters
+    the updates may come after.
+
+    Args:
+      inner: any optax optimizer.
+      method: how the sets start and change.
+      forward_density: share of a leaf's units in A, in (0, 1].
+      backward_density: share in B, forward_density to 1; forward_density if None.
+      refresh_every: steps between two choices of the sets, at least 1; None: never.
+      stop_exploring_at: when so many steps are finished, B becomes the A in use and neither changes
+        again; 0 means from the start, None never.
+      inner_state: "keep" or "reset" (to zero) the inner state of entries that leave B.
+      rules: see `topkast_jax.rules.resolve`.
+      pattern: what is kept together, `Unstructured()` if None.
+      seed: of the random numbers a method draws.
+
+    Returns:
+      A gradient transformation whose update needs `params`.
+
+    Raises:
+      SparsityError: an argument outside its range; from `init`, rules that do not fit the
+        parameters.
+    """
+    inner = optax.with_extra_args_support(inner)
+    backward = forward_density if backward_density is None else backward_density
+    shape = Unstructured() if pattern is None else pattern
+    _check(forward_density, backward, refresh_every, stop_exploring_at, inner_state, shape)
+    log_once = _once(logger.info)
+
+    def leaves_of(params: Any, log: Callable[[str], None] | None = None) -> list[Leaf | None]:
+        return resolve(params, rules, forward_density, backward, shape, log)
+
+    def init_fn(params: Any) -> SparsifyState:
+        def start(leaf: Leaf | None, theta: jax.Array) -> tuple[Any, Any]:
+            if leaf is None:
+                return optax.MaskedNode(), optax.MaskedNode()
+            by_layer = _for_each_layer(lambda key, theta: method.start(theta, leaf, key), leaf)
+            sets, memory = by_layer(_keys(seed, leaf, 0), theta)
+            return first_flags(sets), memory
+
+        thetas, treedef = flatten(params)
+        started = _rows(start, leaves_of(params, log_once), thetas)
+        sets, memory = (treedef.unflatten(column) for column in _columns(started))
+        if stop_exploring_at is not None:
+            at_once = jnp.asarray(stop_exploring_at) == 0
+            sets = jax.tree.map(lambda f: jnp.where(at_once, frozen_flags(f), f), sets)
+        return SparsifyState(jnp.zeros([], jnp.int32), sets, memory, inner.init(params))
+
+    def refresh(step: jax.Array, theta: Any, grads: Any, sets: Any, memory: Any) -> Any:
+        def change(leaf: Leaf | None, theta: jax.Array, grad: Any, flags: Any, memory: Any) -> Any:
+            if leaf is None:
+                return flags, memory
+            by_layer = _for_each_layer(
+                lambda key, theta, grad, sets, memory: method.change(
+                    theta, grad, sets, memory, leaf, key, step
+                ),
+                leaf,
+            )
+            key = _keys(seed, leaf, step)
+            new, memory = by_layer(key, theta, grad, unpack(flags), memory)
+            return next_flags(flags, new), memory
+
+        thetas, treedef = flatten(theta)
+        gradients = [None] * len(thetas) if grads is None else treedef.flatten_up_to(grads)
+        flags, memories = treedef.flatten_up_to(sets), treedef.flatten_up_to(memory)
+        changed = _rows(change, leaves_of(theta), thetas, gradients, flags, memories)
+        return tuple(treedef.unflatten(column) for column in _columns(changed))
+
+    def evolve(step: jax.Array, theta: Any, grads: Any, old: SparsifyState, inner_new: Any) -> Any:
+        """Sets, memory and inner state after `step` finished steps."""
+
+        def finish(sets: Any, memory: Any) -> Any:
+            if inner_state == "reset":
+                return sets, memory, _reset_left(inner_new, theta, old.sets, sets)
+            return sets, memory, inner_new
+
+        def keep() -> Any:
+            return old.sets, old.memory, inner_new
+
+        def renew() -> Any:
+            return finish(*refresh(step, theta, grads, old.sets, old.memory))
+
+        def freeze() -> Any:
+            return finish(jax.tree.map(frozen_flags, old.sets), old.memory)
+
+        if stop_exploring_at is None and refresh_every is None:
+            return keep()
+        if stop_exploring_at is None and isinstance(refresh_every, int) and refresh_every == 1:
+            return renew()
+        due = jnp.asarray(False) if refresh_every is None else step % refresh_every == 0
+        if stop_exploring_at is None:
+            return jax.lax.cond(due, renew, keep)
+        choice = jnp.where(step < stop_exploring_at, due.astype(jnp.int32), 0)
+        choice = jnp.where(step == stop_exploring_at, 2, choice)
+        return jax.lax.switch(choice, [keep, renew, freeze])
+
+    def update_fn(
+        grads: Any, state: SparsifyState, params: Any = None, **extra: Any
+    ) -> tuple[Any, SparsifyState]:
+        if params is None:
+            raise SparsityError("update needs the parameters: tx.update(grads, state, params)")
+
+        def restrict(leaf: Leaf | None, grad: jax.Array, theta: jax.Array, flags: Any) -> Any:
+            if leaf is None:
+                return grad
+            sets = unpack(flags)
+            shaped = method.gradient(grad, theta, sets, leaf)
+            return jnp.where(sets.backward, shaped, jnp.zeros_like(shaped))
+
+        thetas, treedef = flatten(params)
+        flags = treedef.flatten_up_to(state.sets)
+        rows = _rows(restrict, leaves_of(params), treedef.flatten_up_to(grads), thetas, flags)
+        updates, inner_new = inner.update(
+            treedef.unflatten(rows), state.inner_state, params, **extra
+        )
+        rows = _rows(_zero_outside, flags, treedef.flatten_up_to(updates))
+        updates = treedef.unflatten(rows)
+        step = optax.safe_increment(state.step)
+        theta = optax.apply_updates(params, updates)
+        seen = grads if method.needs_gradient else None
+        sets, memory, inner_new = evolve(step, theta, seen, state, inner_new)
+        return updates, SparsifyState(step, sets, memory, inner_new)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check(
+    forward: Density, backward: Density, refresh: Any, stop: Any, inner_state: str, pattern: Any
+) -> None:
+    check_densities(forward, backward)
+    for name, value, least in (("refresh_every", refresh, 1), ("stop_exploring_at", stop, 0)):
+        if value is None or isinstance(value, jax.core.Tracer):
+            continue
+        if isinstance(value, bool) or int(value) != value or value < least:
+            raise SparsityError(f"{name}={value!r}: must be None or an integer of at least {least}")
+    if inner_state not in ("keep", "reset"):
+        raise SparsityError(f"inner_state={inner_state!r}: must be 'keep' or 'reset'")
+    if not isinstance(pattern, Pattern):
+        raise SparsityError(f"pattern={pattern!r}: must be Unstructured(), Block(rows, cols), …")
+
+
+def _once(log: Callable[[str], None]) -> Callable[[str], None]:
+    logged: set[str] = set()
+
+    def log_once(line: str) -> None:
+        if line not in logged:
+            logged.add(line)
+            log(line)
+
+    return log_once
+
+
+def _rows(function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
+    return [function(*row) for row in zip(*columns, strict=True)]
+
+
+def _columns(rows: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    return [first for first, _ in rows], [second for _, second in rows]
+
+
+def _keys(seed: int, leaf: Leaf, step: Any) -> jax.Array:
+    """A random key for each layer of a leaf, the same wherever the leaf stands in the tree."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(leaf.path.encode()))
+    key = jax.random.fold_in(key, step)
+    return jax.random.split(key, leaf.stack) if leaf.stack else key
+
+
+def _for_each_layer(function: Callable[..., Any], leaf: Leaf) -> Callable[..., Any]:
+    for _ in leaf.stack:
+        function = jax.vmap(function)
+    return function
+
+
+def _zero_outside(flags: Any, update: jax.Array) -> jax.Array:
+    if is_dense(flags):
+        return update
+    # Adding -0.0 leaves every float as it is, bit for bit; adding 0.0 would turn -0.0 into 0.0.
+    return jnp.where(unpack(flags).backward, update, jnp.full_like(update, -0.0))
+
+
+def _reset_left(inner_state: Any, params: Any, old: Any, new: Any) -> Any:
+    def left(old: Any, new: Any) -> Any:
+        return None if is_dense(old) else unpack(old).backward & ~unpack(new).backward
+
+    _, treedef = flatten(params)
+    rows = _rows(left, treedef.flatten_up_to(old), treedef.flatten_up_to(new))
+    return map_parameter_shaped(
+        lambda array, left: jnp.where(left, jnp.zeros_like(array), array),
+        inner_state,
+        params,
+        treedef.unflatten(rows),
+    )

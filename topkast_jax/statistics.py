@@ -1,0 +1,185 @@
+"""What the sets are doing: densities, churn, use of the reservoir, FLOPs. Always from masks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from topkast_jax.flops import leaf_flops
+from topkast_jax.sets import (
+    BACKWARD,
+    EVER_FORWARD,
+    FORWARD,
+    LAST_FORWARD,
+    START_BACKWARD,
+    START_FORWARD,
+    map_flags,
+)
+from topkast_jax.trees import flatten_with_names
+
+__all__ = [
+    "Flops",
+    "LeafCounts",
+    "churn_since_last_refresh",
+    "churn_since_start",
+    "flops",
+    "leaf_counts",
+    "leaf_flops",
+    "mask_statistics",
+    "reservoir_ever_active",
+]
+
+
+class LeafCounts(NamedTuple):
+    """Entries of one leaf, counted.
+
+    Attributes:
+      entries: all of them.
+      forward: those in the forward set (all of a dense leaf).
+      backward: those in the backward set (all of a dense leaf).
+      sparse: whether a method governs the leaf.
+    """
+
+    entries: int
+    forward: int
+    backward: int
+    sparse: bool
+
+
+def _sparse_flags(params: Any, state: Any) -> list[jax.Array]:
+    flags: list[jax.Array] = jax.tree.leaves(map_flags(lambda f, _: f, params, state))
+    return flags
+
+
+def _count(condition: jax.Array) -> jax.Array:
+    return jnp.sum(condition, dtype=jnp.int32)
+
+
+def _share(flags: list[jax.Array], of: Callable[..., Any], among: Callable[..., Any]) -> jax.Array:
+    """Entries of which `of` holds, as a share of those of which `among` holds; 0 of none."""
+    part = sum(_count(of(f) & among(f)).astype(jnp.float32) for f in flags)
+    whole = sum(_count(among(f)).astype(jnp.float32) for f in flags)
+    return jnp.asarray(part / jnp.maximum(whole, 1.0), jnp.float32)
+
+
+def _has(bit: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda flags: flags & bit != 0
+
+
+def _lacks(bit: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda flags: flags & bit == 0
+
+
+def churn_since_start(params: Any, state: Any) -> jax.Array:
+    """Share of the present forward set that was not in the first one, over all sparse leaves."""
+    return _share(_sparse_flags(params, state), _lacks(START_FORWARD), _has(FORWARD))
+
+
+def churn_since_last_refresh(params: Any, state: Any) -> jax.Array:
+    """Share of the present forward set that was not in the one before the last refresh."""
+    return _share(_sparse_flags(params, state), _lacks(LAST_FORWARD), _has(FORWARD))
+
+
+def reservoir_ever_active(params: Any, state: Any) -> jax.Array:
+    """Share of the first reservoir (outside the first backward set) ever in the forward set."""
+    return _share(_sparse_flags(params, state), _has(EVER_FORWARD), _lacks(START_BACKWARD))
+
+
+def mask_statistics(params: Any, state: Any) -> dict[str, jax.Array]:
+    """Float32 scalars over all sparse leaves, in one jittable call.
+
+    Args:
+      params: tree of parameters.
+      state: the optimizer state they are trained with.
+
+    Returns:
+      forward_density, backward_density, churn_since_start, churn_since_last_refresh,
+      reservoir_ever_active.
+
+    Raises:
+      SparsityError: `state` holds no sparsity state.
+    """
+    flags = _sparse_flags(params, state)
+    return {
+        "forward_density": _share(flags, _has(FORWARD), jnp.ones_like),
+        "backward_density": _share(flags, _has(BACKWARD), jnp.ones_like),
+        "churn_since_start": _share(flags, _lacks(START_FORWARD), _has(FORWARD)),
+        "churn_since_last_refresh": _share(flags, _lacks(LAST_FORWARD), _has(FORWARD)),
+        "reservoir_ever_active": _share(flags, _has(EVER_FORWARD), _lacks(START_BACKWARD)),
+    }
+
+
+def leaf_counts(params: Any, state: Any = None) -> dict[str, LeafCounts]:
+    """Counts each leaf's sets on the device and brings the counts to the host.
+
+    Args:
+      params: tree of parameters.
+      state: the optimizer state they are trained with; None counts every leaf as dense.
+
+    Returns:
+      Leaf path → counts.
+    """
+    names, leaves, treedef = flatten_with_names(params)
+    flags: list[Any] = [None] * len(names)
+    if state is not None:
+        flags = treedef.flatten_up_to(map_flags(lambda f, _: (f,), params, state))
+        flags = [f for (f,) in flags]
+    counted = jax.device_get([None if f is None else _counts(f) for f in flags])
+    result = {}
+    for name, leaf, pair in zip(names, leaves, counted, strict=True):
+        entries = int(jnp.size(leaf))
+        forward, backward = (entries, entries) if pair is None else map(int, pair)
+        result[name] = LeafCounts(entries, forward, backward, pair is not None)
+    return result
+
+
+@jax.jit
+def _counts(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _count(flags & FORWARD != 0), _count(flags & BACKWARD != 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of one forward pass and what sparsity leaves of them.
+
+    Attributes:
+      dense: FLOPs of the dense network.
+      inference_fraction: f(A): share left when every leaf's products cost its forward density.
+      backward_fraction: f(B): the same at the backward density.
+    """
+
+    dense: float
+    inference_fraction: float
+    backward_fraction: float
+
+    @property
+    def training_fraction(self) -> float:
+        """(2 f(A) + f(B)) / 3: the forward pass and the activations' gradient over A, dW over B."""
+        return (2.0 * self.inference_fraction + self.backward_fraction) / 3.0
+
+
+def flops(by_leaf: Mapping[str, float], counts: Mapping[str, LeafCounts]) -> Flops:
+    """FLOPs at the counted densities.
+
+    Args:
+      by_leaf: dense FLOPs of each leaf, from `leaf_flops`; what is no leaf's stays dense.
+      counts: from `leaf_counts`.
+
+    Returns:
+      Totals and fractions.
+    """
+    dense = sum(by_leaf.values())
+
+    def fraction(density: Callable[[LeafCounts], float]) -> float:
+        left = [f * density(counts[n]) if n in counts else f for n, f in by_leaf.items()]
+        return sum(left) / dense if dense else 1.0
+
+    return Flops(
+        dense,
+        fraction(lambda leaf: leaf.forward / leaf.entries),
+        fraction(lambda leaf: leaf.backward / leaf.entries),
+    )

@@ -1,0 +1,28 @@
+"""Parameter trees as columns of leaves, with readable names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A key path of `jax.tree_util` as "a/b/0"; the ".value" of a Flax variable is left out."""
+    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+    if len(names) > 1 and names[-1] in ("value", "raw_value"):
+        names.pop()
+    return "/".join(name.lstrip(".") for name in names)
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Leaves and structure."""
+    return jax.tree.flatten(tree)
+
+
+def flatten_with_names(tree: Any) -> tuple[list[str], list[Any], Any]:
+    """Names, leaves and structure."""
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    names = [path_name(path) for path, _ in paths_and_leaves]
+    return names, [leaf for _, leaf in paths_and_leaves], treedef
