@@ -1,0 +1,1 @@
+"""Language modelling: Transformer-XL, adaptive softmax, data, task, generation."""

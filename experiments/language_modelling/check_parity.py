@@ -1,0 +1,202 @@
+"""Compares the model with golden values of the authors' PyTorch model.
+
+    python -m experiments.language_modelling.check_parity FILE.npz
+
+Prints the largest differences as a JSON line and exits with 0 if all are within bounds, 1 if not,
+and 2 with one line if the file is no golden file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.errors import UserError
+from experiments.language_modelling.reference_weights import (
+    from_reference,
+    settings_from_reference,
+    to_reference,
+)
+from experiments.language_modelling.settings import Lengths
+from experiments.language_modelling.transformer_xl import LanguageModel, Memory, Params
+
+BOUNDS = {"nll": 2e-5, "memory": 2e-5, "gradient": 1e-4}
+SMALLEST_GRADIENT = 1e-9  # a tensor whose largest entry is below is compared with this
+
+Golden = Mapping[str, np.ndarray]
+
+
+def read_golden(file: str | Path) -> dict[str, np.ndarray]:
+    """Every array of a golden file.
+
+    Raises:
+      UserError: no such file, not a whole .npz file, or one without the keys of a golden file.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            golden = {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{file}: not a whole .npz file ({error})") from None
+    missing = [key for key in ("cfg", "tokens", "nll/0") if key not in golden]
+    for prefix in ("param/", "grad/"):
+        if not any(name.startswith(prefix) for name in golden):
+            missing.append(prefix + "NAME")
+    if missing:
+        raise UserError(f"{file}: not a golden file, it has no {', '.join(missing)}")
+    return golden
+
+
+def differences(golden: Golden, *, scan: bool = False, remat: bool = False) -> dict[str, float]:
+    """Largest absolute difference of nll and memories; of gradients, relative to each tensor's max.
+
+    Args:
+      golden: as from `read_golden`.
+      scan: with the layers' parameters stacked.
+      remat: with rematerialisation.
+
+    Raises:
+      UserError: settings, tokens, weights or expected values that do not fit each other.
+    """
+    try:
+        cfg = dict(json.loads(str(golden["cfg"])))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"cfg is no JSON object: {error}") from None
+    config, lengths = settings_from_reference(cfg)
+    config = dataclasses.replace(config, scan=scan, remat=remat)
+    tokens_SxBxT, targets_SxBxT = _segments(golden, lengths, config.n_token)
+    weights = {name: value for name, value in golden.items() if name.startswith("param/")}
+    params = jax.tree.map(jnp.asarray, from_reference(weights, config))
+    with jax.default_matmul_precision("highest"):
+        run = Run(LanguageModel(config), lengths, params, tokens_SxBxT, targets_SxBxT)
+        worst = {"nll": 0.0, "memory": 0.0}
+        for s in range(len(tokens_SxBxT)):
+            nll_BxT, memories = run.segment(s)
+            worst["nll"] = _max(worst["nll"], _difference(golden, f"nll/{s}", nll_BxT.T))
+            for i, memory_MxBxD in enumerate(memories):
+                difference = _difference(golden, f"mem/{s}/{i}", memory_MxBxD)
+                worst["memory"] = _max(worst["memory"], difference)
+        gradients = to_reference(run.last_gradients(), config)
+    return worst | {"gradient": _gradient_difference(golden, gradients)}
+
+
+class Run:
+    """The segments of one golden file in turn."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        lengths: Lengths,
+        params: Params,
+        tokens_SxBxT: np.ndarray,
+        targets_SxBxT: np.ndarray,
+    ):
+        self.model, self.lengths, self.params = model, lengths, params
+        self.tokens_SxBxT, self.targets_SxBxT = tokens_SxBxT, targets_SxBxT
+        self.memory = model.init_memory(tokens_SxBxT.shape[1], lengths)
+        self.before_last = self.memory
+        self.outputs_BxKxD = np.zeros((tokens_SxBxT.shape[1], 0, model.config.d_model), np.float32)
+        self._step = jax.jit(self._apply)
+
+    def _apply(
+        self, params: Params, memory: Memory, tokens_BxT: jax.Array, targets_BxT: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Memory]:
+        hidden_BxTxD, _ = self.model.hidden(params, memory, tokens_BxT, self.lengths)
+        nll_BxT, memory = self.model.apply(params, memory, tokens_BxT, targets_BxT, self.lengths)
+        return nll_BxT, hidden_BxTxD, memory
+
+    def segment(self, s: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Runs segment s; the likelihoods [B, T], and memories [M, B, D] as the reference has them.
+
+        The reference also remembers the last layer's output, which nothing reads; the model does
+        not, so it is gathered here.
+        """
+        self.before_last = self.memory
+        nll_BxT, hidden_BxTxD, self.memory = self._step(
+            self.params, self.memory, self.tokens_SxBxT[s], self.targets_SxBxT[s]
+        )
+        m = self.lengths.memory
+        self.outputs_BxKxD = np.concatenate([self.outputs_BxKxD, hidden_BxTxD], axis=1)
+        if m == 0:
+            return np.asarray(nll_BxT), []
+        states = np.asarray(self.memory.states)[:, :, m - int(self.memory.valid) :]
+        memories = [*states, self.outputs_BxKxD[:, -m:]]
+        return np.asarray(nll_BxT), [memory.swapaxes(0, 1) for memory in memories]
+
+    def last_gradients(self) -> Params:
+        """Gradient of the mean likelihood of the segment that ran last."""
+
+        def loss(params: Params) -> jax.Array:
+            tokens_BxT, targets_BxT = self.tokens_SxBxT[-1], self.targets_SxBxT[-1]
+            return self._apply(params, self.before_last, tokens_BxT, targets_BxT)[0].mean()
+
+        return jax.jit(jax.grad(loss))(self.params)
+
+
+def _segments(golden: Golden, lengths: Lengths, n_token: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and targets, each [segments, B, T]."""
+    tokens_NxB, t = golden["tokens"], lengths.target
+    n = sum(name.startswith("nll/") for name in golden)
+    if tokens_NxB.ndim != 2 or tokens_NxB.shape[0] != n * t + 1:
+        raise UserError(
+            f"tokens has shape {tokens_NxB.shape}: {n} segments of {t} need [{n * t + 1}, batch]"
+        )
+    if tokens_NxB.min() < 0 or tokens_NxB.max() >= n_token:
+        raise UserError(f"tokens has a number outside 0 … {n_token - 1}")
+    tokens_BxN = tokens_NxB.T.astype(np.int32)
+    cut = [tokens_BxN[:, :-1], tokens_BxN[:, 1:]]
+    tokens, targets = (np.stack(np.split(x, n, axis=1)) for x in cut)
+    return tokens, targets
+
+
+def _difference(golden: Golden, name: str, found: np.ndarray) -> float:
+    if name not in golden:
+        raise UserError(f"not a golden file, it has no {name}")
+    if golden[name].shape != found.shape:
+        raise UserError(f"{name} has shape {golden[name].shape}: the settings give {found.shape}")
+    return float(np.abs(golden[name] - found).max(initial=0.0))
+
+
+def _gradient_difference(golden: Golden, gradients: Mapping[str, np.ndarray]) -> float:
+    expected = {name for name in golden if name.startswith("grad/")}
+    worst = 0.0
+    for name in expected:
+        if name.removeprefix("grad/") not in gradients:
+            raise UserError(f"{name} is no weight of a model with these settings")
+        difference = _difference(golden, name, gradients[name.removeprefix("grad/")])
+        scale = max(float(np.abs(golden[name]).max(initial=0.0)), SMALLEST_GRADIENT)
+        worst = _max(worst, difference / scale)
+    return worst
+
+
+def _max(a: float, b: float) -> float:
+    """The larger, or NaN if either is."""
+    return float(np.maximum(a, b))
+
+
+def main(arguments: list[str]) -> int:
+    """Checks one file; returns the exit status."""
+    if len(arguments) != 1:
+        print("usage: python -m experiments.language_modelling.check_parity FILE.npz")
+        return 2
+    try:
+        found = differences(read_golden(arguments[0]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(json.dumps(found))
+    return 0 if all(found[kind] <= bound for kind, bound in BOUNDS.items()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
