@@ -83,7 +83,7 @@ class Task(Protocol):
         """ShapeDtypeStructs of one training batch."""
 
 
-# Where a task's module is. It defines `default_config() -> ConfigDict` with the sections `model` and
+# Where a task's module is. It defines `default_config() -> ConfigDict` with sections `model` and
 # `data`, `validate(config)`, which raises UserError, and `make_task(config) -> Task`.
 _MODULES: dict[str, str] = {
     "image_classification": "experiments.image_classification.task",
@@ -116,4 +116,6 @@ def make_task(config: ConfigDict) -> Task:
 
 def ratios(totals: Totals) -> dict[str, float]:
     """The usual `final_metrics`: each numerator over its denominator."""
-    return {name: top / bottom if bottom else float("nan") for name, (top, bottom) in totals.items()}
+    return {
+        name: top / bottom if bottom else float("nan") for name, (top, bottom) in totals.items()
+    }

@@ -1,0 +1,177 @@
+"""The one loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from experiments import final, workdir
+from experiments.checkpoints import Checkpoints
+from experiments.errors import UserError
+from experiments.evaluation import evaluate
+from experiments.metrics import Metrics
+from experiments.prefetch import Prefetcher
+from experiments.run import Run, build
+from experiments.signals import StopRequest
+from experiments.state import TrainState
+from experiments.totals import NonFiniteError, Window
+
+Outcome = Literal["finished", "stopped", "finished before"]
+
+
+@dataclasses.dataclass
+class Session:
+    """One process's part of a run: what it writes to, and where it is."""
+
+    run: Run
+    directory: Path
+    checkpoints: Checkpoints
+    metrics: Metrics
+    window: Window
+    began: float
+    saved: int | None
+
+    def seconds(self) -> float:
+        """Wall time of the run, earlier processes included."""
+        return time.time() - self.began
+
+
+def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Outcome:
+    """Trains, or goes on from the last checkpoint.
+
+    Args:
+        config: from `experiments.config.resolve`.
+        directory: the run's own folder.
+        stop_at: stop after this many steps, with a checkpoint.
+
+    Returns:
+        How it ended; a stopped run goes on when it is called again.
+    """
+    if workdir.finished(directory):
+        workdir.claim(directory, config)
+        return "finished before"
+    run = build(config)  # before the folder is touched: most mistakes show here
+    workdir.claim(directory, config)
+    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
+    try:
+        return _train_from(run, directory, checkpoints, stop_at)
+    finally:
+        checkpoints.close()
+
+
+def _train_from(
+    run: Run, directory: Path, checkpoints: Checkpoints, stop_at: int | None
+) -> Outcome:
+    data = run.task.train_data()
+    restored = checkpoints.restore(run.abstract)
+    state, meta = restored or (run.init(), {})
+    if restored:
+        data.set_state(meta["data"])
+    start = int(state.step)
+    metrics = Metrics(directory, start, run.config.steps)
+    if restored:
+        metrics.say(f"going on from the checkpoint of step {start}")
+    window = Window(meta.get("first", start + 1), meta.get("sums"))
+    began = time.time() - meta.get("seconds", 0.0)
+    saved = start if restored else None
+    session = Session(run, directory, checkpoints, metrics, window, began, saved)
+    try:
+        with Prefetcher(data, run.put) as batches, StopRequest() as stop:
+            state, stopped = _loop(session, state, batches, stop, stop_at)
+        if not stopped:
+            _finish(session, state)
+        return "stopped" if stopped else "finished"
+    except NonFiniteError as error:
+        raise UserError(_not_finite(session, error)) from error
+    finally:
+        metrics.close()
+
+
+def _loop(
+    session: Session,
+    state: TrainState,
+    batches: Prefetcher,
+    stop: StopRequest,
+    stop_at: int | None,
+) -> tuple[TrainState, bool]:
+    """Steps until the last one, or until asked to stop.
+
+    The order matters. A step is only dispatched, and the sums of the one before it fetched, so that
+    the device never waits for the host. Records come before the checkpoint that counts on them, and
+    the check that all is finite before both.
+    """
+    run, window, config = session.run, session.window, session.run.config
+    end = config.steps if stop_at is None else min(config.steps, stop_at)
+    step, stopping = int(state.step), False
+    while step < end and not stopping:
+        state, sums = run.step(state, batches.next())
+        step += 1
+        window.add(step, sums)
+        state = run.between_steps(state)
+        session.metrics.tick(step)
+        if step % config.log_every == 0 or step == config.steps:
+            _log(session, state, step, batches)
+        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+            window.totals.settled()
+            with window.paused():
+                values = evaluate(run, state, run.task.eval_split)
+                session.metrics.write(step, run.task.eval_split, values)
+        stopping = stop.asked()
+        due = config.checkpoint_every and step % config.checkpoint_every == 0
+        if due or stopping or step == end:
+            _save(session, state, step, batches.position)
+    return state, step < config.steps
+
+
+def _log(session: Session, state: TrainState, step: int, batches: Prefetcher) -> None:
+    """The records of the window that ends here."""
+    run, window = session.run, session.window
+    totals = window.totals.settled()
+    with window.paused():
+        values: dict[str, Any] = run.task.final_metrics(totals)
+        values = values | {"learning_rate": run.learning_rate(step - 1)}
+        units = run.task.unit, run.task.units_per_step
+        session.metrics.write(
+            step, "train", values | {"timing": window.timing(*units, batches.waited)}
+        )
+        masks = {name: float(value) for name, value in run.masks(state).items()}
+        if masks:
+            session.metrics.write(step, "masks", masks)
+        window.next(step + 1)
+        batches.waited = 0.0
+
+
+def _save(session: Session, state: TrainState, step: int, position: Any) -> None:
+    """A checkpoint from which the run goes on as if nothing had happened."""
+    window = session.window
+    meta = {"data": position, "first": window.first, "sums": window.totals.settled()}
+    with window.paused():
+        if not session.run.finite(state.params):
+            raise NonFiniteError(step, float("nan"))
+        session.metrics.sync()
+        session.checkpoints.save(step, state, meta | {"seconds": session.seconds()})
+        session.saved = step
+
+
+def _finish(session: Session, state: TrainState) -> None:
+    """The last evaluation and `final.json`."""
+    run, step = session.run, int(state.step)
+    results = {}
+    if run.config.eval_at_end:
+        for split in dict.fromkeys([run.task.eval_split, run.task.test_split]):
+            results[split] = evaluate(run, state, split)
+            session.metrics.write(step, split, results[split] | {"final": True})
+    summary = final.summary(run, state, results, session.seconds())
+    final.write(session.directory, summary)
+
+
+def _not_finite(session: Session, error: NonFiniteError) -> str:
+    kept = f"the last good checkpoint, of step {session.saved}, is kept"
+    return (
+        f"{error}, in steps {session.window.first} to {error.step}: must be finite; "
+        f"{kept if session.saved else 'there is no checkpoint yet'} in {session.directory}"
+    )

@@ -1,0 +1,87 @@
+"""The device mesh, and where each array lies on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+Tree = Any
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+    """The mesh over all devices of all hosts; a size of -1 fills it.
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    shape = [sizes[axis] for axis in AXES]
+    devices = jax.device_count()
+    known = math.prod(size for size in shape if size != -1)
+    full = [devices // known if size == -1 else size for size in shape]
+    if math.prod(full) != devices:
+        found = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+        raise UserError(
+            f"config.mesh: found {found}; must multiply to the {devices} devices there are"
+        )
+    return jax.make_mesh(full, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Over how many devices a batch is split."""
+    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def check_batch_size(name: str, size: int, mesh: Mesh) -> None:
+    """Raises UserError unless a batch of this size splits evenly."""
+    if size % batch_shards(mesh):
+        shape = {axis: mesh.shape[axis] for axis in AXES}
+        raise UserError(
+            f"{name}: found {size}; must be a multiple of data * fsdp = {batch_shards(mesh)} "
+            f"of the mesh {shape}"
+        )
+
+
+def spec(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """The one rule for parameters and all that is shaped like them: it sees the shape alone.
+
+    The largest axis that `fsdp` divides lies over it, the largest other one that `tensor` divides
+    over that; of equal axes, the last.
+    """
+    places: list[str | None] = [None] * len(shape)
+    for name in ("fsdp", "tensor"):
+        size = mesh.shape[name]
+        fits = [i for i, n in enumerate(shape) if places[i] is None and n and n % size == 0]
+        if size > 1 and fits:
+            places[max(fits, key=lambda i: (shape[i], i))] = name
+    return P(*places)
+
+
+def shardings(shapes: Tree, mesh: Mesh) -> Tree:
+    """The rule for each leaf of a tree."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf.shape, mesh)), shapes)
+
+
+def from_specs(specs: Tree, mesh: Mesh) -> Tree:
+    """A tree of PartitionSpecs on the mesh."""
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device."""
+    return NamedSharding(mesh, P())
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's part of a batch, as global arrays split over the devices."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,0 +1,56 @@
+"""What training changes from step to step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from experiments import partition
+from experiments.optimizers import Transform
+from experiments.task import Task
+
+Tree = Any
+# Steps take fold_in(key(seed), step); no step has this number.
+_INIT = 2**32 - 1
+
+
+class TrainState(NamedTuple):
+    """All of it; what comes from where in the data is beside it in a checkpoint."""
+
+    step: jax.Array
+    params: Tree
+    opt_state: Tree
+    model_state: Tree
+
+
+def abstract_params(task: Task) -> Tree:
+    """Shapes and types of the parameters."""
+    return jax.eval_shape(task.init, jax.random.key(0))[0]
+
+
+def abstract_state(task: Task, tx: Transform, seed: int, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state."""
+    shapes = jax.eval_shape(lambda: _init(task, tx, seed))
+    model_state = partition.from_specs(task.model_state_specs(shapes.model_state), mesh)
+    places = partition.shardings(shapes, mesh)._replace(model_state=model_state)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
+
+
+def shardings_of(abstract: Tree) -> Tree:
+    """The sharding of each leaf."""
+    return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def init_state(task: Task, tx: Transform, seed: int, abstract: TrainState) -> TrainState:
+    """The first state, made straight into its shards."""
+    return jax.jit(lambda: _init(task, tx, seed), out_shardings=shardings_of(abstract))()
+
+
+def _init(task: Task, tx: Transform, seed: int) -> TrainState:
+    params, model_state = task.init(jax.random.fold_in(jax.random.key(seed), _INIT))
+    return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), model_state)

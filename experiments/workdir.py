@@ -1,0 +1,100 @@
+"""What a run finds in its folder: nothing, itself, or something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments.errors import UserError
+
+CONFIG, METRICS, FINAL, CHECKPOINTS = "config.json", "metrics.jsonl", "final.json", "checkpoints"
+# May differ when a run goes on: where it runs and how it is kept, not what it computes.
+FREE = ("name", "mesh", "checkpoint_every", "keep_checkpoints")
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """A config as it looks after a trip through JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), sort_keys=True))
+    return plain
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Makes the folder this run's, or checks that it is.
+
+    Raises:
+        UserError: it is a file, cannot be written, or belongs to another config.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: is a file; must be a folder, or a new name")
+    saved = workdir / CONFIG
+    if saved.exists():
+        _check_same(workdir, read_json(saved), as_json(config))
+        _check_writable(workdir)
+        return
+    strange = [name for name in (METRICS, FINAL, CHECKPOINTS) if (workdir / name).exists()]
+    if strange:
+        raise UserError(f"--workdir={workdir}: holds {strange[0]} but no {CONFIG}; choose another")
+    _check_writable(workdir)
+    if jax.process_index() == 0:
+        write_json(saved, as_json(config))
+
+
+def finished(workdir: Path) -> bool:
+    """Whether the run in this folder has ended."""
+    return (workdir / FINAL).exists()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__}; must hold a JSON object")
+    return found
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """All of it or nothing."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    unfinished.rename(path)
+
+
+def _check_writable(workdir: Path) -> None:
+    trial = workdir / f".writable.{jax.process_index()}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror}") from error
+
+
+def _check_same(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    before, now = (_flat({k: v for k, v in c.items() if k not in FREE}) for c in (old, new))
+    missing = "nothing"
+    different = [
+        f"{key} is {before.get(key, missing)!r} there and {now.get(key, missing)!r} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, missing) != now.get(key, missing)
+    ]
+    if different:
+        raise UserError(
+            f"--workdir={workdir}: belongs to another config: {'; '.join(different)}; "
+            "choose another folder"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
