@@ -25,7 +25,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def parse(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
     """The parser's flags, and the overrides `--config.KEY=VALUE` as `KEY=VALUE`."""
     overrides = [arg.removeprefix(_OVERRIDE) for arg in argv if arg.startswith(_OVERRIDE)]
     return parser.parse_args([arg for arg in argv if not arg.startswith(_OVERRIDE)]), overrides
