@@ -1,0 +1,33 @@
+"""Always sparse: memory and time that follow the density.
+
+The device holds of each sparse leaf its backward set only, as a `CompactKernel`; layers call
+`matmul`, which takes a dense kernel or a compact one.
+"""
+
+from topkast_jax.always_sparse.compact import (
+    CompactKernel,
+    dense_tile,
+    from_masks,
+    is_compact,
+    to_dense,
+    to_masks,
+    values_of,
+    with_tile,
+    with_values,
+)
+from topkast_jax.always_sparse.products import BACKENDS, matmul, options
+
+__all__ = [
+    "BACKENDS",
+    "CompactKernel",
+    "dense_tile",
+    "from_masks",
+    "is_compact",
+    "matmul",
+    "options",
+    "to_dense",
+    "to_masks",
+    "values_of",
+    "with_tile",
+    "with_values",
+]

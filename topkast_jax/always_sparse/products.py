@@ -1,0 +1,222 @@
+r"""One matrix product for dense and compact kernels.
+
+    y = x·W and dx = dy·Wᵀ over the forward set A, dW over the backward set B
+
+The gradient of B\A is straight through: those units get xᵀ·dy like the others, though y does not
+depend on them. A layer calls `matmul` and never asks which kernel it holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from topkast_jax.always_sparse import pallas_gpu, pallas_tpu, xla
+from topkast_jax.always_sparse.compact import CompactKernel, matrix_shape, with_tile
+from topkast_jax.always_sparse.varying import varying_like
+from topkast_jax.errors import SparsityError
+from topkast_jax.patterns import Block
+
+KERNELS: dict[str, tuple[str, ModuleType]] = {
+    "pallas_tpu": ("tpu", pallas_tpu),
+    "pallas_gpu": ("cuda", pallas_gpu),
+}
+BACKENDS = ("xla", *KERNELS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How block products run.
+
+    Attributes:
+      backend: one of `BACKENDS`; None: the platform's own kernels, or "xla" where it has none or
+        they do not take this block.
+      interpret: run the Pallas kernels in interpret mode, on any platform (tests).
+      mesh: devices to split the first axis of x over, in a `shard_map` around each product.
+        Pallas kernels need it on more than one device (the compiler does not split them), and it
+        sums dW once a layer in place of once a block.
+      axes: the mesh axes that x is split over.
+    """
+
+    backend: str | None = None
+    interpret: bool = False
+    mesh: Mesh | None = None
+    axes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise SparsityError(f"backend {self.backend!r}: must be one of {', '.join(BACKENDS)}")
+
+
+_OPTIONS = contextvars.ContextVar("always_sparse_options", default=Options())
+
+
+@contextlib.contextmanager
+def options(
+    backend: str | None = None,
+    *,
+    interpret: bool = False,
+    mesh: Mesh | None = None,
+    axes: Sequence[str] = (),
+) -> Iterator[None]:
+    """Sets `Options` for every product traced inside.
+
+    They act when a function is traced: a function that is compiled already keeps its own.
+    """
+    token = _OPTIONS.set(Options(backend, interpret, mesh, tuple(axes)))
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(token)
+
+
+def matmul(
+    x: jax.Array, kernel: jax.Array | CompactKernel, *, backend: str | None = None
+) -> jax.Array:
+    """x·W for a dense or a compact W.
+
+    Args:
+      x: `[..., K]`.
+      kernel: `[K, N]`, or a compact kernel of that shape. With single entries its dense tile is
+        made for the moment it is used; with blocks no dense buffer is made anywhere.
+      backend: one of `BACKENDS`, in place of the one `options` or the platform gives.
+
+    Returns:
+      `[..., N]` in the dtype that x and the kernel promote to.
+    """
+    if not isinstance(kernel, CompactKernel):
+        return jnp.matmul(x, kernel)
+    k, n = matrix_shape(kernel)
+    if x.shape[-1] != k:
+        raise SparsityError(f"x of shape {x.shape} does not fit a kernel of shape {(k, n)}")
+    if not isinstance(kernel.pattern, Block):
+        return with_tile(lambda w, x: jnp.matmul(x, w.reshape(k, n)), kernel, x)
+    kernel.pattern.grid((k, n))  # refuses blocks that do not divide the shape
+    how = _OPTIONS.get()
+    if backend is not None:
+        how = dataclasses.replace(how, backend=backend)
+    return _over_mesh(x, kernel, n, how)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What is fixed when a block product is traced."""
+
+    n: int
+    forward: int
+    block: tuple[int, int]
+    backend: str | None
+    interpret: bool
+
+
+def _over_mesh(x: jax.Array, kernel: CompactKernel, n: int, how: Options) -> jax.Array:
+    block = (kernel.pattern.rows, kernel.pattern.cols)  # type: ignore[union-attr]
+    static = _Static(n, kernel.forward, block, how.backend, how.interpret)
+    dtype = jnp.result_type(x, kernel.values)
+    x, values = x.astype(dtype), kernel.values.astype(dtype)
+    product = functools.partial(_any_axes, static)
+    if how.mesh is not None:
+        # Interpreted kernels mix varying and unvarying values, which the check refuses.
+        split = P(how.axes)
+        product = jax.shard_map(
+            product,
+            mesh=how.mesh,
+            in_specs=(split, P(), P()),
+            out_specs=split,
+            check_vma=not how.interpret,
+        )
+    return product(x, values, kernel.index)
+
+
+def _any_axes(static: _Static, x: jax.Array, values: jax.Array, index: jax.Array) -> jax.Array:
+    values, index = varying_like((values, index), x)
+    y_TxN = _block_matmul(static, x.reshape(-1, x.shape[-1]), values, index)
+    return y_TxN.reshape(*x.shape[:-1], static.n)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block_matmul(
+    static: _Static, x_TxK: jax.Array, values: jax.Array, index: jax.Array
+) -> jax.Array:
+    row, col = _places(static, index[: static.forward])
+    return _run(static, "spread", (static.n, False), x_TxK, values, row, col)
+
+
+def _block_matmul_fwd(
+    static: _Static, x_TxK: jax.Array, values: jax.Array, index: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _block_matmul(static, x_TxK, values, index), (x_TxK, values, index)
+
+
+def _block_matmul_bwd(
+    static: _Static, saved: tuple[jax.Array, ...], dy_TxN: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x_TxK, values, index = saved
+    row, col = _places(static, index)
+    a = static.forward
+    dx_TxK = _run(static, "spread", (x_TxK.shape[1], True), dy_TxN, values, col[:a], row[:a])
+    dvalues = _run(static, "outer", (static.block,), x_TxK, dy_TxN, row, col)
+    return dx_TxK, dvalues.astype(values.dtype), None
+
+
+_block_matmul.defvjp(_block_matmul_fwd, _block_matmul_bwd)
+
+
+def _places(static: _Static, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Block row and block column of each block."""
+    across = static.n // static.block[1]
+    return index // across, index % across
+
+
+def _run(static: _Static, name: str, settings: tuple[Any, ...], *arrays: jax.Array) -> jax.Array:
+    """Calls product `name` of the backend asked for, or of the platform it is lowered for."""
+
+    def of(module: ModuleType, **extra: Any) -> Any:
+        return lambda *arrays: getattr(module, name)(*arrays, *settings, **extra)
+
+    if static.backend == "xla":
+        return of(xla)(*arrays)
+    if static.backend is None:
+        fitting = {p: of(m) for p, m in KERNELS.values() if not m.refuses(static.block)}
+        return lax.platform_dependent(*arrays, **fitting, default=of(xla))
+    platform, module = KERNELS[static.backend]
+    if reason := module.refuses(static.block):
+        raise SparsityError(f"backend {static.backend!r}: {reason}")
+    if static.interpret:
+        return of(module, interpret=True)(*arrays)
+    *arrays, last = arrays
+    last = _only_on_p.bind(last, backend=static.backend, platform=platform)
+    return of(module)(*arrays, last)
+
+
+# The identity, which lowers for one platform only. Which platform a function is for is known when
+# it is lowered and not before (a CPU host compiles for TPUs), so the check has to sit there.
+_only_on_p = Primitive("always_sparse_only_on")
+_only_on_p.def_abstract_eval(lambda x, **_: x)
+_only_on_p.def_impl(lambda x, **params: jax.jit(lambda y: _only_on_p.bind(y, **params))(x))
+
+
+def _lower_only_on(ctx: Any, x: Any, *, backend: str, platform: str) -> list[Any]:
+    found = tuple(ctx.platforms or ctx.module_context.platforms)
+    if found != (platform,):
+        raise SparsityError(
+            f"backend {backend!r} runs on {platform} and this is {'/'.join(found)}:"
+            " use backend 'xla', or none"
+        )
+    return [x]
+
+
+mlir.register_lowering(_only_on_p, _lower_only_on)
