@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,22 +18,26 @@ BATCH = P(("data", "fsdp"))
 Tree = Any
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """The mesh over all devices of all hosts; a size of -1 fills it.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over devices; a size of -1 fills it.
+
+    Args:
+        sizes: one for each of `AXES`.
+        devices: all devices of all hosts if None.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
     """
     shape = [sizes[axis] for axis in AXES]
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     known = math.prod(size for size in shape if size != -1)
-    full = [devices // known if size == -1 else size for size in shape]
-    if math.prod(full) != devices:
+    full = [len(devices) // known if size == -1 else size for size in shape]
+    if math.prod(full) != len(devices):
         found = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
         raise UserError(
-            f"config.mesh: found {found}; must multiply to the {devices} devices there are"
+            f"config.mesh: found {found}; must multiply to the {len(devices)} devices there are"
         )
-    return jax.make_mesh(full, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(full, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,9 +59,14 @@ class Run:
     learning_rate: Callable[[int], float]
 
 
-def build(config: ConfigDict) -> Run:
-    """Makes the parts; nothing is computed on the devices."""
-    mesh = partition.make_mesh(config.mesh)
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Run:
+    """Makes the parts; nothing is computed on the devices.
+
+    Args:
+        config: validated.
+        devices: what to run on; all there are if None.
+    """
+    mesh = partition.make_mesh(config.mesh, devices)
     partition.check_batch_size("config.batch_size", config.batch_size, mesh)
     task = make_task(config)
     tx = optimizers.make_optimizer(config, states.abstract_params(task))

@@ -1,0 +1,100 @@
+"""N steps equal k, a restart, and N - k, to the bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from toy import TrainData
+from toy_runs import CONFIG, assert_same, last_state, records, run
+
+ADAM = ("optimizer.name=adamw", "optimizer.weight_decay=1e-2", "method.stop_exploring_at=11")
+EVERY = ("eval_every=4", "checkpoint_every=6", "log_every=5")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    assert run(directory, "80/60", *EVERY) == "finished"
+    return directory
+
+
+def assert_equal_runs(one, other, *overrides):
+    left, right = (last_state(d, "80/60", *overrides) for d in (one, other))
+    assert int(left[0].step) == int(right[0].step) == 20
+    assert left[1] == right[1] == {"position": 20}
+    assert_same(left[0], right[0])
+    assert records(one) == records(other)
+
+
+@pytest.mark.parametrize("stop_at", [6, 7, 10])
+def test_stopped_and_continued(tmp_path, whole, stop_at):
+    assert run(tmp_path / "run", "80/60", *EVERY, stop_at=stop_at) == "stopped"
+    state, position = last_state(tmp_path / "run", "80/60", *EVERY)
+    assert int(state.step) == stop_at
+    assert position == {"position": stop_at}
+    assert run(tmp_path / "run", "80/60", *EVERY) == "finished"
+    assert_equal_runs(whole, tmp_path / "run", *EVERY)
+
+
+def test_crashed_after_the_checkpoint(tmp_path, whole, monkeypatch):
+    """Records of steps that were lost are dropped, and so is a line that was cut off."""
+
+    def crash(self):
+        if self.position == 17:
+            raise RuntimeError("power cut")
+        return read(self)
+
+    read = TrainData.__next__
+    monkeypatch.setattr(TrainData, "__next__", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "run", "80/60", *EVERY)
+    monkeypatch.undo()
+    assert records(tmp_path / "run")[-1]["step"] > 12
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 16, "spl')
+    assert run(tmp_path / "run", "80/60", *EVERY) == "finished"
+    assert_equal_runs(whole, tmp_path / "run", *EVERY)
+
+
+def test_other_optimizer(tmp_path):
+    overrides = (*EVERY, *ADAM)
+    run(tmp_path / "whole", "80/60", *overrides)
+    run(tmp_path / "parts", "80/60", *overrides, stop_at=9)
+    run(tmp_path / "parts", "80/60", *overrides, stop_at=13)
+    run(tmp_path / "parts", "80/60", *overrides)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts", *overrides)
+
+
+def test_another_mesh_may_go_on(tmp_path, whole):
+    run(tmp_path / "run", "80/60", *EVERY, stop_at=9)
+    assert run(tmp_path / "run", "80/60", *EVERY, "mesh.fsdp=4") == "finished"
+    one, other = records(whole)[-1], records(tmp_path / "run")[-1]
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+def test_signals(tmp_path, number, status):
+    """A process that is asked to end leaves a checkpoint; one that is killed, its last one."""
+    command = [sys.executable, "-m", "experiments.main", f"--config={CONFIG}:80/60"]
+    command += [f"--workdir={tmp_path}/run", "--config.steps=1000000", "--config.log_every=1000"]
+    command += ["--config.checkpoint_every=1000"]
+    output = open(tmp_path / "output", "w")  # noqa: SIM115
+    environment = os.environ | {"XLA_FLAGS": ""}
+    process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    manifest = tmp_path / "run" / "checkpoints" / "1000" / "MANIFEST.json"
+    for _ in range(600):
+        if manifest.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    text = (tmp_path / "output").read_text()
+    assert process.wait(60) == status, text
+    more = ("steps=1000000", "log_every=1000", "checkpoint_every=1000")
+    state, position = last_state(tmp_path / "run", "80/60", *more)
+    assert position == {"position": int(state.step)}
+    text = (tmp_path / "output").read_text()
+    assert ("stopped with a checkpoint" in text) == (status == 0)
+    assert "Traceback" not in text

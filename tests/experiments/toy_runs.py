@@ -1,0 +1,48 @@
+"""Runs of the toy task, and what they leave behind."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments import workdir
+from experiments.checkpoints import load
+from experiments.config import resolve
+from experiments.loop import train
+from experiments.metrics import read_records
+from experiments.run import build
+from topkast_jax.sets import BACKWARD, FORWARD
+
+HERE = Path(__file__).parent
+CONFIG = str(HERE / "toy_config.py")
+
+
+def config(variant="80/60", *overrides):
+    return resolve(f"{CONFIG}:{variant}", overrides)
+
+
+def run(directory, variant="80/60", *overrides, stop_at=None):
+    return train(config(variant, *overrides), directory, stop_at)
+
+
+def last_state(directory, variant="80/60", *overrides):
+    """The state of the newest checkpoint, as NumPy arrays, and the data's position."""
+    abstract = build(config(variant, *overrides)).abstract
+    state, meta = load(directory / workdir.CHECKPOINTS, abstract)
+    return jax.tree.map(np.asarray, state), meta["data"]
+
+
+def records(directory, timing=False):
+    found = read_records(directory / workdir.METRICS)
+    return found if timing else [{k: v for k, v in r.items() if k != "timing"} for r in found]
+
+
+def sets(opt_state):
+    """Forward and backward sets of a Top-KAST state, by leaf."""
+    return [(f & FORWARD != 0, f & BACKWARD != 0) for f in jax.tree.leaves(opt_state.sets)]
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(one, other)
