@@ -80,6 +80,10 @@ def with_values(params: Any, values: Any) -> Any:
     )
 
 
+def _with_arrays(kernel: CompactKernel, values: Any, index: Any) -> CompactKernel:
+    return dataclasses.replace(kernel, values=values, index=index)
+
+
 def unit_shape(pattern: Block | Unstructured) -> tuple[int, ...]:
     """Shape of one unit's values: `()` or `(rows, cols)`."""
     return (pattern.rows, pattern.cols) if isinstance(pattern, Block) else ()
@@ -134,7 +138,7 @@ def from_masks(
         if len({(k.forward, k.backward) for k in layers}) != 1:
             raise SparsityError("stacked layers must keep the same number of units each")
         values, index = (np.stack([getattr(k, f) for k in layers]) for f in ("values", "index"))
-        return dataclasses.replace(layers[0], values=values, index=index)
+        return _with_arrays(layers[0], values, index)
     in_a, in_b = (_unit_mask(mask, pattern) for mask in (forward, backward))
     if np.any(in_a & ~in_b):
         raise SparsityError("the forward set must lie inside the backward set")
@@ -161,8 +165,8 @@ def to_dense(kernel: CompactKernel, forward_only: bool = False) -> np.ndarray:
     """The dense leaf (or stack `[L, *shape]`) on the host, zero outside B, or outside A."""
     values, index = np.asarray(kernel.values), np.asarray(kernel.index)
     if index.ndim > 1:
-        layers = [dataclasses.replace(kernel, values=v, index=i) for v, i in zip(values, index)]
-        return np.stack([to_dense(layer, forward_only) for layer in layers])
+        layers = zip(values, index, strict=True)
+        return np.stack([to_dense(_with_arrays(kernel, v, i), forward_only) for v, i in layers])
     kept = kernel.forward if forward_only else kernel.backward
     flat_shape = (units_in(kernel.pattern, kernel.shape), *unit_shape(kernel.pattern))
     flat = np.zeros(flat_shape, values.dtype)
@@ -183,7 +187,7 @@ def dense_tile(kernel: CompactKernel, forward_only: bool = True) -> jax.Array:
     Returns:
       An array `[*kernel.shape]`.
     """
-    layout = dataclasses.replace(kernel, values=None, index=None)  # type: ignore[arg-type]
+    layout = _with_arrays(kernel, None, None)  # hashable: the static fields alone
     return _tile(layout, forward_only, kernel.values, kernel.index)
 
 

@@ -149,7 +149,7 @@ def outer(
 def _outer_kernel(  # type: ignore[no-untyped-def]
     row, col, x_ref, dy_ref, dw_ref, *, block: tuple[int, int], steps: int
 ) -> None:
-    i, rows, cols = pl.program_id(0), *dw_ref.shape
+    i, (rows, cols) = pl.program_id(0), dw_ref.shape
     x_at = pl.ds(row[i] * block[0] + pl.program_id(1) * rows, rows)
     dy_at = pl.ds(col[i] * block[1] + pl.program_id(2) * cols, cols)
 

@@ -61,7 +61,8 @@ class Options:
             raise SparsityError(f"backend {self.backend!r}: must be one of {', '.join(BACKENDS)}")
 
 
-_OPTIONS = contextvars.ContextVar("always_sparse_options", default=Options())
+_PLATFORM = Options()
+_OPTIONS = contextvars.ContextVar("always_sparse_options", default=_PLATFORM)
 
 
 @contextlib.contextmanager
@@ -197,9 +198,8 @@ def _run(static: _Static, name: str, settings: tuple[Any, ...], *arrays: jax.Arr
         raise SparsityError(f"backend {static.backend!r}: {reason}")
     if static.interpret:
         return of(module, interpret=True)(*arrays)
-    *arrays, last = arrays
-    last = _only_on_p.bind(last, backend=static.backend, platform=platform)
-    return of(module)(*arrays, last)
+    guarded = _only_on_p.bind(arrays[-1], backend=static.backend, platform=platform)
+    return of(module)(*arrays[:-1], guarded)
 
 
 # The identity, which lowers for one platform only. Which platform a function is for is known when

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from topkast_jax.always_sparse.varying import varying_like
+
 
 def spread(
     x_TxI: jax.Array,
@@ -45,6 +47,7 @@ def spread(
         return y.at[target[i]].add(product)
 
     y_PxTxC = jnp.zeros((width // cols, x_TxI.shape[0], cols), jnp.float32)
+    (y_PxTxC,) = varying_like((y_PxTxC,), x_TxI)
     y_PxTxC = lax.fori_loop(0, source.shape[0], add_block, y_PxTxC)
     return y_PxTxC.swapaxes(0, 1).reshape(-1, width).astype(x_TxI.dtype)
 

@@ -1,0 +1,218 @@
+"""Time of an always-sparse training step over the dense one: same run, same shapes.
+
+A feed-forward stack K → H → K with a ReLU, forward + backward (parameters and input) + SGD:
+1024 → 4096 → 1024 on 1,024 tokens in float32 on CPU; 4096 → 16384 → 4096 on 8,192 tokens in
+bfloat16 on GPU. Each repeat times the dense step and then each sparse one; a row's `step_ratio` is
+the median over repeats of its time over the dense time of the same repeat. `limit` is what the
+counts of multiplications allow, (2D + D_B) / 3. Densities are named by their forward/backward
+sparsity in percent.
+
+    python scripts/bench_always_sparse.py [--repeats 9] [--patterns block128,unstructured]
+
+The last line is JSON. SparseLab (PyTorch, CPU) runs in the same repeats when it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topkast_jax import Block, Unstructured
+from topkast_jax.always_sparse import CompactKernel, matmul
+from topkast_jax.always_sparse.compact import unit_shape
+from topkast_jax.patterns import units_in
+
+DENSITIES = {"90/80": (0.1, 0.2), "95/90": (0.05, 0.1)}
+PATTERNS: dict[str, Block | Unstructured] = {
+    "block128": Block(128, 128),
+    "block64": Block(64, 64),
+    "block32": Block(32, 32),
+    "unstructured": Unstructured(),
+}
+LEARNING_RATE = 0.1
+Step = Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The stack: features, hidden features, tokens and dtype."""
+
+    features: int
+    hidden: int
+    tokens: int
+    dtype: str
+
+
+SIZES = {"cpu": Sizes(1024, 4096, 1024, "float32"), "gpu": Sizes(4096, 16384, 8192, "bfloat16")}
+
+
+def random_kernel(
+    shape: tuple[int, int],
+    pattern: Block | Unstructured,
+    densities: tuple[float, float],
+    dtype: str,
+    rng: np.random.Generator,
+) -> CompactKernel:
+    """A compact kernel with random values at random places, `densities` those of A and of B."""
+    n = units_in(pattern, shape)
+    a, b = (max(1, int(d * n + 0.5)) for d in densities)
+    places = rng.choice(n, b, replace=False)
+    index = np.concatenate([np.sort(places[:a]), np.sort(places[a:])])
+    values = rng.standard_normal((b, *unit_shape(pattern)), np.float32) * shape[0] ** -0.5
+    return CompactKernel(
+        jnp.asarray(values, dtype), jnp.asarray(index, jnp.int32), shape, pattern, a
+    )
+
+
+def jax_step(kernels: tuple[Any, Any], x: jax.Array) -> Step:
+    """One compiled training step on its own copy of the parameters."""
+
+    def loss(values: tuple[Any, Any], x: jax.Array) -> jax.Array:
+        first, second = (
+            k.with_values(v) if isinstance(k, CompactKernel) else v
+            for k, v in zip(kernels, values, strict=True)
+        )
+        y = matmul(jax.nn.relu(matmul(x, first)), second)
+        return 0.5 * jnp.mean(jnp.square(y), dtype=jnp.float32)
+
+    def step(values: tuple[Any, Any], x: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
+        grads, dx = jax.grad(loss, (0, 1))(values, x)
+        return jax.tree.map(lambda v, g: v - LEARNING_RATE * g, values, grads), dx
+
+    compiled = jax.jit(step, donate_argnums=0)
+    held = [jnp.copy(k.values) if isinstance(k, CompactKernel) else jnp.copy(k) for k in kernels]
+    state = [(held[0], held[1])]
+
+    def run() -> None:
+        state[0], dx = compiled(state[0], x)
+        jax.block_until_ready((state[0], dx))
+
+    return run
+
+
+def sparselab_step(sizes: Sizes, sparsity: float | None, rng: np.random.Generator) -> Step:
+    """The same step in PyTorch, with SparseLab's layers, or dense ones for `sparsity=None`."""
+    import sparselab  # type: ignore[import-not-found, unused-ignore]
+    import torch  # type: ignore[import-not-found, unused-ignore]
+
+    def layer(inputs: int, outputs: int) -> Any:
+        if sparsity is None:
+            return torch.nn.Linear(inputs, outputs, bias=False)
+        return sparselab.SparseLinear(inputs, outputs, sparsity=sparsity, bias=False)
+
+    first, second = layer(sizes.features, sizes.hidden), layer(sizes.hidden, sizes.features)
+    model = torch.nn.Sequential(first, torch.nn.ReLU(), second)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    x = torch.tensor(rng.standard_normal((sizes.tokens, sizes.features), np.float32))
+    x.requires_grad_(True)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        x.grad = None
+        (0.5 * model(x).square().mean()).backward()
+        optimizer.step()
+
+    return run
+
+
+def median_ratios(steps: dict[str, Step], base: dict[str, str], repeats: int) -> dict[str, Any]:
+    """Runs all steps in turn; name -> (median seconds, median ratio to its base)."""
+    for run in steps.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, run in steps.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    seconds = {name: np.array(t) for name, t in times.items()}
+    return {
+        name: (float(np.median(t)), float(np.median(t / seconds[base[name]])))
+        for name, t in seconds.items()
+    }
+
+
+def bench(patterns: list[str], densities: list[str], repeats: int) -> dict[str, Any]:
+    """Times every pattern at every density; the record that is printed as JSON."""
+    device = jax.devices()[0]
+    sizes = SIZES.get(device.platform, SIZES["cpu"])
+    rng = np.random.default_rng(0)
+    shapes = (sizes.features, sizes.hidden), (sizes.hidden, sizes.features)
+    x = jnp.asarray(rng.standard_normal((sizes.tokens, sizes.features), np.float32), sizes.dtype)
+    dense = [jnp.asarray(rng.standard_normal(s, np.float32) * s[0] ** -0.5) for s in shapes]
+    steps = {"dense": jax_step((dense[0].astype(sizes.dtype), dense[1].astype(sizes.dtype)), x)}
+    rows = [(p, d) for d in densities for p in patterns]
+    for pattern, density in rows:
+        first, second = (
+            random_kernel(s, PATTERNS[pattern], DENSITIES[density], sizes.dtype, rng)
+            for s in shapes
+        )
+        steps[f"{pattern} {density}"] = jax_step((first, second), x)
+    base = dict.fromkeys(steps, "dense")
+    peer = _add_sparselab(steps, base, sizes, densities, rng) if device.platform == "cpu" else []
+    measured = median_ratios(steps, base, repeats)
+
+    def row(pattern: str, density: str, limit: bool) -> dict[str, Any]:
+        forward, backward = DENSITIES[density]
+        seconds, ratio = measured[f"{pattern} {density}"]
+        record = {"pattern": pattern, "density": density, "step_ratio": round(ratio, 4)}
+        if limit:
+            record["limit"] = round((2 * forward + backward) / 3, 4)
+        return record | {"step_ms": round(1e3 * seconds, 2)}
+
+    return {
+        "results": [row(p, d, True) for p, d in rows],
+        "sparselab": [row("sparselab", d, False) for d in peer] or "not installed",
+        "dense_ms": round(1e3 * measured["dense"][0], 2),
+        "device": device.device_kind,
+        "sizes": dataclasses.asdict(sizes),
+    }
+
+
+def _add_sparselab(
+    steps: dict[str, Step],
+    base: dict[str, str],
+    sizes: Sizes,
+    densities: list[str],
+    rng: np.random.Generator,
+) -> list[str]:
+    if importlib.util.find_spec("sparselab") is None:
+        return []
+    steps["torch dense"] = sparselab_step(sizes, None, rng)
+    base["torch dense"] = "torch dense"
+    for density in densities:
+        name = f"sparselab {density}"
+        steps[name] = sparselab_step(sizes, 1 - DENSITIES[density][0], rng)
+        base[name] = "torch dense"
+    return densities
+
+
+def main() -> None:
+    """Parses flags, prints the table and the JSON line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--patterns", default=",".join(PATTERNS))
+    parser.add_argument("--densities", default=",".join(DENSITIES))
+    args = parser.parse_args()
+    record = bench(args.patterns.split(","), args.densities.split(","), args.repeats)
+    print(f"dense step {record['dense_ms']} ms on {record['device']}, {record['sizes']}")
+    peer = record["sparselab"] if isinstance(record["sparselab"], list) else []
+    for row in record["results"] + peer:
+        limit = f"  limit {row['limit']:.3f}" if "limit" in row else "  (of PyTorch's dense)"
+        print(f"{row['pattern']:14s}{row['density']}  {row['step_ratio']:.3f} of dense{limit}")
+    if not peer:
+        print(f"sparselab: {record['sparselab']}")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
