@@ -24,16 +24,17 @@ from jax.scipy.special import ndtri
 from topkast_jax.errors import SparsityError
 
 Count = int | jax.Array
-_PerEntry = Callable[[jax.Array, jax.Array], jax.Array]  # (entries, their row-major indices)
-_Combine = Callable[[jax.Array, jax.Array], jax.Array]
-_Counter = Callable[[jax.Array], jax.Array]  # probes[c, p] -> how many are at least that, [c, p]
+# of(entries, their row-major indices, *parameters), elementwise
+_Of = Callable[..., jax.Array]
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_WHOLE = {lax.add: lax.reduce_sum, lax.min: lax.reduce_min}
-_FOLD = 64  # entries added up per output element by _reduce_flat
-# Distances of the first probes from the start: log2, in units of float32's last place.
-_WIDE = (5.0, 8.0, 10.5, 13.0, 15.5, 18.5, 22.0)
-_NARROW = (13.0,)
+_WHOLE: dict[Callable, Callable] = {lax.add: lax.reduce_sum, lax.min: lax.reduce_min}
+_FOLD = 32  # entries that _reduce_flat combines into one
+# Distances of the first probes from the start, log2 in units of float32's last place: a warm start
+# is about 2**9 to 2**13 off, that of a cold start on normal entries too.
+_FIRST = (9.0, 13.0, 18.0)
+_FIRST_FEW = (13.0,)
+_NEAREST = 0.35  # distance of the probes next to a guess, in standard errors of the guess
 
 
 class Thresholds(NamedTuple):
@@ -45,7 +46,7 @@ class Thresholds(NamedTuple):
     """
 
     key: jax.Array
-    index: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
 
 
 class _Bracket(NamedTuple):
@@ -92,36 +93,48 @@ def _row_major(shape: tuple[int, ...]) -> jax.Array:
     return index
 
 
-def _reduce_in_shape(x: jax.Array, of: _PerEntry, combine: _Combine) -> jax.Array:
-    """Combines of(x, index) over all entries, in the leaf's own shape: right for any sharding."""
-    return _WHOLE[combine](of(x, _row_major(x.shape)), axes=tuple(range(x.ndim)))
+def _reduce_in_shape(x: jax.Array, *parameters: jax.Array, of: _Of, combine: Callable) -> jax.Array:
+    """Combines over the leaf in its own shape, right for any sharding: scalars are all-reduced.
+
+    One reduction for each element of the parameters: compilers fuse those into one pass.
+    """
+    shape = jnp.broadcast_shapes(*(p.shape for p in parameters))
+    table = [jnp.broadcast_to(p, shape) for p in parameters]
+    index, axes = _row_major(x.shape), tuple(range(x.ndim))
+    cells = [of(x, index, *(p[cell] for p in table)) for cell in np.ndindex(shape)]
+    return jnp.stack([_WHOLE[combine](cell, axes=axes) for cell in cells]).reshape(shape)
 
 
-def _reduce_flat(x: jax.Array, of: _PerEntry, combine: _Combine) -> jax.Array:
-    """The same by elementwise steps, because XLA's CPU backend vectorises no reduction."""
-    total, v, start = [], x.reshape(-1), of
-    while (rows := v.shape[0] // _FOLD) > 0:
-        blocks = v[: rows * _FOLD].reshape(rows, _FOLD, *v.shape[1:])
-        index = lax.iota(jnp.int32, rows) * _FOLD
-        rest = v[rows * _FOLD :]
-        total.append(of(rest, rows * _FOLD + lax.iota(jnp.int32, rest.shape[0])))
-        v = functools.reduce(combine, (of(blocks[:, i], index + i) for i in range(_FOLD)))
-        of = _itself
-    total.append(of(v, lax.iota(jnp.int32, v.shape[0])))
-    return _WHOLE[combine](jnp.concatenate(total), axes=(0,))
+def _reduce_flat(x: jax.Array, *parameters: jax.Array, of: _Of, combine: Callable) -> jax.Array:
+    """The same in elementwise steps: XLA's CPU backend vectorises those, but no reduction."""
+    extra = max((p.ndim for p in parameters), default=0)
+
+    def cells(entries: jax.Array, first: int, stride: int = 1) -> jax.Array:
+        index = first + stride * lax.iota(jnp.int32, entries.shape[0])
+        axes = tuple(range(1, extra + 1))
+        return of(lax.expand_dims(entries, axes), lax.expand_dims(index, axes), *parameters)
+
+    flat = x.reshape(-1)
+    even = flat.size // _FOLD * _FOLD
+    blocks = flat[:even].reshape(-1, _FOLD)
+    part = functools.reduce(combine, (cells(blocks[:, i], i, _FOLD) for i in range(_FOLD)))
+    rests = [cells(flat[even:], even)]
+    while part.shape[0] >= _FOLD:
+        even = part.shape[0] // _FOLD * _FOLD
+        rests.append(part[even:])
+        blocks = part[:even].reshape(-1, _FOLD, *part.shape[1:])
+        part = functools.reduce(combine, (blocks[:, i] for i in range(_FOLD)))
+    return _WHOLE[combine](jnp.concatenate([part, *rests]), axes=(0,))
 
 
-def _itself(entries: jax.Array, _: jax.Array) -> jax.Array:
-    return entries
-
-
-def _reduce(x: jax.Array, of: _PerEntry, combine: _Combine) -> jax.Array:
-    """Combines of(entries, indices) over all entries of a leaf."""
+def _reduce(x: jax.Array, *parameters: jax.Array, of: _Of, combine: Callable) -> jax.Array:
+    """Combines of(entry, index, *parameters) over all entries, for each parameter of an array."""
     in_shape = functools.partial(_reduce_in_shape, of=of, combine=combine)
-    if x.size < _FOLD**2 or jax.device_count("cpu") > 1:
-        return in_shape(x)
     flat = functools.partial(_reduce_flat, of=of, combine=combine)
-    return lax.platform_dependent(x, cpu=flat, default=in_shape)
+    # A CPU among several may hold a shard, which a reshape would gather.
+    if x.size < _FOLD**2 or jax.device_count("cpu") > 1:
+        return in_shape(x, *parameters)
+    return lax.platform_dependent(x, *parameters, cpu=flat, default=in_shape)
 
 
 def _shrink(bracket: _Bracket, probes: jax.Array, found: jax.Array, wanted: jax.Array) -> _Bracket:
@@ -150,30 +163,32 @@ def _spread(bracket: _Bracket, guess: jax.Array, below: jax.Array, above: jax.Ar
 def _interpolate(bracket: _Bracket, wanted: jax.Array, half: int) -> jax.Array:
     """Probes around where evenly spread ranks would put the threshold.
 
-    They go out from the guess in geometric steps, from a part of the sampling error to the ends,
-    so a good guess leaves a few ranks and a bad one still a fraction of the bracket.
+    They go out from the guess in geometric steps, from a part of its standard error to the ends of
+    the bracket, so a good guess leaves few ranks and a bad one still a fraction of the bracket.
     """
     width = (bracket.high - bracket.low).astype(jnp.float32)[:, None]
     inside = (bracket.at_low - bracket.at_high).astype(jnp.float32)[:, None]
     share = (bracket.at_low - wanted).astype(jnp.float32)[:, None] / inside
-    error = width * jnp.sqrt(share * (1 - share) / inside)
+    nearest = _NEAREST * width * jnp.sqrt(share * (1 - share) / inside)
     step = jnp.arange(half, dtype=jnp.float32) / half
 
     def distances(end: jax.Array) -> jax.Array:
-        first = jnp.minimum(_FINEST * error, end)
+        first = jnp.minimum(nearest, end)
         return jnp.maximum(first ** (1 - step) * end**step, jnp.arange(1.0, half + 1))
 
     guess = width * share
     return _spread(bracket, guess, distances(guess), distances(width - guess))
 
 
-_FINEST = 0.3
-
-
 def _search(
-    x: jax.Array, count: _Counter, wanted: jax.Array, bracket: _Bracket, probes: jax.Array
+    x: jax.Array,
+    of: _Of,
+    wanted: jax.Array,
+    bracket: _Bracket,
+    probes: jax.Array,
+    *parameters: jax.Array,
 ) -> _Bracket:
-    """Shrinks the brackets until each holds one rank, or has exactly `wanted` ranks from low on."""
+    """Shrinks brackets until each holds one rank, or exactly `wanted` ranks are at its low end."""
     half = (probes.shape[1] - 2) // 2
 
     def is_open(state: tuple[_Bracket, jax.Array]) -> jax.Array:
@@ -182,7 +197,10 @@ def _search(
 
     def one_pass(state: tuple[_Bracket, jax.Array]) -> tuple[_Bracket, jax.Array]:
         bracket, probes = state
-        bracket = _shrink(bracket, probes, count(*lax.optimization_barrier((x, probes))), wanted)
+        # The barrier keeps what is the same in every pass, as large as the leaf, from being stored.
+        leaf, probes = lax.optimization_barrier((x, probes))
+        found = _reduce(leaf, probes, *parameters, of=of, combine=lax.add)
+        bracket = _shrink(bracket, probes, found, wanted)
         return bracket, _interpolate(bracket, wanted, half)
 
     return lax.while_loop(is_open, one_pass, (bracket, probes))[0]
@@ -190,8 +208,8 @@ def _search(
 
 def _normal_guess(x: jax.Array, wanted: jax.Array) -> jax.Array:
     """Keys of the thresholds of normally distributed entries with the leaf's mean magnitude."""
-    total = _reduce(x, lambda e, _: jnp.abs(e.astype(jnp.float32)), lax.add)
-    deviation = total / x.size * np.float32(math.sqrt(math.pi / 2))
+    total = _reduce(x, of=lambda e, _: jnp.abs(e.astype(jnp.float32)), combine=lax.add)
+    deviation = total / x.size * math.sqrt(math.pi / 2)
     quantile = -ndtri(wanted.astype(jnp.float32) / (2 * x.size))
     return _keys((deviation * quantile).astype(x.dtype))
 
@@ -199,57 +217,48 @@ def _normal_guess(x: jax.Array, wanted: jax.Array) -> jax.Array:
 def _search_keys(x: jax.Array, wanted: jax.Array, guess: jax.Array) -> _Bracket:
     """The bracket of every threshold's key."""
 
-    def count(x: jax.Array, probes: jax.Array) -> jax.Array:
-        return _reduce(x, lambda e, _: _count_up(_keys(e)[..., None, None] >= probes), lax.add)
+    def reached(e: jax.Array, _: jax.Array, probe: jax.Array) -> jax.Array:
+        return (_keys(e) >= probe).astype(jnp.int32)
 
-    zero = jnp.zeros_like(guess)
-    bracket = _Bracket(
-        low=zero - 1,
-        high=zero + (_infinity(x.dtype) + 1),
-        at_low=jnp.full_like(wanted, x.size),
-        at_high=jnp.zeros_like(wanted),
-    )
-    # XLA's CPU backend writes out every compare of an in-shape reduction: fewer probes there.
-    few = jax.default_backend() == "cpu" and jax.device_count("cpu") > 1
-    exponents = np.array(_NARROW if few else _WIDE) - 23 + jnp.finfo(x.dtype).nmant
-    away = np.maximum(2.0**exponents, np.arange(1, len(exponents) + 1)).astype(guess.dtype)[None]
-    return _search(x, count, wanted, bracket, _spread(bracket, guess[:, None] + 1, away, away))
+    low, none = jnp.full_like(guess, -1), jnp.zeros_like(wanted)
+    bracket = _Bracket(low, low + (_infinity(x.dtype) + 2), none + x.size, none)
+    exponents = np.array(_FIRST_FEW if _few_probes() else _FIRST) - 23 + jnp.finfo(x.dtype).nmant
+    away = jnp.asarray(np.maximum(2.0**exponents, 1 + np.arange(len(exponents))), guess.dtype)[None]
+    probes = _spread(bracket, (guess - low)[:, None], away, away)
+    return _search(x, reached, wanted, bracket, probes)
 
 
-def _count_up(reached: jax.Array) -> jax.Array:
-    return reached.astype(jnp.int32)
+def _few_probes() -> bool:
+    """Whether a probe costs a pass: XLA's CPU backend writes out what an in-shape sum is over."""
+    return jax.default_backend() == "cpu" and jax.device_count("cpu") > 1
 
 
 def _smallest_kept(x: jax.Array, bracket: _Bracket) -> jax.Array:
-    """The smallest key from the low end of each bracket on."""
+    """The smallest key at or above the low end of each bracket."""
+    unsigned = np.dtype(f"u{bracket.low.dtype.itemsize}")
 
-    def kept(e: jax.Array, _: jax.Array) -> jax.Array:
-        key = _keys(e)[..., None]
-        return jnp.where(key >= bracket.low, key, _infinity(x.dtype))
+    def over(e: jax.Array, _: jax.Array, low: jax.Array) -> jax.Array:
+        return (_keys(e) - low).astype(unsigned)  # keys below low wrap around to the largest
 
-    return lax.cond(
-        jnp.any(bracket.high - bracket.low > 1),
-        lambda: _reduce(x, kept, lax.min),
-        lambda: bracket.low,
-    )
+    def find() -> jax.Array:
+        above = _reduce(x, bracket.low, of=over, combine=lax.min)
+        return bracket.low + above.astype(bracket.low.dtype)
+
+    return lax.cond(jnp.any(bracket.high - bracket.low > 1), find, lambda: bracket.low)
 
 
 def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket) -> jax.Array:
-    """Row-major index below which entries with the key at the brackets' low end are kept."""
-    last = np.int32(x.size - 1)
+    """Row-major index below which entries with the key at the low ends are kept."""
 
-    def count(x: jax.Array, probes: jax.Array) -> jax.Array:
-        def reached(e: jax.Array, i: jax.Array) -> jax.Array:
-            rank = jnp.where(_keys(e)[..., None] == ties.low, last - i[..., None], -1)
-            return _count_up(rank[..., None] >= probes)
-
-        return _reduce(x, reached, lax.add)
+    def reached(e: jax.Array, i: jax.Array, probe: jax.Array, tied: jax.Array) -> jax.Array:
+        rank = jnp.where(_keys(e) == tied, np.int32(x.size - 1) - i, -1)
+        return (rank >= probe).astype(jnp.int32)
 
     zero = jnp.zeros_like(wanted)
     bracket = _Bracket(zero, zero + x.size, ties.at_low - ties.at_high, zero)
     wanted = wanted - ties.at_high
-    probes = _interpolate(bracket, wanted, 7)
-    return x.size - _search(x, count, wanted, bracket, probes).low
+    probes = _interpolate(bracket, wanted, 1 if _few_probes() else len(_FIRST))
+    return x.size - _search(x, reached, wanted, bracket, probes, ties.low[:, None]).low
 
 
 def _check(x: jax.Array, counts: Sequence[Count]) -> None:

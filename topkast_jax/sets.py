@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from topkast_jax.errors import SparsityError
-from topkast_jax.trees import flatten
+from topkast_jax.trees import flatten_with_names
 
 FORWARD = 1
 BACKWARD = 2
@@ -39,13 +39,13 @@ class SparsifyState(NamedTuple):
       step: int32 scalar, finished steps.
       sets: tree of the parameters' structure; a sparse leaf holds uint8 of the parameter's shape,
         one bit for each set (`FORWARD`, `BACKWARD`, …) an entry is in; a dense leaf MaskedNode().
-      memory: what the method remembers, under the same structure.
+      memory: what the method remembers, by the name of each sparse leaf.
       inner_state: the inner optimizer's state.
     """
 
     step: jax.Array
     sets: Any
-    memory: Any
+    memory: dict[str, Any]
     inner_state: Any
 
 
@@ -101,16 +101,15 @@ def find_states(state: Any) -> list[SparsifyState]:
 
 def map_flags(function: Callable[[Any, jax.Array], Any], params: Any, state: Any) -> Any:
     """Maps `function(flags, parameter)` over the leaves; flags are None where a leaf is dense."""
-    leaves, treedef = flatten(params)
-    flags: list[Any] = [None] * len(leaves)
+    names, leaves, treedef = flatten_with_names(params)
+    flags: dict[str, jax.Array] = {}
     for found in find_states(state):
-        spread = jax.tree.map(
-            lambda f, sub: jax.tree.map(lambda _: None if is_dense(f) else f, sub),
-            found.sets, params, is_leaf=is_dense,
-        )  # fmt: skip
-        new = jax.tree.leaves(spread, is_leaf=lambda node: node is None)
-        flags = [old if f is None else f for old, f in zip(flags, new, strict=True)]
-    return treedef.unflatten([function(f, p) for f, p in zip(flags, leaves, strict=True)])
+        flags.update(zip(*flatten_with_names(found.sets)[:2], strict=True))
+    strangers = [name for name in flags if name not in names]
+    if strangers:
+        raise SparsityError(f"the state is of other parameters: these lack {', '.join(strangers)}")
+    rows = zip(names, leaves, strict=True)
+    return treedef.unflatten([function(flags.get(name), leaf) for name, leaf in rows])
 
 
 def forward_params(params: Any, state: Any) -> Any:

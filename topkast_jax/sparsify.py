@@ -122,25 +122,28 @@ def sparsify(
         return resolve(params, rules, forward_density, backward, shape, log)
 
     def init_fn(params: Any) -> SparsifyState:
-        def start(leaf: Leaf | None, theta: jax.Array) -> tuple[Any, Any]:
+        memory: dict[str, Any] = {}
+
+        def start(leaf: Leaf | None, theta: jax.Array) -> Any:
             if leaf is None:
-                return optax.MaskedNode(), optax.MaskedNode()
+                return optax.MaskedNode()
             by_layer = _for_each_layer(lambda key, theta: method.start(theta, leaf, key), leaf)
-            sets, memory = by_layer(_keys(seed, leaf, 0), theta)
-            return first_flags(sets), memory
+            sets, memory[leaf.path] = by_layer(_keys(seed, leaf, 0), theta)
+            return first_flags(sets)
 
         thetas, treedef = flatten(params)
-        started = _rows(start, leaves_of(params, log_once), thetas)
-        sets, memory = (treedef.unflatten(column) for column in _columns(started))
+        sets = treedef.unflatten(_rows(start, leaves_of(params, log_once), thetas))
         if stop_exploring_at is not None:
             at_once = jnp.asarray(stop_exploring_at) == 0
             sets = jax.tree.map(lambda f: jnp.where(at_once, frozen_flags(f), f), sets)
         return SparsifyState(jnp.zeros([], jnp.int32), sets, memory, inner.init(params))
 
     def refresh(step: jax.Array, theta: Any, grads: Any, sets: Any, memory: Any) -> Any:
-        def change(leaf: Leaf | None, theta: jax.Array, grad: Any, flags: Any, memory: Any) -> Any:
+        memory = dict(memory)
+
+        def change(leaf: Leaf | None, theta: jax.Array, grad: Any, flags: Any) -> Any:
             if leaf is None:
-                return flags, memory
+                return flags
             by_layer = _for_each_layer(
                 lambda key, theta, grad, sets, memory: method.change(
                     theta, grad, sets, memory, leaf, key, step
@@ -148,14 +151,15 @@ def sparsify(
                 leaf,
             )
             key = _keys(seed, leaf, step)
-            new, memory = by_layer(key, theta, grad, unpack(flags), memory)
-            return next_flags(flags, new), memory
+            last = memory[leaf.path]
+            new, memory[leaf.path] = by_layer(key, theta, grad, unpack(flags), last)
+            return next_flags(flags, new)
 
         thetas, treedef = flatten(theta)
         gradients = [None] * len(thetas) if grads is None else treedef.flatten_up_to(grads)
-        flags, memories = treedef.flatten_up_to(sets), treedef.flatten_up_to(memory)
-        changed = _rows(change, leaves_of(theta), thetas, gradients, flags, memories)
-        return tuple(treedef.unflatten(column) for column in _columns(changed))
+        flags = treedef.flatten_up_to(sets)
+        changed = _rows(change, leaves_of(theta), thetas, gradients, flags)
+        return treedef.unflatten(changed), memory
 
     def evolve(step: jax.Array, theta: Any, grads: Any, old: SparsifyState, inner_new: Any) -> Any:
         """Sets, memory and inner state after `step` finished steps."""
@@ -243,10 +247,6 @@ def _once(log: Callable[[str], None]) -> Callable[[str], None]:
 
 def _rows(function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
     return [function(*row) for row in zip(*columns, strict=True)]
-
-
-def _columns(rows: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
-    return [first for first, _ in rows], [second for _, second in rows]
 
 
 def _keys(seed: int, leaf: Leaf, step: Any) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,14 @@ class TopKast(Method):
         return _select(theta, leaf, memory)
 
 
-def _select(theta: jax.Array, leaf: Leaf, last: Any) -> tuple[Sets, Any]:
+class LastThresholds(NamedTuple):
+    """Where the next selection starts: int32 scalars, bit patterns of the last thresholds."""
+
+    forward: jax.Array
+    backward: jax.Array
+
+
+def _select(theta: jax.Array, leaf: Leaf, last: LastThresholds | None) -> tuple[Sets, Any]:
     magnitudes = leaf.pattern.magnitudes(theta)
     counts = (
         count_of(magnitudes.size, leaf.forward_density),
@@ -67,7 +74,7 @@ def _select(theta: jax.Array, leaf: Leaf, last: Any) -> tuple[Sets, Any]:
     sets = Sets(
         leaf.pattern.expand(forward, theta.shape), leaf.pattern.expand(backward, theta.shape)
     )
-    return sets, (thresholds.key[0], thresholds.key[1])
+    return sets, LastThresholds(*thresholds.key)
 
 
 def count_of(units: int, density: Density) -> int | jax.Array:

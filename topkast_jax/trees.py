@@ -9,7 +9,11 @@ import jax
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A key path of `jax.tree_util` as "a/b/0"; the ".value" of a Flax variable is left out."""
+    """A key path of `jax.tree_util` as "a/b/0"; the ".value" of a Flax variable is left out.
+
+    So a leaf has one name in a tree of `nnx.Param`, in the same tree of plain arrays, and in the
+    one of optimizer variables that `nnx.Optimizer` makes.
+    """
     names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
     if len(names) > 1 and names[-1] in ("value", "raw_value"):
         names.pop()

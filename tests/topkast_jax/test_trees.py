@@ -1,0 +1,87 @@
+"""The same three lines on every kind of parameter tree."""
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import topkast_jax as tk
+
+X = jax.random.normal(jax.random.key(0), (32, 8))
+Y = jnp.sin(X[:, :1])
+
+
+def tx():
+    return tk.top_kast(optax.adam(1e-2), 0.2, 0.4, refresh_every=3)
+
+
+def check(params, state, losses):
+    forward, backward = tk.keep_masks(params, state)
+    assert jax.tree.structure(forward) == jax.tree.structure(params)
+    for leaf, a, b in zip(*map(jax.tree.leaves, (params, forward, backward)), strict=True):
+        expected = round(0.2 * leaf.size) if leaf.ndim == 2 else leaf.size
+        assert np.sum(a) == max(1, expected)
+        assert not np.any(np.asarray(a) & ~np.asarray(b))
+    assert losses[-1] < losses[0]
+
+
+def fit(params, loss):
+    optimizer = tx()
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(tk.forward_params(params, state))
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    losses = []
+    for _ in range(20):
+        params, state, value = step(params, state)
+        losses.append(value)
+    check(params, state, losses)
+
+
+def test_nnx_state():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(8, 16, rngs=rngs), nnx.relu, nnx.Linear(16, 1, rngs=rngs))
+    graph, params = nnx.split(model)
+    fit(params, lambda p: jnp.mean((nnx.merge(graph, p)(X) - Y) ** 2))
+
+
+def test_nnx_optimizer():
+    model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.Linear(16, 1, rngs=nnx.Rngs(1)))
+    optimizer = nnx.Optimizer(model, tx(), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        alpha = tk.forward_params(params, optimizer.opt_state)
+        value, grads = jax.value_and_grad(
+            lambda p: jnp.mean((nnx.merge(graph, p, rest)(X) - Y) ** 2)
+        )(alpha)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [step(model, optimizer) for _ in range(20)]
+    check(nnx.state(model, nnx.Param), optimizer.opt_state, losses)
+
+
+def test_linen():
+    model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(1)])
+    params = model.init(jax.random.key(1), X)
+    fit(params, lambda p: jnp.mean((model.apply(p, X) - Y) ** 2))
+
+
+def test_equinox():
+    model = eqx.nn.MLP(8, 1, 16, 1, key=jax.random.key(2))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    fit(params, lambda p: jnp.mean((jax.vmap(eqx.combine(p, static))(X) - Y) ** 2))
+
+
+def test_a_single_array_and_tuples():
+    fit(jnp.ones((8, 1)) * 0.1, lambda w: jnp.mean((X @ w - Y) ** 2))
+    fit((jnp.ones((8, 1)) * 0.1, [jnp.zeros(1)]), lambda p: jnp.mean((X @ p[0] + p[1][0] - Y) ** 2))
