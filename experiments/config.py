@@ -117,8 +117,8 @@ def load(spec: str, function: str = "get_config") -> Any:
         raise UserError(f"--config={spec}: {path} defines no {function}()")
     try:
         return getattr(module, function)(*([variant] if variant else []))
-    except TypeError as error:
-        raise UserError(f"--config={spec}: {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--config={spec}: {type(error).__name__}: {error}") from error
 
 
 def load_file(path: str, flag: str) -> ModuleType:

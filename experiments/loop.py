@@ -151,7 +151,7 @@ def _save(session: Session, state: TrainState, step: int, position: Any) -> None
     meta = {"data": position, "first": window.first, "sums": window.totals.settled()}
     with window.paused():
         if not session.run.finite(state.params):
-            raise NonFiniteError(step, float("nan"))
+            raise NonFiniteError(step, f"the parameters after step {step} are not finite")
         session.metrics.sync()
         session.checkpoints.save(step, state, meta | {"seconds": session.seconds()})
         session.saved = step

@@ -14,14 +14,14 @@ LOSS = "_loss"
 
 
 class NonFiniteError(Exception):
-    """The loss of a step is infinite or no number.
+    """Something of a step is infinite or no number.
 
     Attributes:
         step: which step.
     """
 
-    def __init__(self, step: int, loss: float):
-        super().__init__(f"the loss of step {step} is {loss}")
+    def __init__(self, step: int, found: str):
+        super().__init__(found)
         self.step = step
 
 
@@ -55,7 +55,7 @@ class Totals:
         (step, sums), self._pending = self._pending, None
         host = jax.device_get(sums)
         if LOSS in host and not math.isfinite(host[LOSS]):
-            raise NonFiniteError(step, float(host[LOSS]))
+            raise NonFiniteError(step, f"the loss of step {step} is {host[LOSS]}")
         for name, (top, bottom) in ((k, v) for k, v in host.items() if k != LOSS):
             old_top, old_bottom = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (old_top + float(top), old_bottom + float(bottom))

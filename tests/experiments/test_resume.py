@@ -8,7 +8,7 @@ import time
 
 import pytest
 from toy import TrainData
-from toy_runs import CONFIG, assert_same, last_state, records, run
+from toy_runs import CACHE, CONFIG, assert_same, last_state, records, run
 
 ADAM = ("optimizer.name=adamw", "optimizer.weight_decay=1e-2", "method.stop_exploring_at=11")
 EVERY = ("eval_every=4", "checkpoint_every=6", "log_every=5")
@@ -82,7 +82,7 @@ def test_signals(tmp_path, number, status):
     command += [f"--workdir={tmp_path}/run", "--config.steps=1000000", "--config.log_every=1000"]
     command += ["--config.checkpoint_every=1000"]
     output = open(tmp_path / "output", "w")  # noqa: SIM115
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {k.upper(): str(v) for k, v in CACHE.items()} | {"XLA_FLAGS": ""}
     process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     manifest = tmp_path / "run" / "checkpoints" / "1000" / "MANIFEST.json"
     for _ in range(600):

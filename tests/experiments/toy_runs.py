@@ -14,6 +14,14 @@ from experiments.run import build
 from topkast_jax.sets import BACKWARD, FORWARD
 
 HERE = Path(__file__).parent
+# The same few steps are compiled again and again.
+CACHE = {
+    "jax_compilation_cache_dir": str(HERE.parents[1] / ".pytest_cache" / "jax"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for name, value in CACHE.items():
+    jax.config.update(name, value)
 CONFIG = str(HERE / "toy_config.py")
 
 

@@ -1,0 +1,171 @@
+"""The command line: what works, and what ends in one line and status 2."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from toy_runs import CACHE, CONFIG, last_state, records
+
+from experiments.main import main
+
+
+def call(capsys, *args):
+    status = main(args)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def command(directory, *args, variant="80/60"):
+    return (f"--config={CONFIG}:{variant}", f"--workdir={directory}", *args)
+
+
+def assert_refused(result, *parts):
+    status, _, err = result
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: ")
+    for part in parts:
+        assert part in err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    assert main(command(directory)) == 0
+    return directory
+
+
+def snapshot(directory):
+    return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_trains(finished):
+    assert {p.name for p in finished.iterdir()} == {
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "final.json"
+    }  # fmt: skip
+    config = json.loads((finished / "config.json").read_text())
+    assert config["name"] == "toy_config:80/60"
+    assert config["method"]["backward_density"] == 0.4
+    assert int(last_state(finished)[0].step) == 20
+    assert any(p.stat().st_size > 100 for p in (finished / "tensorboard").iterdir())
+
+
+def test_finished_run_is_left_alone(capsys, finished):
+    before = snapshot(finished)
+    status, out, _ = call(capsys, *command(finished))
+    assert status == 0
+    assert "holds the finished run" in out
+    assert snapshot(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("steps=30", "steps is 20 there and 30 here"),
+        ("method.forward_density=0.1", "method.forward_density is 0.2 there and 0.1 here"),
+        ("optimizer.learning_rate=0.2", "optimizer.learning_rate is 0.1 there and 0.2 here"),
+        ("optimizer.name=adam", "optimizer.b1 is 'nothing' there and 0.9 here"),
+    ],
+)
+def test_workdir_of_another_config(capsys, finished, override, told):
+    before = snapshot(finished)
+    result = call(capsys, *command(finished, f"--config.{override}"))
+    assert_refused(result, str(finished), "belongs to another config", told)
+    assert snapshot(finished) == before
+
+
+def test_workdir_that_is_a_file(capsys, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    assert_refused(call(capsys, *command(tmp_path / "file")), "is a file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_unwritable_workdir(capsys, tmp_path):
+    """Below a file and in /proc: root, who may run this, can write anywhere else."""
+    (tmp_path / "file").write_text("precious")
+    assert_refused(call(capsys, *command(tmp_path / "file" / "run")), "cannot be written")
+    assert_refused(call(capsys, *command("/proc/run")), "/proc/run: cannot be written")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "final.json", "checkpoints"])
+def test_workdir_of_something_else(capsys, tmp_path, name):
+    (tmp_path / name).write_text("precious")
+    assert_refused(call(capsys, *command(tmp_path)), f"holds {name} but no config.json")
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_unreadable_config_json(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert_refused(call(capsys, *command(tmp_path)), "config.json: cannot be read as JSON")
+
+
+BAD_RULES = {
+    "(('nothing','sparse'),('.*','dense'))": "matches no parameter",
+    "(('in/.*','dense'),)": "no rule covers",
+    "(('(','sparse'),)": "no regular expression",
+}
+
+
+@pytest.mark.parametrize("rules", BAD_RULES)
+def test_rules_that_do_not_fit(capsys, tmp_path, rules):
+    result = call(capsys, *command(tmp_path / "run", f"--config.method.rules={rules}"))
+    assert_refused(result, BAD_RULES[rules])
+    assert not (tmp_path / "run").exists()
+
+
+BAD_FLAGS = {
+    ("--config.stepz=3",): "no key 'stepz'",
+    ("--config.steps=x",): "expected int",
+    ("--config.method.forward_density=1.5",): "config.method.forward_density: found 1.5",
+    ("--config.method.backward_density=0.1",): "below forward_density",
+    ("--config.method.pattern=block:3x3",): "Block(3, 3) does not divide",
+    ("--config.mesh.fsdp=3",): "config.mesh",
+    ("--config.batch_size=3",): "config.batch_size: found 3; must be a multiple of",
+    ("--stop_at=0",): "found '0'; must be an integer of at least 1",
+    ("--stop=3",): "unrecognized arguments: --stop=3",
+    ("more",): "unrecognized arguments: more",
+}
+
+
+@pytest.mark.parametrize("args", BAD_FLAGS)
+def test_bad_flags(capsys, tmp_path, args):
+    assert_refused(call(capsys, *command(tmp_path / "run", *args)), BAD_FLAGS[args])
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_flags(capsys, tmp_path):
+    assert_refused(call(capsys), "the following arguments are required: --config, --workdir")
+    assert_refused(call(capsys, f"--workdir={tmp_path}", "--config=no.py"), "no such file 'no.py'")
+
+
+def test_bugs_keep_their_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.main.train", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(command(tmp_path))
+
+
+def test_the_real_command(tmp_path):
+    environment = os.environ | {k.upper(): str(v) for k, v in CACHE.items()} | {"XLA_FLAGS": ""}
+
+    def call(*args):
+        line = [sys.executable, "-m", "experiments.main", *command(tmp_path / "run", *args)]
+        return subprocess.run(line, capture_output=True, text=True, env=environment)
+
+    bad = call("--config.stepz=3")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert (
+        bad.stderr
+        == "error: --config.stepz: no key 'stepz'; did you mean 'steps'? allowed: "
+        + (
+            "batch_size, checkpoint_every, data, eval_at_end, eval_every, keep_checkpoints, log_every, "
+            "mesh, method, model, name, optimizer, seed, steps, task\n"
+        )
+    )
+    stopped = call("--stop_at=10")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "the same command goes on" in stopped.stdout
+    assert stopped.stderr == ""
+    assert "step 10/20  train" in stopped.stdout
+    assert records(tmp_path / "run")[-1]["step"] == 10

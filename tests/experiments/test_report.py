@@ -1,0 +1,110 @@
+"""Tables and figures over runs."""
+
+import csv
+import json
+
+import pytest
+from PIL import Image
+
+from experiments.report import main
+
+
+def final(name, method, seed, accuracy, density=1.0, **config):
+    return {
+        "name": name,
+        "seed": seed,
+        "test": {"accuracy": accuracy},
+        "test_context": {"examples": 77},
+        "parameters": 1000,
+        "active_parameters": int(1000 * density),
+        "densities": {"forward": density, "backward": min(1.0, 2 * density)},
+        "flops": {"inference_fraction": density, "training_fraction": density * 4 / 3},
+        "seconds": 10.0 + seed,
+        "config": {"seed": seed, "method": {"name": method, "density": density}, **config},
+    }
+
+
+def put(directory, value, churn=None):
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(value["config"]))
+    (directory / "final.json").write_text(json.dumps(value))
+    records = [{"step": 5, "split": "train", "loss": 1.0}]
+    records += [
+        {"step": s, "split": "masks", "churn_since_start": c, "churn_since_last_refresh": c / 2}
+        for s, c in (churn or {}).items()
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+@pytest.fixture
+def runs(tmp_path):
+    root = tmp_path / "runs"
+    for seed, accuracy in enumerate((0.7, 0.8, 0.9)):
+        run = final("c:90/80", "top_kast", seed, accuracy, 0.1)
+        put(root / "deep" / "er" / f"kast-{seed}", run, {5: 0.1, 10: 0.2})
+    put(root / "random", final("c:static-90", "static_random", 0, 0.5, 0.1))
+    put(root / "dense", final("c:dense", "dense", 0, 0.95))
+    put(root / "other", final("c:90/80", "top_kast", 0, 0.6, 0.1, steps=7))
+    (root / "running").mkdir()
+    (root / "running" / "config.json").write_text("{}")
+    return root
+
+
+def test_table_and_figures(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([str(runs), f"--out={out}"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith((out / "table.md").read_text())
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    table = {(row[0], row[2]): dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    assert len(table) == 4
+    seeds = table["c:90/80", "3"]
+    assert seeds["test accuracy"] == "0.8000 ± 0.1000"
+    assert seeds["forward density"] == "0.1"
+    assert seeds["backward density"] == "0.2"
+    assert (seeds["parameters"], seeds["active"]) == ("1,000", "100")
+    assert (seeds["inference FLOPs"], seeds["training FLOPs"]) == ("0.100", "0.133")
+    assert seeds["seconds"] == "11 ± 1"
+    assert seeds["evaluated on"] == "examples 77"
+    assert table["c:90/80", "1"]["test accuracy"] == "0.6000"
+    assert f"not finished: {runs}/running" in text
+    for name in ("table.md", "table.csv", "accuracy_against_density.png", "churn.png"):
+        assert f"wrote {out}/{name}" in text
+    for name in ("accuracy_against_density.png", "churn.png"):
+        assert Image.open(out / name).size[0] > 500
+    with open(out / "table.csv") as file:
+        numbers = {(r["config"], r["seeds"]): r for r in csv.DictReader(file)}
+    assert float(numbers["c:90/80", "3"]["test accuracy"]) == pytest.approx(0.8)
+    assert float(numbers["c:90/80", "3"]["test accuracy spread"]) == pytest.approx(0.1)
+
+
+def test_same_run_named_twice_counts_once(runs, tmp_path, capsys):
+    assert main([str(runs), str(runs / "deep"), f"--out={tmp_path}/out"]) == 0
+    assert "| c:90/80 | top_kast | 3 |" in capsys.readouterr().out
+
+
+def spoil(runs, text):
+    (runs / "dense" / "final.json").write_text(text)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"name": "x"}'])
+def test_unreadable_final(runs, tmp_path, capsys, text):
+    spoil(runs, text)
+    assert main([str(runs), f"--out={tmp_path}/out"]) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert f"{runs}/dense/final.json" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input(runs, tmp_path, capsys):
+    for args, message in (
+        ([str(tmp_path / "nowhere"), "--out=x"], "no such folder"),
+        ([str(runs / "running"), "--out=x"], "no finished run"),
+        ([str(runs)], "required: --out"),
+        ([str(runs), f"--out={runs}/dense/final.json"], "cannot be written"),
+    ):
+        assert main(args) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert len(err.splitlines()) == 1
