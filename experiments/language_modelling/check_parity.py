@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,41 +58,40 @@ def read_golden(file: str | Path) -> dict[str, np.ndarray]:
     return golden
 
 
-def differences(golden: Golden, *, scan: bool = False, remat: bool = False) -> dict[str, float]:
-    """Largest absolute difference of nll and memories; of gradients, relative to each tensor's max.
-
-    Args:
-      golden: as from `read_golden`.
-      scan: with the layers' parameters stacked.
-      remat: with rematerialisation.
+def differences(golden: Golden) -> dict[str, float]:
+    """`compare` for a file of which nothing has run yet.
 
     Raises:
       UserError: settings, tokens, weights or expected values that do not fit each other.
     """
-    try:
-        cfg = dict(json.loads(str(golden["cfg"])))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"cfg is no JSON object: {error}") from None
-    config, lengths = settings_from_reference(cfg)
-    config = dataclasses.replace(config, scan=scan, remat=remat)
-    tokens_SxBxT, targets_SxBxT = _segments(golden, lengths, config.n_token)
-    weights = {name: value for name, value in golden.items() if name.startswith("param/")}
-    params = jax.tree.map(jnp.asarray, from_reference(weights, config))
     with jax.default_matmul_precision("highest"):
-        run = Run(LanguageModel(config), lengths, params, tokens_SxBxT, targets_SxBxT)
-        worst = {"nll": 0.0, "memory": 0.0}
-        for s in range(len(tokens_SxBxT)):
-            nll_BxT, memories = run.segment(s)
-            worst["nll"] = _max(worst["nll"], _difference(golden, f"nll/{s}", nll_BxT.T))
-            for i, memory_MxBxD in enumerate(memories):
-                difference = _difference(golden, f"mem/{s}/{i}", memory_MxBxD)
-                worst["memory"] = _max(worst["memory"], difference)
-        gradients = to_reference(run.last_gradients(), config)
+        return compare(Run.of(golden), golden)
+
+
+def compare(run: Run, golden: Golden) -> dict[str, float]:
+    """Largest absolute difference of nll and memories; of gradients, relative to each tensor's max.
+
+    Args:
+      run: before its first segment; all of them run.
+      golden: what is expected, as from `read_golden`.
+    """
+    worst = {"nll": 0.0, "memory": 0.0}
+    for s in range(len(run.tokens_SxBxT)):
+        nll_BxT, memories = run.segment(s)
+        worst["nll"] = _max(worst["nll"], _difference(golden, f"nll/{s}", nll_BxT.T))
+        for i, memory_MxBxD in enumerate(memories):
+            difference = _difference(golden, f"mem/{s}/{i}", memory_MxBxD)
+            worst["memory"] = _max(worst["memory"], difference)
+    gradients = to_reference(run.gradients, run.model.config)
     return worst | {"gradient": _gradient_difference(golden, gradients)}
 
 
 class Run:
-    """The segments of one golden file in turn."""
+    """The segments of one golden file in turn.
+
+    Attributes:
+      gradients: of the mean likelihood of the segment that ran last.
+    """
 
     def __init__(
         self,
@@ -104,16 +104,26 @@ class Run:
         self.model, self.lengths, self.params = model, lengths, params
         self.tokens_SxBxT, self.targets_SxBxT = tokens_SxBxT, targets_SxBxT
         self.memory = model.init_memory(tokens_SxBxT.shape[1], lengths)
-        self.before_last = self.memory
+        self.gradients: Params = params
         self.outputs_BxKxD = np.zeros((tokens_SxBxT.shape[1], 0, model.config.d_model), np.float32)
-        self._step = jax.jit(self._apply)
+        self._step = jax.jit(jax.value_and_grad(self._apply, has_aux=True))
+
+    @classmethod
+    def of(cls, golden: Golden, *, scan: bool = False) -> Run:
+        """Before the first segment of a golden file."""
+        config, lengths = settings_from_reference(_cfg(golden))
+        config = dataclasses.replace(config, scan=scan)
+        tokens_SxBxT, targets_SxBxT = _segments(golden, lengths, config.n_token)
+        weights = {name: value for name, value in golden.items() if name.startswith("param/")}
+        params = jax.tree.map(jnp.asarray, from_reference(weights, config))
+        return cls(LanguageModel(config), lengths, params, tokens_SxBxT, targets_SxBxT)
 
     def _apply(
         self, params: Params, memory: Memory, tokens_BxT: jax.Array, targets_BxT: jax.Array
-    ) -> tuple[jax.Array, jax.Array, Memory]:
-        hidden_BxTxD, _ = self.model.hidden(params, memory, tokens_BxT, self.lengths)
-        nll_BxT, memory = self.model.apply(params, memory, tokens_BxT, targets_BxT, self.lengths)
-        return nll_BxT, hidden_BxTxD, memory
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Memory]]:
+        hidden_BxTxD, memory = self.model.hidden(params, memory, tokens_BxT, self.lengths)
+        nll_BxT = self.model.nll(params, hidden_BxTxD, targets_BxT)
+        return nll_BxT.mean(), (nll_BxT, hidden_BxTxD, memory)
 
     def segment(self, s: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Runs segment s; the likelihoods [B, T], and memories [M, B, D] as the reference has them.
@@ -121,8 +131,7 @@ class Run:
         The reference also remembers the last layer's output, which nothing reads; the model does
         not, so it is gathered here.
         """
-        self.before_last = self.memory
-        nll_BxT, hidden_BxTxD, self.memory = self._step(
+        (_, (nll_BxT, hidden_BxTxD, self.memory)), self.gradients = self._step(
             self.params, self.memory, self.tokens_SxBxT[s], self.targets_SxBxT[s]
         )
         m = self.lengths.memory
@@ -133,14 +142,12 @@ class Run:
         memories = [*states, self.outputs_BxKxD[:, -m:]]
         return np.asarray(nll_BxT), [memory.swapaxes(0, 1) for memory in memories]
 
-    def last_gradients(self) -> Params:
-        """Gradient of the mean likelihood of the segment that ran last."""
 
-        def loss(params: Params) -> jax.Array:
-            tokens_BxT, targets_BxT = self.tokens_SxBxT[-1], self.targets_SxBxT[-1]
-            return self._apply(params, self.before_last, tokens_BxT, targets_BxT)[0].mean()
-
-        return jax.jit(jax.grad(loss))(self.params)
+def _cfg(golden: Golden) -> dict[str, Any]:
+    try:
+        return dict(json.loads(str(golden["cfg"])))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"cfg is no JSON object: {error}") from None
 
 
 def _segments(golden: Golden, lengths: Lengths, n_token: int) -> tuple[np.ndarray, np.ndarray]:

@@ -206,8 +206,7 @@ class LanguageModel:
           Negative log-likelihood in nats, float32 [B, T], and the next memory.
         """
         hidden_BxTxD, memory = self.hidden(params, memory, tokens_BxT, lengths, rng=rng)
-        model = self._model(params)
-        return model.softmax.nll(hidden_BxTxD, targets_BxT, model.embedding), memory
+        return self.nll(params, hidden_BxTxD, targets_BxT), memory
 
     def hidden(
         self,
@@ -222,6 +221,11 @@ class LanguageModel:
         model = self._model(params)
         hidden_BxTxD, inputs_LxBxTxD = model(tokens_BxT, memory, lengths, rng)
         return hidden_BxTxD, _remember(memory, inputs_LxBxTxD)
+
+    def nll(self, params: Params, hidden_BxTxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+        """The second half of `apply`: negative log-likelihood of the targets, float32 [B, T]."""
+        model = self._model(params)
+        return model.softmax.nll(hidden_BxTxD, targets_BxT, model.embedding)
 
     def log_probs(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Log-probability of every token as the next: [..., d_model] → [..., n_token]."""
