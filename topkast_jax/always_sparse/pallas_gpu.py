@@ -103,7 +103,7 @@ def _spread_kernel(  # type: ignore[no-untyped-def]
                 w = values_ref[block, pl.ds(inside * part, part), pl.ds(k, step)]
             else:
                 w = values_ref[block, pl.ds(k, step), pl.ds(inside * part, part)]
-            total += pl.dot(x, w, trans_b=transposed)
+            total += plgpu.dot(x, w, trans_b=transposed)
         return total
 
     total = jnp.zeros((TOKENS, part), jnp.float32)
@@ -155,7 +155,7 @@ def _outer_kernel(  # type: ignore[no-untyped-def]
 
     def add(t: jax.Array, total: jax.Array) -> jax.Array:
         tokens = pl.ds(t * STEP, STEP)
-        return total + pl.dot(x_ref[tokens, x_at], dy_ref[tokens, dy_at], trans_a=True)
+        return total + plgpu.dot(x_ref[tokens, x_at], dy_ref[tokens, dy_at], trans_a=True)
 
     total = jnp.zeros((rows, cols), jnp.float32)
     dw_ref[...] = lax.fori_loop(0, steps, add, total)

@@ -1,0 +1,254 @@
+"""`matmul` of a dense or compact kernel on the XLA path, against NumPy."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from products_oracle import assert_close, make_case, products, random_case
+
+from topkast_jax import Block, SparsityError, Unstructured
+from topkast_jax.always_sparse import (
+    CompactKernel,
+    matmul,
+    options,
+    to_dense,
+    values_of,
+    with_values,
+)
+
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
+
+
+def run_products(case, x, dy, **kwargs):
+    """y, dx and the dense dW found by `matmul`."""
+
+    @jax.jit
+    def run(x, values, index, dy):
+        kernel = CompactKernel(
+            values, index, case.kernel.shape, case.kernel.pattern, case.kernel.forward
+        )
+        y, vjp = jax.vjp(lambda x, v: matmul(x, kernel.with_values(v), **kwargs), x, values)
+        return y, *vjp(dy)
+
+    y, dx, dvalues = run(x, case.kernel.values, case.kernel.index, dy)
+    assert dvalues.shape == case.kernel.values.shape
+    return y, dx, to_dense(case.kernel.with_values(dvalues))
+
+
+def check(case, tokens=(3, 5), dtype=jnp.float32, seed=1, **kwargs):
+    rng = np.random.default_rng(seed)
+    k, n = case.dense.shape
+    x, dy = (jnp.asarray(rng.standard_normal((*tokens, f)), dtype) for f in (k, n))
+    found = run_products(case, x, dy, **kwargs)
+    for array, like in zip(found[:2], (x, x), strict=True):
+        assert array.dtype == like.dtype
+    for one, expected in zip(found, products(case, x, dy), strict=True):
+        assert_close(one, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("pattern", [Block(16, 16), Block(8, 32), Unstructured()], ids=str)
+def test_products_match_numpy(pattern, dtype):
+    n = math.prod(pattern.grid((64, 96)))
+    check(random_case((64, 96), pattern, n // 5, n // 2, dtype=dtype), dtype=dtype)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 8]),
+    cols=st.sampled_from([1, 4, 8]),
+    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    data=st.data(),
+)
+def test_any_block_pattern(rows, cols, grid, data):
+    n = grid[0] * grid[1]
+    b = data.draw(st.integers(1, n), "b")
+    a = data.draw(st.integers(1, b), "a")
+    tokens = data.draw(st.lists(st.integers(1, 4), max_size=2).map(tuple), "tokens")
+    shape = (grid[0] * rows, grid[1] * cols)
+    check(random_case(shape, Block(rows, cols), a, b, seed=n), tokens=tokens)
+
+
+@pytest.mark.parametrize("kept", ["one", "all", "row", "column"])
+def test_empty_rows_and_columns(kept):
+    forward = np.zeros((4, 3), bool)
+    forward[{"one": (2, 1), "all": ..., "row": (3,), "column": (slice(None), 2)}[kept]] = True
+    backward = forward.copy()
+    backward[0, 0] = True
+    check(make_case((32, 24), Block(8, 8), forward, backward))
+
+
+def test_gradient_is_that_of_the_dense_masked_layer_with_a_straight_through_view():
+    """The same through `jax.grad` of a masked dense layer, B\\A units included."""
+    case = random_case((32, 24), Block(8, 8), 3, 7)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 32)), jnp.float32)
+
+    def dense_loss(w):
+        return jnp.sum(jnp.tanh(x @ w))
+
+    def compact_loss(values):
+        return jnp.sum(jnp.tanh(matmul(x, case.kernel.with_values(values))))
+
+    view = jnp.where(case.forward, case.dense, 0)
+    expected = jnp.where(case.backward, jax.grad(dense_loss)(view), 0)
+    found = jax.grad(compact_loss)(case.kernel.values)
+    assert_close(to_dense(case.kernel.with_values(found)), expected, 1e-5)
+    straight_through = case.backward & ~case.forward
+    assert np.abs(np.asarray(expected)[straight_through]).min() > 0
+
+
+@pytest.mark.parametrize("pattern", [Block(8, 8), Unstructured()], ids=str)
+def test_stacked_layers_under_scan(pattern):
+    n = math.prod(pattern.grid((16, 16)))
+    cases = [random_case((16, 16), pattern, n // 3, n // 2, seed=s) for s in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(c.kernel for c in cases))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 16)), jnp.float32)
+
+    def loss(values, x):
+        y, _ = jax.lax.scan(lambda x, k: (matmul(x, k), None), x, stack.with_values(values))
+        return jnp.sum(y**2)
+
+    def dense_loss(weights, x):
+        for w in weights:
+            x = x @ w
+        return jnp.sum(x**2)
+
+    dvalues, dx = jax.jit(jax.grad(loss, (0, 1)))(stack.values, x)
+    views = [jnp.where(c.forward, c.dense, 0) for c in cases]
+    dweights, expected_dx = jax.grad(dense_loss, (0, 1))(views, x)
+    expected = np.stack([np.where(c.backward, g, 0) for c, g in zip(cases, dweights, strict=True)])
+    assert_close(dx, expected_dx, 1e-5)
+    assert_close(to_dense(stack.with_values(dvalues)), expected, 1e-5)
+
+
+def test_dense_kernel_is_a_plain_product_and_mixed_dtypes_promote():
+    x, w = jnp.ones((2, 4), jnp.bfloat16), jnp.ones((4, 3), jnp.float32)
+    assert matmul(x, w).dtype == jnp.float32
+    case = random_case((16, 16), Block(8, 8), 1, 2)
+    assert matmul(jnp.ones((2, 16), jnp.bfloat16), case.kernel).dtype == jnp.float32
+    cast = case.kernel.astype(jnp.bfloat16)
+    assert matmul(jnp.ones((2, 16), jnp.bfloat16), cast).dtype == jnp.bfloat16
+    assert cast.forward == case.kernel.forward
+
+
+def avals(jaxpr):
+    """Every type in a jaxpr and the jaxprs inside it."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval for v in (*eqn.invars, *eqn.outvars))
+        for sub in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
+        ):
+            if hasattr(sub, "jaxpr"):
+                sub = sub.jaxpr
+            if hasattr(sub, "eqns"):
+                yield from avals(sub)
+
+
+def training_step(params, x):
+    def loss(values):
+        first, second = with_values(params, values)
+        return jnp.sum(matmul(jax.nn.relu(matmul(x, first)), second) ** 2)
+
+    values = values_of(params)
+    return jax.tree.map(lambda v, g: v - 0.1 * g, values, jax.grad(loss)(values))
+
+
+@pytest.mark.parametrize("pattern", [Block(32, 32), Unstructured()], ids=str)
+def test_no_dense_buffer(pattern):
+    """Blocks: of no leaf's size anywhere. Single entries: not in arguments, results, residuals."""
+    shape = (256, 512)
+    n = math.prod(pattern.grid(shape))
+    cases = [random_case(s, pattern, n // 10, n // 5) for s in (shape, shape[::-1])]
+    params, x = [c.kernel for c in cases], jnp.ones((16, 256))
+    dense = math.prod(shape)
+    sizes = {math.prod(a.shape) for a in avals(jax.make_jaxpr(training_step)(params, x).jaxpr)}
+    compiled = jax.jit(training_step).lower(params, x).compile()
+    shapes = re.findall(r"\b(?:f32|s32|pred|u32)\[([\d,]+)\]", compiled.as_text())
+    buffers = {math.prod(map(int, s.split(","))) for s in shapes}
+    if isinstance(pattern, Block):
+        assert max(sizes) < dense
+        assert max(buffers) < dense
+        assert compiled.memory_analysis().temp_size_in_bytes < 4 * dense
+    else:
+        assert max(buffers) == dense  # the walk does see a tile where there is one
+    _, vjp = jax.vjp(lambda v: matmul(x, params[0].with_values(v)), params[0].values)
+    assert max(leaf.size for leaf in jax.tree.leaves(vjp)) < dense
+
+
+@pytest.mark.parametrize("check_inside", [False, True])
+def test_over_a_mesh_sums_the_gradient_once(check_inside):
+    """`options(mesh=…)`, or a shard_map of the caller's own, gives what one device gives."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    case = random_case((64, 96), Block(16, 16), 5, 12)
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.standard_normal((16, 3, f)), jnp.float32) for f in (64, 96))
+
+    def loss(values, x, dy):
+        return jnp.sum(matmul(x, case.kernel.with_values(values)) * dy)
+
+    def over_mesh(values, x, dy):
+        if not check_inside:
+            with options(mesh=mesh, axes=("data",)):
+                return loss(values, x, dy)
+
+        def local(values, x, dy):
+            return jax.lax.psum(loss(values, x, dy), "data")
+
+        specs = (P(), P("data"), P("data"))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())(values, x, dy)
+
+    split = NamedSharding(mesh, P("data"))
+    arrays = (case.kernel.values, jax.device_put(x, split), jax.device_put(dy, split))
+    step = jax.jit(jax.value_and_grad(over_mesh, (0, 1)))
+    (y, grads), (expected_y, expected) = (
+        step(*arrays),
+        jax.value_and_grad(loss, (0, 1))(case.kernel.values, x, dy),
+    )
+    np.testing.assert_allclose(y, expected_y, rtol=1e-5)
+    for one, other in zip(grads, expected, strict=True):
+        assert_close(one, other, 1e-5)
+    if not check_inside:
+        assert step.lower(*arrays).compile().as_text().count("all-reduce(") <= 2
+
+
+def test_mistakes_are_told_in_one_line():
+    kernel = random_case((32, 32), Block(8, 8), 2, 4).kernel
+    x = jnp.ones((2, 32))
+    mistakes = {
+        "does not divide": lambda: matmul(x, CompactKernel(*_args(kernel, pattern=Block(5, 8)))),
+        "does not fit a kernel": lambda: matmul(jnp.ones((2, 31)), kernel),
+        "must be one of xla, pallas_tpu": lambda: matmul(x, kernel, backend="mosaic"),
+        "multiples of 128x128": lambda: matmul(x, kernel, backend="pallas_tpu"),
+        "powers of 2 from 16": lambda: matmul(x, kernel, backend="pallas_gpu"),
+        "needs a kernel": lambda: matmul(x, CompactKernel(*_args(kernel, shape=(3, 32, 32)))),
+    }
+    for text, mistake in mistakes.items():
+        with pytest.raises(SparsityError, match=text) as error:
+            mistake()
+        assert "\n" not in str(error.value)
+
+
+def _args(kernel, shape=None, pattern=None):
+    return (
+        kernel.values,
+        kernel.index,
+        shape or kernel.shape,
+        pattern or kernel.pattern,
+        kernel.forward,
+    )
+
+
+@pytest.mark.parametrize(("backend", "platform"), [("pallas_tpu", "tpu"), ("pallas_gpu", "cuda")])
+def test_a_kernel_on_the_wrong_platform(backend, platform):
+    kernel = random_case((256, 256), Block(128, 128), 1, 2).kernel
+    with pytest.raises(SparsityError, match=f"{backend}.* runs on {platform} and this is cpu"):
+        matmul(jnp.ones((2, 256)), kernel, backend=backend)
+    with options(backend), pytest.raises(SparsityError, match="use backend 'xla'"):
+        jax.jit(matmul)(jnp.ones((2, 256)), kernel)
