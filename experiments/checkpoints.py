@@ -61,7 +61,15 @@ class Checkpoints:
     def restore(self, abstract: Tree) -> tuple[Tree, dict[str, Any]] | None:
         """The newest state, straight into the shards of `abstract`, and this host's meta."""
         step = self._manager.latest_step()
-        return None if step is None else _restore(self._manager, step, abstract)
+        if step is None:
+            return None
+        state, hosts = _restore(self._manager, step, abstract)
+        if len(hosts) != jax.process_count():
+            raise UserError(
+                f"{self.directory}: saved by {len(hosts)} hosts, so that the data can go on only "
+                f"on as many; found {jax.process_count()}"
+            )
+        return state, hosts[jax.process_index()]
 
     def close(self) -> None:
         """Ends what Orbax has running."""
@@ -69,7 +77,7 @@ class Checkpoints:
 
 
 def load(directory: Path, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
-    """The newest whole checkpoint of a run that is only read.
+    """The newest whole checkpoint of a run that is only read, and the first host's meta.
 
     Raises:
         UserError: there is none.
@@ -79,7 +87,8 @@ def load(directory: Path, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
         if damage(directory / str(step)) is None:
             options = ocp.CheckpointManagerOptions(read_only=True)
             with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
-                return _restore(manager, step, abstract)
+                state, hosts = _restore(manager, step, abstract)
+                return state, hosts[0]
         warn(f"checkpoint {directory / str(step)} is damaged: {damage(directory / str(step))}")
     raise UserError(f"{directory}: no whole checkpoint; found steps {steps}")
 
@@ -106,16 +115,10 @@ def warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def _restore(manager: Any, step: int, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
+def _restore(manager: Any, step: int, abstract: Tree) -> tuple[Tree, list[dict[str, Any]]]:
     items = {"state": ocp.args.StandardRestore(abstract), "meta": ocp.args.JsonRestore()}
     restored = manager.restore(step, args=ocp.args.Composite(**items))
-    hosts = restored["meta"]["hosts"]
-    if len(hosts) != jax.process_count():
-        raise UserError(
-            f"{manager.directory}: saved by {len(hosts)} hosts, so that the data can go on only "
-            f"on as many; found {jax.process_count()}"
-        )
-    return restored["state"], hosts[jax.process_index()]
+    return restored["state"], restored["meta"]["hosts"]
 
 
 def _steps(directory: Path) -> list[int]:

@@ -68,7 +68,7 @@ class Task(Protocol):
         """The training batches of this host, from the first."""
 
     def eval_data(self, split: str) -> Iterable[Batch]:
-        """All batches of a split, of one size, the last ones padded."""
+        """This host's part of all batches of a split; of one size, the last ones padded."""
 
     def model_state_specs(self, shapes: Tree) -> Tree:
         """A PartitionSpec for each leaf of the model state, given its abstract values."""

@@ -155,14 +155,8 @@ def test_the_real_command(tmp_path):
 
     bad = call("--config.stepz=3")
     assert (bad.returncode, bad.stdout) == (2, "")
-    assert (
-        bad.stderr
-        == "error: --config.stepz: no key 'stepz'; did you mean 'steps'? allowed: "
-        + (
-            "batch_size, checkpoint_every, data, eval_at_end, eval_every, keep_checkpoints, log_every, "
-            "mesh, method, model, name, optimizer, seed, steps, task\n"
-        )
-    )
+    assert bad.stderr.startswith("error: --config.stepz: no key 'stepz'; did you mean 'steps'? ")
+    assert len(bad.stderr.splitlines()) == 1
     stopped = call("--stop_at=10")
     assert stopped.returncode == 0, stopped.stderr
     assert "the same command goes on" in stopped.stdout

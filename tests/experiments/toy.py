@@ -42,6 +42,10 @@ def examples(split: str, noise: float) -> dict[str, np.ndarray]:
     return {"x": x.astype(np.float32), "label": label.astype(np.int32)}
 
 
+def this_host(values: np.ndarray) -> np.ndarray:
+    return np.split(values, jax.process_count())[jax.process_index()]
+
+
 class TrainData:
     """Batches drawn from a seed and the number of the batch."""
 
@@ -54,7 +58,7 @@ class TrainData:
         rng = np.random.default_rng((self._config.seed, self.position))
         rows = rng.integers(SIZES["train"], size=self._config.batch_size)
         self.position += 1
-        batch = {name: values[rows] for name, values in self._examples.items()}
+        batch = {name: this_host(values[rows]) for name, values in self._examples.items()}
         if self.position == self._config.data.poison:
             batch["x"][0, 0] = np.nan
         return batch
@@ -130,7 +134,7 @@ class Toy:
             batch = {name: values[start : start + size] for name, values in found.items()}
             missing = size - len(batch["label"])
             yield {
-                name: np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1))
+                name: this_host(np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1)))
                 for name, values in batch.items()
             }
 

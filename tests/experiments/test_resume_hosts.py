@@ -1,0 +1,59 @@
+"""Two processes with four devices each do what one with eight does, and go on from each other."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from toy_runs import CACHE, CONFIG, HERE, last_state, records, run, sets
+
+OPTIONS = ("checkpoint_every=5", "eval_every=10", "mesh.fsdp=4")
+PROGRAM = """
+import sys, jax
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+from experiments.main import main
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def on_two_hosts(directory, *flags):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {k.upper(): str(v) for k, v in CACHE.items()}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    flags = [f"--config={CONFIG}:80/60", f"--workdir={directory}", *flags]
+    flags += [f"--config.{option}" for option in OPTIONS]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(i), port, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=HERE.parents[1],
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [out for out, _ in outputs]
+
+
+@pytest.mark.slow
+def test_two_hosts(tmp_path):
+    on_two_hosts(tmp_path / "two", "--stop_at=8")
+    first, second = on_two_hosts(tmp_path / "two")
+    assert "step 20/20  train" in first
+    assert "step 20" not in second
+    run(tmp_path / "one", "80/60", *OPTIONS)
+    left, right = records(tmp_path / "one"), records(tmp_path / "two")
+    assert [(r["step"], r["split"]) for r in left] == [(r["step"], r["split"]) for r in right]
+    for one, two in zip(left, right, strict=True):
+        numbers = [k for k in one if isinstance(one[k], float)]
+        np.testing.assert_allclose([one[k] for k in numbers], [two[k] for k in numbers], atol=1e-5)
+    states = [last_state(tmp_path / name, "80/60", *OPTIONS)[0] for name in ("one", "two")]
+    for one, two in zip(*(sets(s.opt_state) for s in states), strict=True):
+        np.testing.assert_array_equal(one, two)
