@@ -121,7 +121,7 @@ def sparsify(
     def leaves_of(params: Any, log: Callable[[str], None] | None = None) -> list[Leaf | None]:
         return resolve(params, rules, forward_density, backward, shape, log)
 
-    def init_fn(params: Any) -> SparsifyState:
+    def first_sets(params: Any) -> tuple[Any, dict[str, Any]]:
         memory: dict[str, Any] = {}
 
         def start(leaf: Leaf | None, theta: jax.Array) -> Any:
@@ -132,10 +132,15 @@ def sparsify(
             return first_flags(sets)
 
         thetas, treedef = flatten(params)
-        sets = treedef.unflatten(_rows(start, leaves_of(params, log_once), thetas))
+        sets = treedef.unflatten(_rows(start, leaves_of(params), thetas))
         if stop_exploring_at is not None:
             at_once = jnp.asarray(stop_exploring_at) == 0
             sets = jax.tree.map(lambda f: jnp.where(at_once, frozen_flags(f), f), sets)
+        return sets, memory
+
+    def init_fn(params: Any) -> SparsifyState:
+        leaves_of(params, log_once)
+        sets, memory = jax.jit(first_sets)(params)
         return SparsifyState(jnp.zeros([], jnp.int32), sets, memory, inner.init(params))
 
     def refresh(step: jax.Array, theta: Any, grads: Any, sets: Any, memory: Any) -> Any:

@@ -29,7 +29,7 @@ def problem(seed, shape, ties):
     return theta, scale, targets
 
 
-def follow(shape, seed=0, ties=False, inner="sgd", block=None, **options):
+def follow(shape, seed=2, ties=False, inner="sgd", block=None, **options):
     theta, scale, targets = problem(seed, shape, ties)
     make, make_oracle = INNER[inner]
     reset = options.get("inner_state") == "reset"

@@ -1,0 +1,103 @@
+"""Densities, churn and FLOPs, against counts made by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import topkast_jax as tk
+from topkast_jax.sets import SparsifyState
+
+
+def state_with(history):
+    """The state after the forward sets in `history` (tuples of kept indices of 8 entries)."""
+    from topkast_jax.sets import Sets, first_flags, next_flags
+
+    def sets(kept):
+        forward = jnp.isin(jnp.arange(8), jnp.array(kept))
+        return Sets(forward, forward | (jnp.arange(8) < 4))
+
+    flags = first_flags(sets(history[0]))
+    for kept in history[1:]:
+        flags = next_flags(flags, sets(kept))
+    return SparsifyState(jnp.zeros([], jnp.int32), {"w": flags}, {}, optax.EmptyState())
+
+
+def test_churn_and_reservoir_by_hand():
+    params = {"w": jnp.ones(8), "bias": jnp.ones(3)}
+    state = state_with([(0, 1), (1, 5), (5, 6), (2, 6)])
+    state = state._replace(sets={**state.sets, "bias": optax.MaskedNode()})
+    found = {k: float(v) for k, v in jax.jit(tk.statistics.mask_statistics)(params, state).items()}
+    assert found["forward_density"] == 2 / 8
+    assert found["backward_density"] == 5 / 8
+    assert found["churn_since_start"] == 1.0
+    assert found["churn_since_last_refresh"] == 1 / 2
+    assert found["reservoir_ever_active"] == 2 / 4
+    counts = tk.statistics.leaf_counts(params, state)
+    assert counts["w"] == (8, 2, 5, True)
+    assert counts["bias"] == (3, 3, 3, False)
+
+
+def test_zero_entries_do_not_count_as_sparse():
+    params = {"w": jnp.zeros((10, 10)), "b": jnp.zeros(10)}
+    tx = tk.top_kast(optax.sgd(0.1), 0.3, 0.5)
+    counts = tk.statistics.leaf_counts(params, tx.init(params))
+    assert (counts["w"].forward, counts["w"].backward, counts["b"].forward) == (30, 50, 10)
+
+
+def net(params, tokens, image):
+    x = params["embedding"][tokens] @ params["dense"].astype(jnp.bfloat16).astype(jnp.float32)
+    x = jax.nn.relu(x + params["bias"])
+    scores = x @ x.T
+
+    def layer(x, kernel):
+        return jnp.tanh(x @ kernel.T), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(layer), scores @ x, params["stack"])
+    logits = jax.jit(lambda x, t: x @ t.T)(x, params["embedding"][:, :6])
+    y = jax.lax.conv_general_dilated(
+        image, params["conv"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return logits.sum() + y.sum()
+
+
+def test_flops_by_leaf_by_hand():
+    params = {
+        "embedding": jnp.ones((50, 12)),
+        "dense": jnp.ones((12, 6)),
+        "bias": jnp.ones(6),
+        "stack": jnp.ones((3, 6, 6)),
+        "conv": jnp.ones((3, 3, 4, 8)),
+    }
+    found = tk.statistics.leaf_flops(net, params, jnp.zeros(5, int), jnp.ones((2, 8, 8, 4)))
+    assert found == {
+        "embedding": 2 * 5 * 6 * 50,
+        "dense": 2 * 5 * 12 * 6,
+        "bias": 0,
+        "stack": 3 * 2 * 5 * 6 * 6,
+        "conv": 2 * (2 * 4 * 4 * 8) * (3 * 3 * 4),
+        "other": 2 * 5 * 6 * 5 + 2 * 5 * 5 * 6,
+    }
+
+
+def test_fractions_follow_the_paper():
+    params = {"a": jnp.ones((10, 10)), "b": jnp.ones((10, 10))}
+    rules = [("a", tk.Dense()), ("b", tk.Sparse())]
+    tx = tk.top_kast(optax.sgd(0.1), 0.1, 0.2, rules=rules)
+    counts = tk.statistics.leaf_counts(params, tx.init(params))
+    flops = tk.statistics.flops({"a": 100.0, "b": 300.0, "other": 100.0}, counts)
+    assert flops.dense == 500
+    assert flops.inference_fraction == pytest.approx((100 + 30 + 100) / 500)
+    assert flops.backward_fraction == pytest.approx((100 + 60 + 100) / 500)
+    assert flops.training_fraction == pytest.approx((2 * 230 + 260) / 1500)
+
+
+def test_statistics_over_two_states():
+    params = {"a": jnp.arange(1.0, 101).reshape(10, 10), "b": jnp.ones((20, 10))}
+    tx = optax.multi_transform(
+        {"x": tk.top_kast(optax.sgd(0.1), 0.1, 0.2), "y": tk.static_random(optax.sgd(0.1), 0.4, 1)},
+        {"a": "x", "b": "y"},
+    )
+    found = tk.statistics.mask_statistics(params, tx.init(params))
+    np.testing.assert_allclose(found["forward_density"], (10 + 80) / 300, rtol=1e-6)
