@@ -107,10 +107,24 @@ def spread(
         grid_spec=grid_spec,
         out_shape=result_like((x_TxI.shape[0], width), x_TxI.dtype, x_TxI),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=_cost(x_TxI, source.shape[0], size, x_TxI.shape[0] // tile, width),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="block_spread",
     )(panel, block, source[block], counts, x_TxI, values)
     return y_TxN[:tokens]
+
+
+def _cost(
+    x_TxI: jax.Array, blocks: int, size: tuple[int, ...], tiles: int, width: int
+) -> pl.CostEstimate:
+    """What `spread` does: the blocks are read once a tile of tokens, x and y once."""
+    entries = blocks * size[0] * size[1]
+    activations = x_TxI.shape[0] * (x_TxI.shape[1] + width)
+    return pl.CostEstimate(
+        flops=2 * entries * x_TxI.shape[0],
+        bytes_accessed=(entries * tiles + activations) * x_TxI.dtype.itemsize,
+        transcendentals=0,
+    )
 
 
 def _spread_kernel(  # type: ignore[no-untyped-def]
@@ -177,6 +191,12 @@ def outer(
         grid_spec=grid_spec,
         out_shape=result_like((row.shape[0], rows, cols), jnp.float32, x_TxK),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * row.shape[0] * rows * cols * x_TxK.shape[0],
+            bytes_accessed=row.shape[0]
+            * (4 * rows * cols + (rows + cols) * x_TxK.shape[0] * x_TxK.dtype.itemsize),
+            transcendentals=0,
+        ),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="block_outer",
     )(row, col, x_TxK, dy_TxN)
