@@ -134,7 +134,7 @@ def test_stacked_layers_are_selected_one_by_one():
 @given(
     grid=st.sampled_from([(1, 1, 1), (1, 5, 3), (3, 2, 4)]),
     block=st.sampled_from([(1, 1), (2, 3), (4, 1)]),
-    density=st.floats(0.05, 1.0),
+    density=st.sampled_from([0.3, 0.75]),
     seed=st.integers(0, 2**16),
 )
 def test_blocks_are_ranked_by_their_l1_norm(grid, block, density, seed):
