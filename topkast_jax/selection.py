@@ -26,6 +26,7 @@ from topkast_jax.errors import SparsityError
 Count = int | jax.Array
 # of(entries, their row-major indices, *parameters), elementwise
 _Of = Callable[..., jax.Array]
+_Parameters = tuple[jax.Array, ...]
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _WHOLE: dict[Callable, Callable] = {lax.add: lax.reduce_sum, lax.min: lax.reduce_min}
@@ -84,41 +85,53 @@ def _infinity(dtype: np.dtype) -> int:
     return int(np.array(np.inf, dtype).view(f"i{dtype.itemsize}"))
 
 
-def _row_major(shape: tuple[int, ...]) -> jax.Array:
-    """Row-major index of every entry, without a reshape."""
-    index = jnp.zeros(shape, jnp.int32)
+def _row_major(shape: tuple[int, ...], origin: jax.Array | int = 0) -> jax.Array:
+    """Row-major index of every entry plus origin, without a reshape."""
+    index = jnp.full(shape, origin, jnp.int32)
     for axis in range(len(shape)):
         stride = np.int32(math.prod(shape[axis + 1 :]))
         index += stride * lax.broadcasted_iota(jnp.int32, shape, axis)
     return index
 
 
-def _reduce_in_shape(x: jax.Array, *parameters: jax.Array, of: _Of, combine: Callable) -> jax.Array:
-    """Combines over the leaf in its own shape, right for any sharding: scalars are all-reduced.
+def _cells(of: _Of, entries: jax.Array, index: jax.Array, parameters: _Parameters) -> jax.Array:
+    """of() for every entry, and along trailing axes for every element of the parameters."""
+    last = range(entries.ndim, entries.ndim + max((p.ndim for p in parameters), default=0))
+    return of(lax.expand_dims(entries, last), lax.expand_dims(index, last), *parameters)
 
-    One reduction for each element of the parameters: compilers fuse those into one pass.
-    """
+
+def _reduce_by_element(
+    x: jax.Array, origin: jax.Array, parameters: _Parameters, of: _Of, combine: Callable
+) -> jax.Array:
+    """One reduction for each element of the parameters: accelerators fuse them into one pass."""
     shape = jnp.broadcast_shapes(*(p.shape for p in parameters))
     table = [jnp.broadcast_to(p, shape) for p in parameters]
-    index, axes = _row_major(x.shape), tuple(range(x.ndim))
+    index, axes = _row_major(x.shape, origin), tuple(range(x.ndim))
     cells = [of(x, index, *(p[cell] for p in table)) for cell in np.ndindex(shape)]
     return jnp.stack([_WHOLE[combine](cell, axes=axes) for cell in cells]).reshape(shape)
 
 
-def _reduce_flat(x: jax.Array, *parameters: jax.Array, of: _Of, combine: Callable) -> jax.Array:
-    """The same in elementwise steps: XLA's CPU backend vectorises those, but no reduction."""
-    extra = max((p.ndim for p in parameters), default=0)
+def _reduce_at_once(
+    x: jax.Array, origin: jax.Array, parameters: _Parameters, of: _Of, combine: Callable
+) -> jax.Array:
+    """One reduction for all: quick to compile, but a CPU writes out every cell."""
+    cells = _cells(of, x, _row_major(x.shape, origin), parameters)
+    return _WHOLE[combine](cells, axes=tuple(range(x.ndim)))
 
-    def cells(entries: jax.Array, first: int, stride: int = 1) -> jax.Array:
-        index = first + stride * lax.iota(jnp.int32, entries.shape[0])
-        axes = tuple(range(1, extra + 1))
-        return of(lax.expand_dims(entries, axes), lax.expand_dims(index, axes), *parameters)
 
+def _reduce_flat(
+    x: jax.Array, origin: jax.Array, parameters: _Parameters, of: _Of, combine: Callable
+) -> jax.Array:
+    """Reduces in elementwise steps: XLA's CPU backend vectorises those, but no reduction."""
     flat = x.reshape(-1)
     even = flat.size // _FOLD * _FOLD
     blocks = flat[:even].reshape(-1, _FOLD)
-    part = functools.reduce(combine, (cells(blocks[:, i], i, _FOLD) for i in range(_FOLD)))
-    rests = [cells(flat[even:], even)]
+    first = origin + _FOLD * lax.iota(jnp.int32, blocks.shape[0])
+    part = functools.reduce(
+        combine, (_cells(of, blocks[:, i], first + i, parameters) for i in range(_FOLD))
+    )
+    rest = origin + even + lax.iota(jnp.int32, flat.size - even)
+    rests = [_cells(of, flat[even:], rest, parameters)]
     while part.shape[0] >= _FOLD:
         even = part.shape[0] // _FOLD * _FOLD
         rests.append(part[even:])
@@ -128,13 +141,21 @@ def _reduce_flat(x: jax.Array, *parameters: jax.Array, of: _Of, combine: Callabl
 
 
 def _reduce(x: jax.Array, *parameters: jax.Array, of: _Of, combine: Callable) -> jax.Array:
-    """Combines of(entry, index, *parameters) over all entries, for each parameter of an array."""
-    in_shape = functools.partial(_reduce_in_shape, of=of, combine=combine)
-    flat = functools.partial(_reduce_flat, of=of, combine=combine)
-    # A CPU among several may hold a shard, which a reshape would gather.
-    if x.size < _FOLD**2 or jax.device_count("cpu") > 1:
-        return in_shape(x, *parameters)
-    return lax.platform_dependent(x, *parameters, cpu=flat, default=in_shape)
+    """Combines of(entry, index, *parameters) over all entries, for each element of parameters.
+
+    Only a lone CPU reshapes the leaf: among several devices it may be sharded along any axis, and
+    then the other ways leave each shard where it is and all-reduce scalars.
+    """
+    # The barrier keeps a loop from storing what is the same in every pass, as large as the leaf.
+    x, origin, parameters = lax.optimization_barrier((x, np.int32(0), parameters))
+    lone = jax.device_count("cpu") == 1 and x.size >= _FOLD**3
+    return lax.platform_dependent(
+        x,
+        origin,
+        parameters,
+        cpu=functools.partial(_reduce_flat if lone else _reduce_at_once, of=of, combine=combine),
+        default=functools.partial(_reduce_by_element, of=of, combine=combine),
+    )
 
 
 def _shrink(bracket: _Bracket, probes: jax.Array, found: jax.Array, wanted: jax.Array) -> _Bracket:
@@ -197,9 +218,7 @@ def _search(
 
     def one_pass(state: tuple[_Bracket, jax.Array]) -> tuple[_Bracket, jax.Array]:
         bracket, probes = state
-        # The barrier keeps what is the same in every pass, as large as the leaf, from being stored.
-        leaf, probes = lax.optimization_barrier((x, probes))
-        found = _reduce(leaf, probes, *parameters, of=of, combine=lax.add)
+        found = _reduce(x, probes, *parameters, of=of, combine=lax.add)
         bracket = _shrink(bracket, probes, found, wanted)
         return bracket, _interpolate(bracket, wanted, half)
 
