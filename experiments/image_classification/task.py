@@ -1,0 +1,163 @@
+"""Image classification: a residual network, labelled images, and their cross-entropy."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
+
+from experiments.image_classification import pipeline, settings
+from experiments.image_classification.models import ARCHITECTURES, ResNet
+from experiments.image_classification.preprocessing import RECIPES, Recipe
+from experiments.image_classification.sources import Source
+from experiments.task import Batch, Sums, Totals, Tree, ratios
+
+default_config = settings.default_config
+validate = settings.validate
+
+
+class ImageClassification:
+    """The task; see `experiments.task.Task`."""
+
+    unit = "examples"
+    eval_split = "test"
+    test_split = "test"
+
+    def __init__(self, config: ConfigDict):
+        self._data = config.data
+        self._model = config.model
+        self._seed = config.seed
+        self.units_per_step = config.batch_size
+        self._sources: dict[str, Source] = {}
+        self._recipe: Recipe = RECIPES[config.data.recipe]
+        self._num_classes = settings.num_classes(config.data)
+        abstract = nnx.eval_shape(lambda: self._make_model(jax.random.key(0)))
+        self._graph = nnx.graphdef(abstract)
+        self._abstract_params = nnx.state(abstract, nnx.Param)
+        self._abstract_rest = nnx.state(abstract, nnx.Not(nnx.Param))
+
+    def init(self, rng: jax.Array) -> tuple[Tree, Tree]:
+        """Fresh parameters and batch statistics, as nested dicts."""
+        return _dicts(self._make_model(rng))
+
+    def loss(
+        self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Sums]]:
+        """Mean cross-entropy with smoothed labels, over the whole batch; moves the statistics."""
+        del rng  # the augmentation is in the data
+        model = self._merge(params, model_state)
+        logits = model(self._normalise(batch["image"]), train=True)
+        targets = jax.nn.one_hot(batch["label"], self._num_classes)
+        targets = optax.smooth_labels(targets, self._model.label_smoothing)
+        losses = optax.softmax_cross_entropy(logits, targets)
+        _, new_state = _dicts(model)
+        weights = jnp.ones_like(losses)
+        return jnp.mean(losses), (new_state, _sums(losses, logits, batch["label"], weights))
+
+    def eval_state(self, model_state: Tree, split: str) -> Tree:
+        """The running batch statistics."""
+        del split
+        return model_state
+
+    def eval_step(self, params: Tree, eval_state: Tree, batch: Batch) -> tuple[Tree, Sums]:
+        """Cross-entropy (labels as they are) and correct answers, summed with the weights."""
+        model = self._merge(params, eval_state)
+        logits = model(self._normalise(batch["image"]), train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return eval_state, _sums(losses, logits, batch["label"], batch["weight"])
+
+    def train_data(self) -> pipeline.TrainBatches:
+        """This host's part of endless shuffled epochs."""
+        return pipeline.TrainBatches(self._source("train"), self._options())
+
+    def eval_data(self, split: str) -> Iterable[Batch]:
+        """Every image of a split once."""
+        return pipeline.eval_batches(self._source(split), self._options())
+
+    def model_state_specs(self, shapes: Tree) -> Tree:
+        """Batch statistics are small and go everywhere."""
+        return jax.tree.map(lambda _: PartitionSpec(), shapes)
+
+    def eval_context(self, split: str) -> dict[str, Any]:
+        """The data set and how many of its images were counted."""
+        return {
+            "dataset": self._data.name,
+            "examples": len(self._source(split)),
+            "image_size": self._data.image_size,
+        }
+
+    def final_metrics(self, totals: Totals) -> dict[str, float]:
+        """Mean loss and accuracy."""
+        return ratios(totals)
+
+    def example_batch(self) -> Batch:
+        """One training batch of all hosts, in the abstract."""
+        size, count = self._data.image_size, self.units_per_step
+        return {
+            "image": jax.ShapeDtypeStruct((count, size, size, self._data.channels), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((count,), jnp.int32),
+        }
+
+    def _make_model(self, rng: jax.Array) -> ResNet:
+        return ResNet(
+            ARCHITECTURES[self._model.name],
+            channels=self._data.channels,
+            num_classes=self._num_classes,
+            width=self._model.width,
+            dtype=self._model.dtype,
+            rngs=nnx.Rngs(params=rng),
+        )
+
+    def _merge(self, params: Tree, rest: Tree) -> ResNet:
+        variables = []
+        for abstract, values in ((self._abstract_params, params), (self._abstract_rest, rest)):
+            state = nnx.clone(abstract)
+            nnx.replace_by_pure_dict(state, values)
+            variables.append(state)
+        # A copy, for BatchNorm writes its statistics.
+        return nnx.merge(self._graph, *variables, copy=True)
+
+    def _normalise(self, images: jax.Array) -> jax.Array:
+        scaled = images.astype(jnp.float32) / 255.0
+        return (scaled - jnp.asarray(self._recipe.mean)) / jnp.asarray(self._recipe.std)
+
+    def _source(self, split: str) -> Source:
+        if split not in self._sources:
+            self._sources[split] = settings.open_source(self._data, split, self._recipe)
+        return self._sources[split]
+
+    def _options(self) -> pipeline.Options:
+        return pipeline.Options(
+            recipe=self._recipe,
+            image_size=self._data.image_size,
+            batch_size=self.units_per_step,
+            seed=self._seed,
+            threads=self._data.threads,
+            workers=self._data.workers,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+
+
+def _sums(losses: jax.Array, logits: jax.Array, labels: jax.Array, weights: jax.Array) -> Sums:
+    correct = jnp.argmax(logits, axis=-1) == labels
+    count = jnp.sum(weights)
+    return {
+        "loss": (jnp.sum(losses * weights), count),
+        "accuracy": (jnp.sum(correct * weights), count),
+    }
+
+
+def _dicts(model: ResNet) -> tuple[Tree, Tree]:
+    """Parameters, and the rest, as nested dicts."""
+    params, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+def make_task(config: ConfigDict) -> ImageClassification:
+    """The task of a validated config."""
+    return ImageClassification(config)

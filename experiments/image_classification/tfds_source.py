@@ -1,0 +1,66 @@
+"""Data sets that tensorflow_datasets prepared, read without TensorFlow."""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from experiments.errors import UserError
+from experiments.image_classification.sources import Example, decode
+
+# Name → classes and the split that is evaluated.
+DATASETS = {
+    "cifar10": (10, "test"),
+    "imagenet2012": (1000, "validation"),
+    "mnist": (10, "test"),
+}
+
+
+class TfdsSource:
+    """Records of a prepared data set; images are decoded by Pillow.
+
+    Args:
+        name: of the builder.
+        split: "train" or "test".
+        data_dir: where it was prepared; "" for the default of tensorflow_datasets.
+        channels: 1 for grey, 3 for colour.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str, channels: int):
+        self._name = f"{name}/{split}"
+        self._channels = channels
+        self._records = open_records(name, split, data_dir)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        """One image and its label."""
+        record = self._records[index]
+        image = decode(record["image"], self._channels, f"{index} of {self._name}")
+        return {"image": image, "label": np.int32(record["label"])}
+
+
+def open_records(name: str, split: str, data_dir: str) -> Any:
+    """The data source of a prepared builder, its images still encoded."""
+    tfds = _tfds()
+    command = f"scripts/prepare_tfds {name}" + (f" --data_dir={data_dir}" if data_dir else "")
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+        actual = DATASETS[name][1] if split == "test" else split
+        return builder.as_data_source(actual, decoders={"image": tfds.decode.SkipDecoding()})
+    except (AssertionError, FileNotFoundError, NotImplementedError, ValueError) as error:
+        where = data_dir or "the default data_dir"
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else "not prepared"
+        raise UserError(
+            f"config.data.name: {name} is not prepared as array_record in {where} "
+            f"({first_line}); prepare it with: {command}"
+        ) from None
+
+
+@functools.cache
+def _tfds() -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds
