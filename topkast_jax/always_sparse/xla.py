@@ -68,7 +68,10 @@ def outer(
       float32 `[b, rows, cols]`.
     """
     rows, cols = block
-    # Transposed once, each dot is a plain [rows, T] @ [T, cols]: Eigen's fastest form.
+    # Transposed once, each dot is a plain [rows, T] @ [T, cols]: Eigen's fastest form. The
+    # narrower of the two is the cheaper one to transpose.
+    if x_TxK.shape[1] > dy_TxN.shape[1]:
+        return outer(dy_TxN, x_TxK, col, row, (cols, rows)).swapaxes(1, 2)
     x_PxRxT = x_TxK.T.reshape(-1, rows, x_TxK.shape[0])
     dy_PxTxC = panels(dy_TxN, cols)
 
