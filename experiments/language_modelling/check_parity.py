@@ -47,7 +47,7 @@ def read_golden(file: str | Path) -> dict[str, np.ndarray]:
             golden = {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{file}: not a whole .npz file ({error})") from None
     missing = [key for key in ("cfg", "tokens", "nll/0") if key not in golden]
     for prefix in ("param/", "grad/"):
