@@ -1,0 +1,123 @@
+"""Times exact top-K selection against sorting and NumPy's partition, in one run.
+
+    .venv/bin/python scripts/bench_selection.py [--entries=4194304,16777216] [--repeats=N]
+
+Everyone does the same job on the same normally distributed float32 entries, a matrix: exact
+thresholds for two densities, 0.1 and 0.2. The sort is one `jnp.argsort` of the magnitudes, the
+partition one `numpy.partition` of them at both ranks. Repeats are interleaved; ratios are of median
+times. `passes` is our time over that of one jitted pass `jnp.sum(jnp.abs(x) > t)`, for a cold
+selection; `warm_passes` starts from the thresholds of before every entry moved by about 0.1 %, and
+`mask_passes` also writes both keep-masks. The `cpu_` fields compare processor time instead, which
+other programs on the machine disturb less. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topkast_jax import selection
+
+DENSITIES = (0.1, 0.2)
+SLOW_REPEATS = 3  # of the sort
+
+
+def contestants(entries: int) -> dict[str, Callable[[], Any]]:
+    """What to time, compiled and run once."""
+    x = jax.random.normal(jax.random.key(0), (entries // 2048, 2048))
+    moved = x * (1 + 1e-3 * jax.random.normal(jax.random.key(1), x.shape))
+    counts = tuple(selection.keep_count(entries, d) for d in DENSITIES)
+    one_pass = jax.jit(lambda x, t: jnp.sum(jnp.abs(x) > t))
+    cold = jax.jit(lambda x: selection.thresholds(x, counts))
+    warm = jax.jit(lambda x, start: selection.thresholds(x, counts, start))
+    masks = jax.jit(lambda x, start: selection.top_k_masks(x, counts, start))
+    start = cold(x)
+    host = np.asarray(moved)
+
+    def order(x: jax.Array) -> jax.Array:
+        magnitudes = jnp.abs(x).reshape(-1)
+        return magnitudes[jnp.argsort(-magnitudes)[np.array(counts) - 1]]
+
+    sort = jax.jit(order)
+    ranks = [entries - count for count in counts]
+    timed = {
+        "pass": lambda: one_pass(moved, 1.6),
+        "cold": lambda: cold(moved),
+        "warm": lambda: warm(moved, start),
+        "masks": lambda: masks(moved, start),
+        "partition": lambda: np.partition(np.abs(host).reshape(-1), ranks)[ranks],
+        "sort": lambda: sort(moved),
+    }
+    results = {name: jax.block_until_ready(run()) for name, run in timed.items()}
+    check(results)
+    return timed
+
+
+def check(results: Mapping[str, Any]) -> None:
+    """Raises unless all found the same magnitudes."""
+    expected = np.asarray(results["partition"]).view(np.int32).tolist()
+    found = {
+        "cold": results["cold"].key.tolist(),
+        "warm": results["warm"].key.tolist(),
+        "sort": np.asarray(results["sort"]).view(np.int32).tolist(),
+    }
+    for name, keys in found.items():
+        if keys != expected:
+            raise RuntimeError(f"{name} found keys {keys}, numpy.partition {expected}")
+
+
+def measure(timed: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Median wall and processor seconds of each, interleaved."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}
+    for repeat in range(repeats):
+        for name, run in timed.items():
+            if name == "sort" and repeat >= SLOW_REPEATS:
+                continue
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(run())
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {
+        name: (statistics.median(w for w, _ in runs), statistics.median(c for _, c in runs))
+        for name, runs in seconds.items()
+    }
+
+
+def ratios(seconds: Mapping[str, tuple[float, float]], clock: int) -> dict[str, float]:
+    """The reported ratios by one clock, 0 for wall and 1 for processor time."""
+    time_of = {name: times[clock] for name, times in seconds.items()}
+    values = {
+        "sort_ratio": time_of["sort"] / time_of["cold"],
+        "partition_ratio": time_of["partition"] / time_of["cold"],
+        "passes": time_of["cold"] / time_of["pass"],
+        "warm_passes": time_of["warm"] / time_of["pass"],
+        "mask_passes": time_of["masks"] / time_of["pass"],
+    }
+    return {name: round(value, 2) for name, value in values.items()}
+
+
+def main() -> None:
+    """Measures every size and prints a table and the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--entries", default=f"{4 * 2**20},{16 * 2**20}")
+    parser.add_argument("--repeats", type=int, default=15)
+    args = parser.parse_args()
+    results = []
+    for entries in (int(part) for part in args.entries.split(",")):
+        seconds = measure(contestants(entries), args.repeats)
+        for name, (wall, cpu) in seconds.items():
+            print(f"{entries:>10} {name:10} wall {wall * 1e3:9.2f} ms  cpu {cpu * 1e3:9.2f} ms")
+        on_cpu = {f"cpu_{name}": value for name, value in ratios(seconds, 1).items()}
+        results.append({"entries": entries, **ratios(seconds, 0), **on_cpu})
+    print(json.dumps({"results": results}))
+
+
+if __name__ == "__main__":
+    main()
