@@ -46,15 +46,15 @@ def read_golden(file: str | Path) -> dict[str, np.ndarray]:
         with np.load(file, allow_pickle=False) as archive:
             golden = {name: archive[name] for name in archive.files}
     except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
+        raise UserError("no such file") from None
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{file}: not a whole .npz file ({error})") from None
+        raise UserError(f"not a whole .npz file ({error})") from None
     missing = [key for key in ("cfg", "tokens", "nll/0") if key not in golden]
     for prefix in ("param/", "grad/"):
         if not any(name.startswith(prefix) for name in golden):
             missing.append(prefix + "NAME")
     if missing:
-        raise UserError(f"{file}: not a golden file, it has no {', '.join(missing)}")
+        raise UserError(f"not a golden file, it has no {', '.join(missing)}")
     return golden
 
 
@@ -194,12 +194,14 @@ def _max(a: float, b: float) -> float:
 def main(arguments: list[str]) -> int:
     """Checks one file; returns the exit status."""
     if len(arguments) != 1:
-        print("usage: python -m experiments.language_modelling.check_parity FILE.npz")
+        print(
+            "usage: python -m experiments.language_modelling.check_parity FILE.npz", file=sys.stderr
+        )
         return 2
     try:
         found = differences(read_golden(arguments[0]))
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"{arguments[0]}: {error}", file=sys.stderr)
         return 2
     print(json.dumps(found))
     return 0 if all(found[kind] <= bound for kind, bound in BOUNDS.items()) else 1
