@@ -76,7 +76,7 @@ def random_kernel(
 def jax_step(kernels: tuple[Any, Any], x: jax.Array) -> Step:
     """One compiled training step on its own copy of the parameters."""
 
-    def loss(values: tuple[Any, Any], x: jax.Array) -> jax.Array:
+    def loss(values: tuple[Any, Any], x: jax.Array, kernels: tuple[Any, Any]) -> jax.Array:
         first, second = (
             k.with_values(v) if isinstance(k, CompactKernel) else v
             for k, v in zip(kernels, values, strict=True)
@@ -84,8 +84,11 @@ def jax_step(kernels: tuple[Any, Any], x: jax.Array) -> Step:
         y = matmul(jax.nn.relu(matmul(x, first)), second)
         return 0.5 * jnp.mean(jnp.square(y), dtype=jnp.float32)
 
-    def step(values: tuple[Any, Any], x: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
-        grads, dx = jax.grad(loss, (0, 1))(values, x)
+    # The kernels are an argument for their indices: as constants they could be compiled in.
+    def step(
+        values: tuple[Any, Any], x: jax.Array, kernels: tuple[Any, Any]
+    ) -> tuple[tuple[Any, Any], jax.Array]:
+        grads, dx = jax.grad(loss, (0, 1))(values, x, kernels)
         return jax.tree.map(lambda v, g: v - LEARNING_RATE * g, values, grads), dx
 
     compiled = jax.jit(step, donate_argnums=0)
@@ -93,7 +96,7 @@ def jax_step(kernels: tuple[Any, Any], x: jax.Array) -> Step:
     state = [(held[0], held[1])]
 
     def run() -> None:
-        state[0], dx = compiled(state[0], x)
+        state[0], dx = compiled(state[0], x, kernels)
         jax.block_until_ready((state[0], dx))
 
     return run

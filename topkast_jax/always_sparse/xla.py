@@ -46,7 +46,10 @@ def spread(
         )
         return y.at[target[i]].add(product)
 
-    y_PxTxC = jnp.zeros((width // cols, x_TxI.shape[0], cols), jnp.float32)
+    # The loop writes in place. A constant zero, shared with the other products of a step, would be
+    # copied for each of them; a zero that the compiler cannot see through is not.
+    zero = jnp.minimum(source[0], 0).astype(jnp.float32)
+    y_PxTxC = jnp.full((width // cols, x_TxI.shape[0], cols), zero)
     (y_PxTxC,) = varying_like((y_PxTxC,), x_TxI)
     y_PxTxC = lax.fori_loop(0, source.shape[0], add_block, y_PxTxC)
     return y_PxTxC.swapaxes(0, 1).reshape(-1, width).astype(x_TxI.dtype)
