@@ -1,8 +1,7 @@
-"""ResNet-50 on ImageNet: dense, the paper's five Top-KAST densities, fixed random masks.
+"""ResNet-50 on ImageNet: dense, Top-KAST at five densities, fixed random masks.
 
-Reproduces the paper's comparison of forward and backward sparsity (section 4.1) beside the RigL
-paper's dense and static rows; expected numbers are in configs/imagenet_resnet50.py.
-Hardware: a TPU v3-32 or 8 GPUs of 80 GB for each run.
+The paper's setting; the expected numbers are in configs/imagenet_resnet50.py.
+Hardware: a TPU slice or a machine of 8 GPUs for each run.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/imagenet_resnet50.py --workdir=DIR --slurm

@@ -58,8 +58,8 @@ ARCHITECTURES = {
     "small_resnet": Architecture(
         block=Basic,
         stage_blocks=(1, 1, 1),
-        stage_widths=(32, 64, 128),
-        stem_width=32,
+        stage_widths=(16, 32, 64),
+        stem_width=16,
         stem_stride=2,
     ),
 }

@@ -56,10 +56,11 @@ class FolderSource:
 
     def __init__(self, folder: pathlib.Path, classes: Sequence[str], channels: int):
         self._channels = channels
-        self._files: list[pathlib.Path] = []
+        self._files: list[str] = []  # a worker process gets a copy: text is small
         self._labels: list[int] = []
         for label, name in enumerate(classes):
-            files = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES)
+            paths = (folder / name).iterdir()
+            files = sorted(str(p) for p in paths if p.suffix.lower() in SUFFIXES)
             if not files:
                 raise UserError(f"class folder {folder / name} holds no {', '.join(SUFFIXES)} file")
             self._files += files
@@ -73,10 +74,10 @@ class FolderSource:
         """One image and its label."""
         path = self._files[index]
         try:
-            encoded = path.read_bytes()
+            encoded = pathlib.Path(path).read_bytes()
         except OSError as error:
             raise UserError(f"cannot read image {path}: {error.strerror}") from None
-        image = decode(encoded, self._channels, str(path))
+        image = decode(encoded, self._channels, path)
         return {"image": image, "label": np.int32(self._labels[index])}
 
 

@@ -1,0 +1,1 @@
+"""One file an experiment; each defines get_config(variant)."""

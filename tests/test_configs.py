@@ -1,0 +1,149 @@
+"""Every config file builds and validates in every variant, and says what its header says."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import config as configs
+from experiments import optimizers, state
+from experiments.errors import UserError
+from experiments.task import make_task
+
+ROOT = pathlib.Path(__file__).parent.parent / "configs"
+IMAGE_CONFIGS = ("quickstart", "cifar10_resnet20", "imagenet_resnet50")
+VARIANTS = ("dense", "80/50", "80/80", "90/80", "95/90", "98/90", "static-90")
+SWEEPS = ("quickstart", "imagenet_resnet50")
+
+
+def resolve(name, variant, *overrides):
+    return configs.resolve(f"{ROOT / name}.py" + (f":{variant}" if variant else ""), overrides)
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+@pytest.mark.parametrize("name", IMAGE_CONFIGS)
+def test_every_variant_validates(name, smoke):
+    for variant in ("", *VARIANTS):
+        words = [w for w in (variant, "smoke" if smoke else "") if w]
+        config = resolve(name, ",".join(words))
+        method = config.method
+        if variant == "dense":
+            assert method.name == "dense"
+        elif variant == "static-90":
+            assert (method.name, method.forward_density) == ("static_random", 0.1)
+        else:
+            forward, backward = map(int, (variant or "90/80").split("/"))
+            assert method.name == "top_kast"
+            assert method.forward_density == pytest.approx(1 - forward / 100, abs=1e-9)
+            assert method.backward_density == pytest.approx(1 - backward / 100, abs=1e-9)
+        assert (config.steps == 3) == smoke
+
+
+@pytest.mark.parametrize("variant", ["90", "dens", "90/80/70", "static-", "smoke,fast"])
+@pytest.mark.parametrize("name", IMAGE_CONFIGS)
+def test_a_bad_variant_names_what_is_allowed(name, variant):
+    with pytest.raises(UserError) as error:
+        resolve(name, variant)
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in ("dense", "F/B", "static-F", "smoke"))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweeps_name_configs_that_validate(name):
+    entries = list(configs.load(f"{ROOT / 'sweeps' / name}.py", "get_sweep"))
+    assert len({entry[0] for entry in entries}) == len(entries)
+    for _, spec, overrides in entries:
+        path, _, variant = spec.partition(":")
+        resolve(pathlib.Path(path).stem, variant, *(f"{k}={v}" for k, v in overrides.items()))
+
+
+def test_the_quickstart_compares_methods_at_the_same_densities():
+    specs = {
+        name: spec for name, spec, _ in configs.load(f"{ROOT}/sweeps/quickstart.py", "get_sweep")
+    }
+    methods = {
+        name: resolve("quickstart", spec.partition(":")[2]).method for name, spec in specs.items()
+    }
+    assert len(methods) == 5
+    for sparsity in ("90", "98"):
+        kast, static = methods[f"top_kast_{sparsity}"], methods[f"static_{sparsity}"]
+        assert (kast.name, static.name) == ("top_kast", "static_random")
+        assert kast.forward_density == static.forward_density == (100 - int(sparsity)) / 100
+
+
+def test_imagenet_recipe():
+    config = resolve("imagenet_resnet50", "90/80")
+    schedule = optimizers.make_schedule(config)
+    epoch = 1_281_167 / 4_096
+    assert config.steps == 32_000
+    assert config.batch_size == 4_096
+    assert schedule(5 * epoch) == pytest.approx(1.6)
+    assert schedule(2.5 * epoch) == pytest.approx(0.8, rel=0.01)
+    for before, after, rate in ((29, 31, 0.16), (69, 71, 0.016), (89, 91, 0.0016)):
+        assert schedule(round(before * epoch)) == pytest.approx(10 * rate)
+        assert schedule(round(after * epoch)) == pytest.approx(rate)
+    assert config.model.label_smoothing == 0.1
+    assert (config.optimizer.momentum, config.optimizer.nesterov) == (0.9, True)
+    assert config.optimizer.l2 == config.method.exploration_weight == 1e-4
+
+
+def test_imagenet_recipe_follows_batch_size_and_steps():
+    config = resolve("imagenet_resnet50", "dense", "batch_size=1024", "steps=128000")
+    schedule = optimizers.make_schedule(config)
+    epoch = 1_281_167 / 1_024
+    assert schedule(round(6 * epoch)) == pytest.approx(0.4)
+    assert schedule(round(31 * epoch)) == pytest.approx(0.04)
+
+
+def test_momentum_is_one_line():
+    config = resolve("imagenet_resnet50", "dense", "optimizer.momentum=0.0")
+    tx = optimizers.make_optimizer(config, {"w": jax.ShapeDtypeStruct((2, 2), np.float32)})
+    shapes = {
+        leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(tx.init, {"w": np.ones((2, 2))}))
+    }
+    assert shapes == {()}
+
+
+@pytest.mark.parametrize("name", IMAGE_CONFIGS)
+def test_the_first_convolution_is_dense_and_every_other_kernel_sparse(name):
+    config = resolve(name, "90/80")
+    params = state.abstract_params(make_task(config))
+    sets = jax.eval_shape(optimizers.make_optimizer(config, params).init, params)
+    found = {
+        "/".join(str(k.key) for k in path if hasattr(k, "key"))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(sets)
+        if leaf.dtype == np.uint8
+    }
+    kernels = {
+        "/".join(k.key for k in path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if leaf.ndim >= 2
+    }
+    assert found == kernels - {"stem/kernel"}
+    assert "head/kernel" in found
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.name=resnet51", "config.model.name='resnet51': allowed are resnet50"),
+        ("model.dtype=float64", "config.model.dtype='float64': allowed are float32, bfloat16"),
+        ("model.width=0.0", "config.model.width=0.0: must be above 0"),
+        ("model.label_smoothing=1.0", "config.model.label_smoothing=1.0: must be in [0, 1)"),
+        ("data.name=cifar", "config.data.name='cifar': allowed are embedded_mnist, image_folder"),
+        ("data.recipe=none", "config.data.recipe='none': allowed are mnist, cifar, imagenet"),
+        ("data.recipe=cifar", "config.data.channels=1: recipe 'cifar' needs 3 channels"),
+        ("data.channels=2", "config.data.channels=2: allowed are 1, 3"),
+        ("data.image_size=4", "config.data.image_size=4: must be at least 8"),
+        ("data.threads=0", "config.data.threads=0: must be at least 1"),
+        ("data.workers=-1", "config.data.workers=-1: must be at least 0"),
+        ("data.workers=2", "config.data.workers=2: images in memory"),
+    ],
+)
+def test_bad_image_settings_are_one_line(override, expected):
+    with pytest.raises(UserError) as error:
+        resolve("quickstart", "dense", override)
+    assert str(error.value).startswith(expected)
+    assert "\n" not in str(error.value)
