@@ -94,6 +94,19 @@ def _row_major(shape: tuple[int, ...], origin: jax.Array | int = 0) -> jax.Array
     return index
 
 
+def _lone_cpu() -> bool:
+    """Whether what runs on a CPU has no other to share a leaf with."""
+    try:
+        return jax.device_count("cpu") == 1
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return False
+
+
+def _few_probes() -> bool:
+    """Whether a probe costs as much as a pass, as in _reduce_at_once."""
+    return jax.default_backend() == "cpu" and not _lone_cpu()
+
+
 def _cells(of: _Of, entries: jax.Array, index: jax.Array, parameters: _Parameters) -> jax.Array:
     """of() for every entry, and along trailing axes for every element of the parameters."""
     last = range(entries.ndim, entries.ndim + max((p.ndim for p in parameters), default=0))
@@ -148,7 +161,7 @@ def _reduce(x: jax.Array, *parameters: jax.Array, of: _Of, combine: Callable) ->
     """
     # The barrier keeps a loop from storing what is the same in every pass, as large as the leaf.
     x, origin, parameters = lax.optimization_barrier((x, np.int32(0), parameters))
-    lone = jax.device_count("cpu") == 1 and x.size >= _FOLD**3
+    lone = _lone_cpu() and x.size >= _FOLD**3
     return lax.platform_dependent(
         x,
         origin,
@@ -245,11 +258,6 @@ def _search_keys(x: jax.Array, wanted: jax.Array, guess: jax.Array) -> _Bracket:
     away = jnp.asarray(np.maximum(2.0**exponents, 1 + np.arange(len(exponents))), guess.dtype)[None]
     probes = _spread(bracket, (guess - low)[:, None], away, away)
     return _search(x, reached, wanted, bracket, probes)
-
-
-def _few_probes() -> bool:
-    """Whether a probe costs a pass: XLA's CPU backend writes out what an in-shape sum is over."""
-    return jax.default_backend() == "cpu" and jax.device_count("cpu") > 1
 
 
 def _smallest_kept(x: jax.Array, bracket: _Bracket) -> jax.Array:

@@ -134,8 +134,8 @@ def test_keep_count(entry_count, density, expected):
 
 def test_any_number_of_counts_and_eager_calls():
     x = jnp.asarray(np.random.default_rng(4).normal(size=(6, 7)), jnp.float32)
-    for counts in ((5,), (1, 20, 42)):
-        masks, _ = top_k_masks(x, counts)  # not jitted
+    for run, counts in ((top_k_masks, (5,)), (jax.jit(top_k_masks, static_argnums=1), (1, 20, 42))):
+        masks, _ = run(x, counts)
         for mask, count in zip(masks, counts, strict=True):
             np.testing.assert_array_equal(np.asarray(mask), oracle(x, count))
 
