@@ -1,0 +1,96 @@
+"""A dense model as small as a sparse one, and sparsity rules for stacked layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import topkast_jax as tk
+from experiments.errors import UserError
+from experiments.language_modelling.settings import TransformerXLConfig
+from experiments.language_modelling.transformer_xl import LanguageModel
+from experiments.optimizers import read_rules
+from topkast_jax import rules as tk_rules
+from topkast_jax.trees import flatten_with_names
+
+Rules = Sequence[tuple[str, Any]]
+STACKED = "layers/"
+
+
+def parameters(config: TransformerXLConfig) -> int:
+    """How many there are."""
+    _, leaves, _ = flatten_with_names(LanguageModel(config).abstract_params)
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def active_parameters(config: TransformerXLConfig, rules: Rules, density: float) -> int:
+    """How many are in the forward set, where the rules say what is sparse."""
+    config = dataclasses.replace(config, scan=False)  # a rule that finds a layer finds its stack
+    params = LanguageModel(config).abstract_params
+    unstructured = tk.Unstructured()
+    found = tk_rules.resolve(params, read_rules(rules), density, 1.0, unstructured)
+    _, leaves, _ = flatten_with_names(params)
+    sizes = [math.prod(leaf.shape) for leaf in leaves]
+    return sum(
+        size if leaf is None else max(1, math.floor(float(leaf.forward_density) * size + 0.5))
+        for leaf, size in zip(found, sizes, strict=True)
+    )
+
+
+def narrowed(config: TransformerXLConfig, budget: int) -> TransformerXLConfig:
+    """The widest model of the same depth and shape with at most so many parameters.
+
+    Every width shrinks in proportion; what that leaves over goes to the feed-forward blocks.
+
+    Raises:
+      UserError: no width is narrow enough.
+    """
+    low, high = 0, config.d_model // 2
+    while high - low > 1:
+        half = (low + high) // 2
+        fits = parameters(_scaled(config, 2 * half)) <= budget
+        low, high = (half, high) if fits else (low, half)
+    if low == 0:
+        raise UserError(f"config.model.small_dense: no model is as small as {budget} parameters")
+    narrow = _scaled(config, 2 * low)
+    per_unit = config.n_layer * (2 * narrow.d_model + 1)
+    more = (budget - parameters(narrow)) // per_unit
+    return dataclasses.replace(narrow, d_inner=narrow.d_inner + more)
+
+
+def _scaled(config: TransformerXLConfig, d_model: int) -> TransformerXLConfig:
+    def width(full: int) -> int:
+        return max(1, round(full * d_model / config.d_model))
+
+    return dataclasses.replace(
+        config,
+        d_model=d_model,
+        d_head=width(config.d_head),
+        d_inner=width(config.d_inner),
+        d_embed=max(width(config.embed_width), config.div_val ** (config.n_cluster - 1)),
+    )
+
+
+def for_stacked_layers(rules: Rules, names: Sequence[str]) -> tuple[tuple[str, Any], ...]:
+    """The same rules for parameters whose layers are stacked on a leading axis.
+
+    A rule is taken apart where it covers both layers and other leaves.
+
+    Args:
+      rules: as in the config.
+      names: of all parameters.
+    """
+    result = []
+    for regex, spec in rules:
+        matches = [name for name in names if re.fullmatch(regex, name)]
+        inside = [name for name in matches if name.startswith(STACKED)]
+        if spec != "dense" and inside:
+            options = {} if spec == "sparse" else dict(spec)
+            stacked = regex if len(inside) == len(matches) else f"(?={STACKED})(?:{regex})"
+            result.append((stacked, {"stacked": 1} | options))
+        if spec == "dense" or len(inside) < len(matches) or not matches:
+            result.append((regex, spec))
+    return tuple(result)

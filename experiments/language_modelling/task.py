@@ -1,0 +1,138 @@
+"""Language modelling: Transformer-XL, texts in lanes, and bits per character or perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
+
+from experiments.language_modelling import options, streams
+from experiments.language_modelling.corpus import Corpus
+from experiments.language_modelling.transformer_xl import LanguageModel, Memory
+from experiments.partition import BATCH
+from experiments.task import Batch, Sums, Totals, Tree
+
+default_config = options.default_config
+validate = options.validate
+
+
+class LanguageModelling:
+    """The task; see `experiments.task.Task`. The model state is the lanes' memory."""
+
+    unit = "tokens"
+    test_split = "test"
+
+    def __init__(self, config: ConfigDict):
+        self._config = config
+        self._lanes = config.batch_size
+        self._train = options.lengths(config, "train")
+        self._evaluation = options.lengths(config, "evaluation")
+        self.units_per_step = self._lanes * self._train.target
+        self.eval_split = config.data.eval_split
+        self.model = LanguageModel(options.transformer_config(config))
+        self._share = streams.Share(jax.process_index(), jax.process_count())
+        self._corpus: Corpus | None = None
+
+    def init(self, rng: jax.Array) -> tuple[Tree, Memory]:
+        """Fresh parameters and an empty memory."""
+        return self.model.init(rng), self.model.init_memory(self._lanes, self._train)
+
+    def loss(
+        self, params: Tree, model_state: Memory, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[Memory, Sums]]:
+        """Mean negative log-likelihood in nats over one segment of every lane."""
+        nll, memory = self.model.apply(
+            params, model_state, batch["tokens"], batch["targets"], self._train, rng=rng
+        )
+        total = jnp.sum(nll)
+        return total / nll.size, (memory, {"loss": (total, jnp.float32(nll.size))})
+
+    def eval_state(self, model_state: Memory, split: str) -> Memory:
+        """An empty memory of evaluation's length."""
+        del model_state, split
+        return self.model.init_memory(self._eval_rows, self._evaluation)
+
+    def eval_step(self, params: Tree, eval_state: Memory, batch: Batch) -> tuple[Memory, Sums]:
+        """Negative log-likelihood, summed with the weights."""
+        nll, memory = self.model.apply(
+            params, eval_state, batch["tokens"], batch["targets"], self._evaluation
+        )
+        weights = batch["weights"]
+        return memory, {"loss": (jnp.sum(nll * weights), jnp.sum(weights))}
+
+    def train_data(self) -> streams.TrainStream:
+        """This host's lanes of the training part."""
+        tokens = self._open().splits["train"]
+        return streams.TrainStream(
+            tokens, self._lanes, self._train.target, self._share, self._identity()
+        )
+
+    def eval_data(self, split: str) -> Iterable[Batch]:
+        """Every token of a split once, but for its first, which nothing stands before."""
+        tokens = self._open().splits[split]
+        plan = self.eval_plan(len(tokens))
+        return streams.eval_segments(tokens, plan, self._share.of(self._eval_rows))
+
+    def eval_plan(self, tokens: int) -> streams.EvalPlan:
+        """How so many tokens are shared out to the lanes."""
+        target, memory = self._evaluation.target, self._evaluation.memory
+        warmup = streams.reach(self.model.config.n_layer, memory, target)
+        return streams.EvalPlan(tokens - 1, target, self._config.data.eval_batch_size, warmup)
+
+    def model_state_specs(self, shapes: Memory) -> Tree:
+        """The memory lies where its lanes are."""
+        return shapes._replace(states=PartitionSpec(None, *BATCH), valid=PartitionSpec())
+
+    def eval_context(self, split: str) -> dict[str, Any]:
+        """The text, how many tokens were counted, and how far the model looked."""
+        return {
+            "dataset": self._config.data.name,
+            "level": self._config.data.level,
+            "tokens": len(self._open().splits[split]) - 1,
+            **self._config.model.evaluation.to_dict(),
+        }
+
+    def final_metrics(self, totals: Totals) -> dict[str, float]:
+        """Nats per token, and bits per character, or perplexity for words."""
+        top, bottom = totals["loss"]
+        loss = top / bottom if bottom else math.nan
+        if self._config.data.level == "word":
+            return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        return {"loss": loss, "bpc": loss / math.log(2)}
+
+    def example_batch(self) -> Batch:
+        """One training batch of all hosts, in the abstract."""
+        segment = jax.ShapeDtypeStruct((self._lanes, self._train.target), jnp.int32)
+        return {"tokens": segment, "targets": segment}
+
+    @property
+    def _eval_rows(self) -> int:
+        """Lanes of evaluation and as many empty ones as make them divide over all devices."""
+        devices = jax.device_count()
+        return math.ceil(self._config.data.eval_batch_size / devices) * devices
+
+    def _open(self) -> Corpus:
+        if self._corpus is None:
+            self._corpus = options.open_corpus(self._config.data)
+            options.check_lengths(self._config, self._corpus)
+        return self._corpus
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a position in the text to mean the same."""
+        corpus = self._open()
+        own = self._config.data.name in options.OWN
+        return {
+            "vocabulary": corpus.vocabulary.fingerprint,
+            "tokens": len(corpus.splits["train"]),
+            "symbols": list(corpus.vocabulary.symbols) if own else None,
+        }
+
+
+def make_task(config: ConfigDict) -> LanguageModelling:
+    """The task of a validated config."""
+    return LanguageModelling(config)

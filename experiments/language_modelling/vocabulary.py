@@ -1,0 +1,131 @@
+"""Vocabularies, and the levels at which text is cut into symbols."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+UNKNOWN = "<unk>"
+END_OF_LINE = "<eos>"
+# byte: one of 256, held as the Latin-1 character of that number; word: between white space.
+LEVELS = ("byte", "character", "word")
+_CODE_POINTS = 0x110000
+_PIECE = 1 << 23
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Symbols and their numbers.
+
+    Attributes:
+      level: one of `LEVELS`.
+      symbols: in the order of their numbers, the most frequent first.
+    """
+
+    level: str
+    symbols: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """How many symbols there are."""
+        return len(self.symbols)
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger]:
+        """The narrowest type that holds the numbers."""
+        return np.uint8 if len(self) <= 256 else np.uint16 if len(self) <= 65_536 else np.uint32
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Differs between different vocabularies."""
+        text = "\n".join([self.level, *map(repr, self.symbols)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """The numbers of a text's symbols; of `<unk>` where there is no such symbol.
+
+        Raises:
+          KeyError: a symbol is missing, and so is `<unk>`.
+        """
+        if self.level == "word":
+            parts = [self._encode_line(line) for line in _lines(text)]
+            return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+        points = _code_points(text, self.level)
+        table = np.zeros(_CODE_POINTS, self.dtype)
+        for point in np.flatnonzero(_histogram(points)):
+            table[point] = self._number(chr(point))
+        return table[points]
+
+    def decode(self, numbers: Sequence[int] | np.ndarray) -> str:
+        """The text of some symbols."""
+        symbols = [self.symbols[int(i)] for i in numbers]
+        if self.level == "word":
+            text = " ".join("\n" if s == END_OF_LINE else s for s in symbols)
+            return text.replace(" \n ", "\n").replace("\n ", "\n").replace(" \n", "\n")
+        if self.level == "character":
+            return "".join(symbols)
+        codes = (b"?" if s == UNKNOWN else s.encode("latin-1") for s in symbols)
+        return b"".join(codes).decode("utf-8", "replace")
+
+    def _encode_line(self, line: str) -> np.ndarray:
+        return np.array([self._number(word) for word in line_words(line)], self.dtype)
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {symbol: i for i, symbol in enumerate(self.symbols)}
+
+    def _number(self, symbol: str) -> int:
+        number = self._numbers.get(symbol)
+        return self._numbers[UNKNOWN] if number is None else number
+
+
+def build(text: bytes, level: str, min_count: int = 1, *, unknown: bool = True) -> Vocabulary:
+    """The vocabulary of a text, by descending frequency, then by symbol.
+
+    Args:
+      text: what is counted.
+      level: one of `LEVELS`.
+      min_count: rarer symbols are left out.
+      unknown: add `<unk>` at the end, unless it is a word of the text.
+    """
+    counts = _count(text, level)
+    kept = sorted((-n, symbol) for symbol, n in counts.items() if n >= min_count)
+    symbols = [symbol for _, symbol in kept]
+    if unknown and UNKNOWN not in counts:
+        symbols.append(UNKNOWN)
+    return Vocabulary(level, tuple(symbols))
+
+
+def line_words(line: str) -> list[str]:
+    """Words and `<eos>`, as in the reference: also for a line that is empty."""
+    return [*line.split(), END_OF_LINE]
+
+
+def _count(text: bytes, level: str) -> Counter[str]:
+    if level == "word":
+        return Counter(word for line in _lines(text) for word in line_words(line))
+    counts = _histogram(_code_points(text, level))
+    return Counter({chr(point): int(counts[point]) for point in np.flatnonzero(counts)})
+
+
+def _histogram(points: np.ndarray) -> np.ndarray:
+    """How often each code point occurs; in pieces, since bincount copies its input to int64."""
+    counts = np.zeros(_CODE_POINTS, np.int64)
+    for start in range(0, len(points), _PIECE):
+        counts += np.bincount(points[start : start + _PIECE], minlength=_CODE_POINTS)
+    return counts
+
+
+def _lines(text: bytes) -> Iterator[str]:
+    lines = text.decode("utf-8", "replace").split("\n")
+    yield from lines[:-1] if not lines[-1] else lines
+
+
+def _code_points(text: bytes, level: str) -> np.ndarray:
+    if level == "byte":
+        return np.frombuffer(text, np.uint8)
+    return np.frombuffer(text.decode("utf-8", "replace").encode("utf-32-le"), np.uint32)
