@@ -31,6 +31,7 @@ _Parameters = tuple[jax.Array, ...]
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _WHOLE: dict[Callable, Callable] = {lax.add: lax.reduce_sum, lax.min: lax.reduce_min}
 _FOLD = 32  # entries that _reduce_flat combines into one
+_LARGE = 2**20  # entries from which float32 magnitudes often tie
 # Distances of the first probes from the start, log2 in units of float32's last place: a warm start
 # is about 2**9 to 2**13 off, that of a cold start on normal entries too.
 _FIRST = (9.0, 13.0, 18.0)
@@ -274,6 +275,25 @@ def _smallest_kept(x: jax.Array, bracket: _Bracket) -> jax.Array:
     return lax.cond(jnp.any(bracket.high - bracket.low > 1), find, lambda: bracket.low)
 
 
+def _look_at_one_tie(
+    x: jax.Array, wanted: jax.Array, tied: jax.Array, bracket: _Bracket
+) -> _Bracket:
+    """The bracket of the index once the first tied entry is known, or the last if that is nearer.
+
+    Two or three ties are the rule in a large float32 leaf, and then this closes the bracket.
+    """
+    last = np.int32(x.size - 1)
+    first = 2 * wanted <= bracket.at_low
+
+    def distance(e: jax.Array, i: jax.Array, tied: jax.Array, first: jax.Array) -> jax.Array:
+        return jnp.where(_keys(e) == tied, jnp.where(first, i, last - i), last)
+
+    nearest = _reduce(x, tied, first, of=distance, combine=lax.min)
+    probe = jnp.where(first, last - nearest, nearest + 1)
+    found = jnp.where(first, 1, bracket.at_low - 1)
+    return _shrink(bracket, probe[:, None], found[:, None], wanted)
+
+
 def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket) -> jax.Array:
     """Row-major index below which entries with the key at the low ends are kept."""
 
@@ -281,9 +301,14 @@ def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket) -> jax.Array:
         rank = jnp.where(_keys(e) == tied, np.int32(x.size - 1) - i, -1)
         return (rank >= probe).astype(jnp.int32)
 
-    zero = jnp.zeros_like(wanted)
+    zero, wanted = jnp.zeros_like(wanted), wanted - ties.at_high
     bracket = _Bracket(zero, zero + x.size, ties.at_low - ties.at_high, zero)
-    wanted = wanted - ties.at_high
+    if x.size >= _LARGE:
+        bracket = lax.cond(
+            jnp.any(bracket.at_low > wanted),
+            lambda: _look_at_one_tie(x, wanted, ties.low, bracket),
+            lambda: bracket,
+        )
     probes = _interpolate(bracket, wanted, 1 if _few_probes() else len(_FIRST))
     return x.size - _search(x, reached, wanted, bracket, probes, ties.low[:, None]).low
 

@@ -230,6 +230,18 @@ def test_every_way_of_reducing(monkeypatch, path, kind):
         np.testing.assert_array_equal(np.asarray(mask), oracle(x, count))
 
 
+@pytest.mark.parametrize("kind", ["ties", "nan"])
+def test_large_leaves_look_at_one_tie_first(monkeypatch, kind):
+    monkeypatch.setattr(selection, "_LARGE", 1)
+    x = jnp.asarray(entries(kind, np.random.default_rng(11), (9, 10)), jnp.float32)
+    select = jax.jit(lambda x, a, b: top_k_masks(x, (a, b))[0])
+    twice = x.at[4, 5].set(x[2, 2]).at[8, 1].set(-x[2, 2])
+    for leaf in (x, twice):
+        for low in (1, 2, 8, 44, 45, 46, 88):
+            for mask, count in zip(select(leaf, low, low + 1), (low, low + 1), strict=True):
+                np.testing.assert_array_equal(np.asarray(mask), oracle(leaf, count))
+
+
 def test_one_device_takes_the_fast_path():
     code = """
 import jax, numpy as np
