@@ -49,7 +49,7 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.optimizer.clip_global_norm = 0.25
     config.optimizer.schedule.name = "cosine"
     config.optimizer.schedule.warmup_steps = 100
-    config.method.refresh_every = 100
+    config.method.refresh_every = 20  # of 2,000 steps
     config.method.exploration_weight = 1e-4
     if apply_variant(config, variant):
         shrink_to_smoke(config)

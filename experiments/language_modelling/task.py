@@ -86,7 +86,8 @@ class LanguageModelling:
 
     def model_state_specs(self, shapes: Memory) -> Tree:
         """The memory lies where its lanes are."""
-        return shapes._replace(states=PartitionSpec(None, *BATCH), valid=PartitionSpec())
+        places = {"states": PartitionSpec(None, *BATCH), "valid": PartitionSpec()}
+        return shapes._replace(**places)
 
     def eval_context(self, split: str) -> dict[str, Any]:
         """The text, how many tokens were counted, and how far the model looked."""

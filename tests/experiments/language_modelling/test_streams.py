@@ -15,6 +15,7 @@ from experiments.language_modelling.streams import (
     reach,
 )
 
+ALL = Share()
 TEXT = {"vocabulary": "abc", "tokens": 103}
 
 
@@ -22,7 +23,7 @@ def tokens(count):
     return ArrayTokens(np.arange(count, dtype=np.uint16))
 
 
-def stream(count=103, lanes=4, target=7, share=Share(), text=TEXT):
+def stream(count=103, lanes=4, target=7, share=ALL, text=TEXT):
     return TrainStream(tokens(count), lanes, target, share, text)
 
 
