@@ -66,8 +66,9 @@ TRAIN = """
     from experiments.loop import train
     from pathlib import Path
 
-    overrides = ["data.name=cifar10", f"data.dir={sys.argv[1]}", "batch_size=8", "model.width=0.25"]
-    train(resolve("configs/cifar10_resnet20.py:90/80,smoke", overrides), Path(sys.argv[2]))
+    overrides = ["data.name=cifar10", f"data.dir={sys.argv[1]}", "batch_size=8"]
+    overrides += ["data.recipe=cifar", "data.channels=3", "data.image_size=32"]
+    train(resolve("configs/quickstart.py:90/80,smoke", overrides), Path(sys.argv[2]))
     assert "tensorflow_datasets" in sys.modules
     print("tensorflow" in sys.modules)
 """
@@ -127,7 +128,7 @@ def test_a_damaged_record_is_named(data_dir, tmp_path):
     copy = shutil.copytree(data_dir, tmp_path / "data")
     (file,) = copy.rglob("*train.array_record*")
     data = bytearray(file.read_bytes())
-    data[len(data) // 2 : len(data) // 2 + 50] = bytes(50)
+    data[20_000:20_500] = bytes(500)  # among the records: the file is padded at its end
     file.write_bytes(data)
     source = TfdsSource("cifar10", "train", str(copy), 3)
     with pytest.raises(UserError) as error:

