@@ -18,6 +18,7 @@ from experiments.prefetch import Prefetcher
 from experiments.run import Run, build
 from experiments.signals import StopRequest
 from experiments.state import TrainState
+from experiments.task import DataIterator
 from experiments.totals import NonFiniteError, Window
 
 Outcome = Literal["finished", "stopped", "finished before"]
@@ -55,18 +56,22 @@ def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Ou
         workdir.claim(directory, config)
         return "finished before"
     run = build(config)  # before the folder is touched: most mistakes show here
+    data = run.task.train_data()
     workdir.claim(directory, config)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
     try:
-        return _train_from(run, directory, checkpoints, stop_at)
+        return _train_from(run, data, directory, checkpoints, stop_at)
     finally:
         checkpoints.close()
 
 
 def _train_from(
-    run: Run, directory: Path, checkpoints: Checkpoints, stop_at: int | None
+    run: Run,
+    data: DataIterator,
+    directory: Path,
+    checkpoints: Checkpoints,
+    stop_at: int | None,
 ) -> Outcome:
-    data = run.task.train_data()
     restored = checkpoints.restore(run.abstract)
     state, meta = restored or (run.init(), {})
     if restored:

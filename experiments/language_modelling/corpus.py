@@ -93,9 +93,14 @@ def python_docs(level: str, min_count: int) -> Corpus:
 
 def from_text(name: str, text: bytes, level: str, min_count: int) -> Corpus:
     """Cuts a text in three; the vocabulary is that of the training part, and `<unk>`."""
-    ends = [round(len(text) * PARTS[0]), round(len(text) * sum(PARTS)), len(text)]
-    train, validation, test = (text[a:b] for a, b in zip([0, *ends], ends, strict=False))
-    known = vocabulary.build(train, level, min_count)
-    parts = zip(SPLITS, (train, validation, test), strict=True)
-    splits = {split: ArrayTokens(known.encode(part)) for split, part in parts}
+    parts = cut(text)
+    known = vocabulary.build(parts["train"], level, min_count)
+    splits = {split: ArrayTokens(known.encode(part)) for split, part in parts.items()}
     return Corpus(name, known, splits)
+
+
+def cut(text: bytes) -> dict[str, bytes]:
+    """The parts of a text, by bytes."""
+    ends = [round(len(text) * PARTS[0]), round(len(text) * sum(PARTS)), len(text)]
+    parts = (text[start:end] for start, end in zip([0, *ends], ends, strict=False))
+    return dict(zip(SPLITS, parts, strict=True))

@@ -11,14 +11,13 @@ from experiments.errors import UserError
 from experiments.language_modelling import corpus as corpora
 from experiments.language_modelling.corpus import Corpus
 from experiments.language_modelling.narrow import active_parameters, for_stacked_layers, narrowed
+from experiments.language_modelling.prepared import PREPARED, open_prepared
 from experiments.language_modelling.settings import Lengths, TransformerXLConfig
 from experiments.language_modelling.transformer_xl import LanguageModel
 from experiments.language_modelling.vocabulary import LEVELS
 from topkast_jax.trees import flatten_with_names
 
 OWN = ("text_file", "python_docs")
-# Prepared by tensorflow_datasets: level and size of the vocabulary.
-PREPARED = {"enwik8": ("byte", 205), "wikitext103": ("word", 267_735)}
 DATASETS = (*OWN, *PREPARED)
 _SIZES = tuple(field.name for field in dataclasses.fields(TransformerXLConfig))
 
@@ -129,7 +128,7 @@ def open_own(data: ConfigDict) -> Corpus:
 
 def open_corpus(data: ConfigDict) -> Corpus:
     """The text of a config."""
-    return open_own(data)
+    return open_own(data) if data.name in OWN else open_prepared(data.name, data.dir)
 
 
 def check_lengths(config: ConfigDict, corpus: Corpus) -> None:

@@ -86,7 +86,7 @@ class LanguageModelling:
 
     def model_state_specs(self, shapes: Memory) -> Tree:
         """The memory lies where its lanes are."""
-        places = {"states": PartitionSpec(None, *BATCH), "valid": PartitionSpec()}
+        places: dict[str, Any] = {"states": PartitionSpec(None, *BATCH), "valid": PartitionSpec()}
         return shapes._replace(**places)
 
     def eval_context(self, split: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -52,8 +53,8 @@ class Vocabulary:
           KeyError: a symbol is missing, and so is `<unk>`.
         """
         if self.level == "word":
-            parts = [self._encode_line(line) for line in _lines(text)]
-            return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+            words = (word for line in _lines(text) for word in (*line.split(), END_OF_LINE))
+            return np.frombuffer(array("I", map(self._number, words)), np.uint32).astype(self.dtype)
         points = _code_points(text, self.level)
         table = np.zeros(_CODE_POINTS, self.dtype)
         for point in np.flatnonzero(_histogram(points)):
@@ -71,9 +72,6 @@ class Vocabulary:
         codes = (b"?" if s == UNKNOWN else s.encode("latin-1") for s in symbols)
         return b"".join(codes).decode("utf-8", "replace")
 
-    def _encode_line(self, line: str) -> np.ndarray:
-        return np.array([self._number(word) for word in line_words(line)], self.dtype)
-
     @functools.cached_property
     def _numbers(self) -> dict[str, int]:
         return {symbol: i for i, symbol in enumerate(self.symbols)}
@@ -84,7 +82,10 @@ class Vocabulary:
 
 
 def build(text: bytes, level: str, min_count: int = 1, *, unknown: bool = True) -> Vocabulary:
-    """The vocabulary of a text, by descending frequency, then by symbol.
+    """The vocabulary of a text, by descending frequency.
+
+    Of words, in the order of the reference: first `<eos>`, which ends every line, and of words that
+    are equally frequent the one that occurs first.
 
     Args:
       text: what is counted.
@@ -93,21 +94,16 @@ def build(text: bytes, level: str, min_count: int = 1, *, unknown: bool = True) 
       unknown: add `<unk>` at the end, unless it is a word of the text.
     """
     counts = _count(text, level)
-    kept = sorted((-n, symbol) for symbol, n in counts.items() if n >= min_count)
-    symbols = [symbol for _, symbol in kept]
-    if unknown and UNKNOWN not in counts:
+    symbols = [END_OF_LINE] if level == "word" else []
+    symbols += [s for s, n in counts.most_common() if n >= min_count and s != END_OF_LINE]
+    if unknown and UNKNOWN not in symbols:
         symbols.append(UNKNOWN)
     return Vocabulary(level, tuple(symbols))
 
 
-def line_words(line: str) -> list[str]:
-    """Words and `<eos>`, as in the reference: also for a line that is empty."""
-    return [*line.split(), END_OF_LINE]
-
-
 def _count(text: bytes, level: str) -> Counter[str]:
     if level == "word":
-        return Counter(word for line in _lines(text) for word in line_words(line))
+        return Counter(word for line in _lines(text) for word in line.split())
     counts = _histogram(_code_points(text, level))
     return Counter({chr(point): int(counts[point]) for point in np.flatnonzero(counts)})
 
