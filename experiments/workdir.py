@@ -31,16 +31,26 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; must be a folder, or a new name")
     saved = workdir / CONFIG
-    if saved.exists():
+    if saved.exists() and _holds_results(workdir):
         _check_same(workdir, read_json(saved), as_json(config))
         _check_writable(workdir)
         return
     strange = [name for name in (METRICS, FINAL, CHECKPOINTS) if (workdir / name).exists()]
-    if strange:
+    if strange and not saved.exists():
         raise UserError(f"--workdir={workdir}: holds {strange[0]} but no {CONFIG}; choose another")
     _check_writable(workdir)
     if jax.process_index() == 0:
         write_json(saved, as_json(config))
+
+
+def _holds_results(workdir: Path) -> bool:
+    """Whether anything would be lost if another config took the folder over."""
+    records, checkpoints = workdir / METRICS, workdir / CHECKPOINTS
+    return (
+        finished(workdir)
+        or (records.exists() and records.stat().st_size > 0)
+        or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    )
 
 
 def finished(workdir: Path) -> bool:

@@ -8,6 +8,9 @@ import sys
 import pytest
 from toy_runs import CACHE, CONFIG, last_state, records
 
+from experiments import workdir
+from experiments.config import resolve
+from experiments.errors import UserError
 from experiments.main import main
 
 
@@ -163,3 +166,15 @@ def test_the_real_command(tmp_path):
     assert stopped.stderr == ""
     assert "step 10/20  train" in stopped.stdout
     assert records(tmp_path / "run")[-1]["step"] == 10
+
+
+def test_a_folder_without_results_may_be_taken_over(tmp_path):
+    """A run that failed before its first record left only its config: nothing is lost."""
+    first = resolve(f"{CONFIG}:dense", [])
+    second = resolve(f"{CONFIG}:80/60", [])
+    workdir.claim(tmp_path, first)
+    workdir.claim(tmp_path, second)
+    assert workdir.read_json(tmp_path / workdir.CONFIG) == workdir.as_json(second)
+    (tmp_path / workdir.METRICS).write_text('{"step": 1, "split": "train"}\n')
+    with pytest.raises(UserError, match="belongs to another config"):
+        workdir.claim(tmp_path, first)
