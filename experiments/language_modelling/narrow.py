@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Sequence
 from typing import Any
+
+import jax
 
 import topkast_jax as tk
 from experiments.errors import UserError
@@ -22,24 +25,34 @@ STACKED = "layers/"
 
 def parameters(config: TransformerXLConfig) -> int:
     """How many there are."""
-    _, leaves, _ = flatten_with_names(LanguageModel(config).abstract_params)
+    _, leaves = _abstract(config)
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def active_parameters(config: TransformerXLConfig, rules: Rules, density: float) -> int:
     """How many are in the forward set, where the rules say what is sparse."""
-    config = dataclasses.replace(config, scan=False)  # a rule that finds a layer finds its stack
-    params = LanguageModel(config).abstract_params
-    unstructured = tk.Unstructured()
-    found = tk_rules.resolve(params, read_rules(rules), density, 1.0, unstructured)
-    _, leaves, _ = flatten_with_names(params)
-    sizes = [math.prod(leaf.shape) for leaf in leaves]
-    return sum(
-        size if leaf is None else max(1, math.floor(float(leaf.forward_density) * size + 0.5))
-        for leaf, size in zip(found, sizes, strict=True)
-    )
+    names, leaves = _abstract(config)
+    specs = read_rules(for_stacked_layers(rules, names))
+    tree = dict(zip(names, leaves, strict=True))
+    found = tk_rules.resolve(tree, specs, density, 1.0, tk.Unstructured())
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)]
+    return sum(_kept(leaf, size) for leaf, size in zip(found, sizes, strict=True))
 
 
+def _abstract(config: TransformerXLConfig) -> tuple[list[str], list[Any]]:
+    """Names and shapes; with stacked layers, for they are as many and made faster."""
+    model = LanguageModel(dataclasses.replace(config, scan=True))
+    return flatten_with_names(model.abstract_params)[:2]
+
+
+def _kept(leaf: tk_rules.Leaf | None, size: int) -> int:
+    if leaf is None:
+        return size
+    each = max(1, math.floor(float(leaf.forward_density) * math.prod(leaf.shape) + 0.5))
+    return math.prod(leaf.stack) * each
+
+
+@functools.lru_cache
 def narrowed(config: TransformerXLConfig, budget: int) -> TransformerXLConfig:
     """The widest model of the same depth and shape with at most so many parameters.
 

@@ -56,11 +56,13 @@ def shrink_to_smoke(config: ConfigDict) -> None:
     config.optimizer.schedule.warmup_steps = min(1, config.optimizer.schedule.warmup_steps)
     config.method.refresh_every = 2
     for key, size in (
-        ("n_layer", 2), ("n_head", 2), ("d_model", 32), ("d_head", 16), ("d_inner", 64)
+        ("n_layer", 2), ("n_head", 2), ("d_model", 64), ("d_head", 16), ("d_inner", 64)
     ):  # fmt: skip
         config.model[key] = size
     for which in ("train", "evaluation"):
         config.model[which].target = 32
         config.model[which].memory = 32
+    if config.model.cutoffs:
+        config.model.cutoffs = (100, 300, 1_000)
     config.data.name = "python_docs"
     config.data.eval_batch_size = 16

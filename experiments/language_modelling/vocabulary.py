@@ -77,8 +77,8 @@ class Vocabulary:
         return {symbol: i for i, symbol in enumerate(self.symbols)}
 
     def _number(self, symbol: str) -> int:
-        number = self._numbers.get(symbol)
-        return self._numbers[UNKNOWN] if number is None else number
+        numbers = self._numbers
+        return numbers[symbol] if symbol in numbers or UNKNOWN not in numbers else numbers[UNKNOWN]
 
 
 def build(text: bytes, level: str, min_count: int = 1, *, unknown: bool = True) -> Vocabulary:
