@@ -31,12 +31,13 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; must be a folder, or a new name")
     saved = workdir / CONFIG
-    if saved.exists() and _holds_results(workdir):
-        _check_same(workdir, read_json(saved), as_json(config))
+    old = read_json(saved) if saved.exists() else None
+    if old is not None and _holds_results(workdir):
+        _check_same(workdir, old, as_json(config))
         _check_writable(workdir)
         return
     strange = [name for name in (METRICS, FINAL, CHECKPOINTS) if (workdir / name).exists()]
-    if strange and not saved.exists():
+    if strange and old is None:
         raise UserError(f"--workdir={workdir}: holds {strange[0]} but no {CONFIG}; choose another")
     _check_writable(workdir)
     if jax.process_index() == 0:
