@@ -108,7 +108,9 @@ def test_lowers_for_cuda(backend, block):
 
     x = jnp.ones((100, shape[0]), jnp.bfloat16)
     allowed = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    with options(backend):
+    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)  # what to compile for
+    with jax.sharding.use_abstract_mesh(mesh), options(backend):
         exported = export.export(
             jax.jit(jax.grad(loss, (0, 1))), platforms=["cuda"], disabled_checks=allowed
         )(kernel.values, x)
