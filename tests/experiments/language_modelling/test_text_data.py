@@ -121,7 +121,10 @@ def test_what_the_data_decides_is_in_the_config(text):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.name=text"], r"config.data.name='text': allowed are text_file, python_docs, enwik8"),
+        (
+            ["data.name=text"],
+            r"config.data.name='text': allowed are text_file, python_docs, enwik8",
+        ),
         (["data.level=letter"], "config.data.level='letter': allowed are byte, character, word"),
         (["data.name=text_file"], "config.data.file is empty"),
         (["data.name=text_file", "data.file=/no/such"], "config.data.file: cannot read /no/such"),
@@ -130,7 +133,10 @@ def test_what_the_data_decides_is_in_the_config(text):
         (["data.vocabulary=abc"], "config.data.vocabulary='abc': python_docs has "),
         (["data.name=enwik8", "data.vocabulary_size=9"], "vocabulary_size=9: enwik8 has 205"),
         (["model.train.target=0"], "lengths.target=0: must be a whole number of at least 1"),
-        (["model.train.target=900000"], r"train.target=900000: beyond the data; .* python_docs has"),
+        (
+            ["model.train.target=900000"],
+            r"train.target=900000: beyond the data; .* python_docs has",
+        ),
         (["model.evaluation.target=90000"], "evaluation.target=90000: beyond the data; the valid"),
         (["batch_size=16000"], r"config.batch_size=16000: too few tokens; 16000 lanes of 32 \+ 1"),
         (["model.dropout=1.0"], r"config.model: dropout=1.0: must be in \[0, 1\)"),
