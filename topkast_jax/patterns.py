@@ -79,16 +79,18 @@ class Block:
     def magnitudes(self, x: jax.Array) -> jax.Array:
         """The L1 norm of each block, summed in float32."""
         *lead, rows, cols = self.grid(x.shape)
-        blocks = jnp.abs(x).reshape(*lead, rows, self.rows, cols, self.cols)
-        return jnp.sum(blocks, axis=(-3, -1), dtype=jnp.float32)
+        # One axis at a time: a reshape of two is refused on an explicitly sharded leaf.
+        bands = jnp.abs(x).reshape(*lead, rows, self.rows, x.shape[-1])
+        bands = jnp.sum(bands, axis=-2, dtype=jnp.float32)
+        return jnp.sum(bands.reshape(*lead, rows, cols, self.cols), axis=-1)
 
     def expand(self, units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Each block's value, repeated over its entries."""
         *lead, rows, cols = units.shape
-        spread = jnp.broadcast_to(
-            units[..., :, None, :, None], (*lead, rows, self.rows, cols, self.cols)
-        )
-        return spread.reshape(shape)
+        bands = jnp.broadcast_to(units[..., :, None, :], (*lead, rows, self.rows, cols))
+        bands = bands.reshape(*lead, shape[-2], cols)
+        entries = jnp.broadcast_to(bands[..., None], (*lead, shape[-2], cols, self.cols))
+        return entries.reshape(shape)
 
 
 def units_in(pattern: Pattern, shape: tuple[int, ...]) -> int:

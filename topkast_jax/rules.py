@@ -169,7 +169,7 @@ def check_densities(forward: Density, backward: Density, where: str = "") -> Non
     for name, density in (("forward_density", forward), ("backward_density", backward)):
         if isinstance(density, jax.core.Tracer):
             return
-        number = isinstance(density, numbers.Real) or jnp.ndim(density) == 0
+        number = isinstance(density, numbers.Real) or getattr(density, "ndim", None) == 0
         if isinstance(density, bool) or not number or not 0.0 < float(density) <= 1.0:
             raise SparsityError(f"{where}{name}={density!r}: must be a number in (0, 1]")
     if float(backward) < float(forward):
