@@ -68,7 +68,7 @@ TRAIN = """
 
     overrides = ["data.name=cifar10", f"data.dir={sys.argv[1]}", "batch_size=8"]
     overrides += ["data.recipe=cifar", "data.channels=3", "data.image_size=32"]
-    train(resolve("configs/quickstart.py:90/80,smoke", overrides), Path(sys.argv[2]))
+    train(resolve("configs/quickstart.py:dense,smoke", overrides), Path(sys.argv[2]))
     assert "tensorflow_datasets" in sys.modules
     print("tensorflow" in sys.modules)
 """
