@@ -49,8 +49,13 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.optimizer.clip_global_norm = 0.25
     config.optimizer.schedule.name = "cosine"
     config.optimizer.schedule.warmup_steps = 100
+    config.method.name = "top_kast"
+    config.method.forward_density = 0.1
+    config.method.backward_density = 0.2
     config.method.refresh_every = 20  # of 2,000 steps
     config.method.exploration_weight = 1e-4
+    # Attention and feed-forward blocks; embeddings, and so the tied softmax, are dense.
+    config.method.rules = (("layers/.*/kernel", "sparse"), (".*", "dense"))
     if apply_variant(config, variant):
         shrink_to_smoke(config)
     return config

@@ -19,7 +19,6 @@ Variants: dense; F/B, for example 80/0, 80/60, 80/80, 90/60, 90/80, 95/90 (Top-K
 forward/backward sparsity in percent; the default is 90/80); static-F (a fixed random mask);
 small-dense-F (dense, of the same depth, narrower, with as many parameters as a model of F %
 sparsity runs on); smoke (three steps of a tiny model on Python's own documentation).
-What is sparse is config.method.rules: the kernels of attention and feed-forward blocks.
 """
 
 from ml_collections import ConfigDict
@@ -63,8 +62,13 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.optimizer.schedule.name = "cosine"
     config.optimizer.schedule.warmup_steps = 16_000
     config.optimizer.schedule.reference_steps = 4_000_000
+    config.method.name = "top_kast"
+    config.method.forward_density = 0.1
+    config.method.backward_density = 0.2
     config.method.refresh_every = 100
     config.method.exploration_weight = 1e-4
+    # Attention and feed-forward blocks; embeddings, and so the tied softmax, are dense.
+    config.method.rules = (("layers/.*/kernel", "sparse"), (".*", "dense"))
     if apply_variant(config, variant):
         shrink_to_smoke(config)
     return config

@@ -8,30 +8,26 @@ from experiments.config import apply_variant as apply_common
 from experiments.errors import UserError
 
 SMALL_DENSE = "small-dense-"
-# Matrix products of attention and feed-forward blocks; embeddings, and with them the tied softmax,
-# biases and layer norms are dense.
-RULES = (("layers/.*/kernel", "sparse"), (".*", "dense"))
 
 
 def apply_variant(config: ConfigDict, variant: str) -> bool:
-    """Sets the method, and what is sparse, from a variant.
+    """Sets the method from a variant.
 
     Args:
       config: changed in place.
       variant: as for `experiments.config.apply_variant`, and `small-dense-F`: dense, of the same
-        depth, narrower, with the parameters that a model of F % sparsity runs on.
+        depth, narrower, with the parameters that a model of F % sparsity by `method.rules` runs on.
 
     Returns:
       Whether it is a smoke test.
     """
     words = [word.strip() for word in variant.split(",")]
-    config.method.rules = RULES
     common = [word for word in words if not word.startswith(SMALL_DENSE)]
     flags = apply_common(config, ",".join(common), flags=("smoke", f"{SMALL_DENSE}F"))
     for word in words:
         if word.startswith(SMALL_DENSE):
             config.method.name = "dense"
-            config.model.small_dense.rules = RULES
+            config.model.small_dense.rules = config.method.rules
             config.model.small_dense.forward_density = _density(word)
     return "smoke" in flags
 
