@@ -8,10 +8,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.tpu import library
 from topkast_jax import Block
 from topkast_jax.always_sparse import CompactKernel, matmul, options
 
-pytest.importorskip("libtpu")
+pytestmark = pytest.mark.skipif(library.find() is None, reason="no libtpu: scripts/setup aot")
 
 
 def mesh_of(topology, devices=None):

@@ -1,0 +1,1 @@
+"""What a training step costs on a TPU, from the TPU compiler alone: no TPU is needed."""

@@ -1,0 +1,112 @@
+"""Compiles a run's training step for a TPU topology, without a TPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from experiments.errors import UserError
+from experiments.partition import BATCH
+from experiments.run import Run
+from experiments.tpu.chips import Chip, chip_of
+
+_TOO_LARGE = (
+    r"Used (?P<needed>[\d.]+[KMGT]?) of (?P<available>[\d.]+[KMGT]?) hbm",
+    r"required .*?\((?P<needed>[\d.]+[KMGT]?)\) exceeds available HBM "
+    r"\((?P<available>[\d.]+[KMGT]?)\)",
+)
+
+
+class TooLarge(Exception):
+    """A program does not fit; bytes that it needs and that there are, None if not said."""
+
+    def __init__(self, needed: int | None, available: int | None):
+        super().__init__(f"needs {needed} bytes of {available}")
+        self.needed, self.available = needed, available
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Devices to compile for, and the peaks of one: a chip's, or its part of a chip's."""
+
+    devices: Sequence[jax.Device]
+    peaks: Chip
+
+
+def target(topology: str, count: int | None = None) -> Target:
+    """The first `count` devices of a topology such as `v5e:2x2`, or all of them."""
+    chip = chip_of(topology)
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"--topology={topology}: {error}; v4:2x2x1, v5e:2x2, v5e:16x16, v5p:2x2x1 and v6e:2x2 "
+            "are good ones, and --devices=1 takes one device"
+        ) from error
+    if count is not None and count > len(devices):
+        raise UserError(f"--devices={count}: {topology} has {len(devices)}")
+    chips = math.prod(int(n) for n in re.findall(r"\d+", topology.partition(":")[2]))
+    return Target(devices[:count], chip.shared_by(len(devices) // chips))
+
+
+def lower(run: Run) -> jax.stages.Lowered:
+    """The training step on its state and one batch, both in the abstract."""
+    place = NamedSharding(run.mesh, BATCH)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), run.task.example_batch()
+    )
+    step: Any = run.step
+    return step.lower(run.abstract, batch)
+
+
+def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles; raises TooLarge where the device's memory does not suffice."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise _too_large(str(error)) from error
+
+
+def _too_large(message: str) -> TooLarge:
+    for pattern in _TOO_LARGE:
+        if found := re.search(pattern, message):
+            return TooLarge(_bytes(found["needed"]), _bytes(found["available"]))
+    return TooLarge(None, None)
+
+
+def _bytes(text: str) -> int:
+    unit = "KMGT".find(text[-1]) + 1
+    return round(float(text[:-1] if unit else text) * 1024**unit)
+
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, dict[str, int]]:
+    """Bytes of one device's memory, and of its host's, by what lies in them.
+
+    `alias` is the part of the output that takes the place of arguments; `total` is what there must
+    be at least while the program runs.
+    """
+    found: Any = compiled.memory_analysis()
+    result = {}
+    for where, prefix in (("device_bytes", ""), ("host_bytes", "host_")):
+        sizes = {
+            name: int(getattr(found, f"{prefix}{field}_size_in_bytes"))
+            for name, field in (
+                ("arguments", "argument"),
+                ("temporaries", "temp"),
+                ("output", "output"),
+                ("alias", "alias"),
+                ("code", "generated_code"),
+            )
+        }
+        total = sizes["arguments"] + sizes["temporaries"] + sizes["output"] - sizes["alias"]
+        result[where] = sizes | {"total": total}
+    return result

@@ -1,0 +1,272 @@
+"""What a compiled program does on one device: FLOPs, bytes moved, collectives.
+
+XLA's own `cost_analysis` counts the body of a loop once; here every loop counts as often as it
+turns. Of alternatives (`lax.cond`: a refresh of the masks or none) one is taken, the cheapest for
+the ordinary step.
+
+FLOPs are those of matrix products and convolutions, 2 a multiply-add, none for padding, and what
+Pallas kernels say of themselves. Bytes are those that go in or out of the device's main memory,
+without the padding of tiles: what the compiler keeps on the chip is free, and of an array that is
+only sliced or updated in place, the slice counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from experiments.tpu.hlo import Array, Computation, Instruction, Program, trips
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_FREE = frozenset({
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id",
+    "replica-id", "opt-barrier", "optimization-barrier", "domain", "add-dependency",
+})  # fmt: skip
+_VIEWS = ("bitcast", "get-tuple-element", "reshape")
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one device.
+
+    Attributes:
+        flops: of matrix products.
+        moved: bytes in and out of main memory.
+        sent: bytes that leave the device, with the best algorithm on a ring.
+        collectives: (kind, bytes that each takes part with) → how many.
+        alternatives: how many conditionals there are.
+        unknown_loops: loops that count once, for nothing says how often they turn.
+        unknown_kernels: kernels that do not say what they cost.
+    """
+
+    flops: float = 0.0
+    moved: float = 0.0
+    sent: float = 0.0
+    collectives: Counter[tuple[str, int]] = dataclasses.field(default_factory=Counter)
+    alternatives: int = 0
+    unknown_loops: int = 0
+    unknown_kernels: int = 0
+
+    def add(self, other: Cost, times: int = 1) -> None:
+        """Adds another, so many times."""
+        self.flops += times * other.flops
+        self.moved += times * other.moved
+        self.sent += times * other.sent
+        for key, count in other.collectives.items():
+            self.collectives[key] += times * count
+        self.alternatives += other.alternatives
+        self.unknown_loops += other.unknown_loops
+        self.unknown_kernels += other.unknown_kernels
+
+
+Choice = Callable[[Sequence[Cost]], Cost]
+
+
+def cheapest(costs: Sequence[Cost]) -> Cost:
+    """The alternative that moves and multiplies least."""
+    return min(costs, key=lambda c: (c.moved, c.flops))
+
+
+def dearest(costs: Sequence[Cost]) -> Cost:
+    """The alternative that moves and multiplies most."""
+    return max(costs, key=lambda c: (c.moved, c.flops))
+
+
+def cost(program: Program, devices: int, choose: Choice = cheapest) -> Cost:
+    """The cost of a program on each of so many devices."""
+    return _Counter(program, devices, choose).computation(program.entry)
+
+
+class _Counter:
+    def __init__(self, program: Program, devices: int, choose: Choice):
+        self._program, self._devices, self._choose = program, devices, choose
+
+    def computation(self, inside: Computation) -> Cost:
+        total = Cost()
+        for instruction in inside:
+            self._add(total, instruction, inside)
+        return total
+
+    def _add(self, total: Cost, instruction: Instruction, inside: Computation) -> None:
+        opcode = instruction.opcode
+        if opcode == "while":
+            turns = trips(self._program, instruction)
+            body = self.computation(self._program.called(instruction, "body")[0])
+            body.unknown_loops += turns is None
+            total.add(body, 1 if turns is None else turns)
+        elif opcode == "conditional":
+            total.add(self._choose(self._branches(instruction)))
+            total.alternatives += 1
+        elif opcode == "call":
+            total.add(self.computation(self._program.called(instruction, "to_apply")[0]))
+        elif opcode not in _FREE:
+            total.moved += _moved(self._program, instruction, inside)
+            self._work(total, instruction, inside)
+
+    def _branches(self, instruction: Instruction) -> list[Cost]:
+        names = ("branch_computations", "true_computation", "false_computation")
+        found = [c for name in names for c in self._program.called(instruction, name)]
+        return [self.computation(branch) for branch in found]
+
+    def _work(self, total: Cost, instruction: Instruction, inside: Computation) -> None:
+        """Adds products and collectives, those inside fusions too."""
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in KINDS:
+            size = sum(a.bytes for name in instruction.operands for a in inside[name].arrays)
+            group = _group(instruction, self._devices)
+            size *= group if kind == "all-gather" else 1
+            total.collectives[kind, round(size)] += 1
+            total.sent += size * _share(kind, group)
+        elif kind == "convolution":
+            total.flops += _convolution_flops(instruction, inside)
+        elif kind == "dot":
+            total.flops += _dot_flops(instruction, inside)
+        elif kind == "custom-call":
+            _add_kernel(total, instruction)
+        for inner in self._program.called(instruction):
+            for each in inner:
+                self._work(total, each, inner)
+
+
+def _add_kernel(total: Cost, instruction: Instruction) -> None:
+    if instruction.attribute("custom_call_target") != '"tpu_custom_call"':
+        return
+    estimate = re.search(r'"cost_estimate":\s*(\{[^}]*\})', instruction.attributes)
+    if estimate is None:
+        total.unknown_kernels += 1
+    else:
+        total.flops += float(json.loads(estimate[1])["flops"])
+
+
+def _share(kind: str, group: int) -> float:
+    """What part of its bytes a device sends on a ring."""
+    if kind == "collective-permute":
+        return 1.0
+    return (2 if kind == "all-reduce" else 1) * (group - 1) / group
+
+
+def _group(instruction: Instruction, devices: int) -> int:
+    """How many devices take part together."""
+    text = instruction.attributes
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
+    return devices
+
+
+def _dot_flops(instruction: Instruction, inside: Computation) -> float:
+    left = inside[instruction.operands[0]].arrays[0].dims
+    contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims") or "")
+    size = math.prod(instruction.arrays[0].dims)
+    return 2.0 * size * math.prod(left[int(axis)] for axis in contracted)
+
+
+def _convolution_flops(instruction: Instruction, inside: Computation) -> float:
+    arrays = [inside[name].arrays[0] for name in instruction.operands[:2]] + [*instruction.arrays]
+    labels = re.split(r"_|->", instruction.attribute("dim_labels") or "")
+    left, right, out = (
+        dict(zip(axes, array.dims, strict=True)) for axes, array in zip(labels, arrays, strict=True)
+    )
+    window = re.findall(r"(\w+)=([^\s}]+)", instruction.attribute("window") or "")
+    products = 1
+    for axis in filter(str.isdigit, labels[0]):
+        along = {key: values.split("x")[int(axis)] for key, values in window}
+        products *= _meetings(left[axis], right[axis], out[axis], along)
+    return 2.0 * out["b"] * out["f"] * right["i"] * products
+
+
+def _meetings(source: int, taps: int, out: int, window: dict[str, str]) -> int:
+    """How many pairs of an output and a tap meet an entry, and neither padding nor a hole."""
+    stride, holes, spread = (
+        int(window.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate")
+    )
+    before = int(window.get("pad", "0_0").split("_")[0])
+    place = np.arange(out)[:, None] * stride + np.arange(taps) * spread - before
+    return int(np.sum((place >= 0) & (place % holes == 0) & (place // holes < source)))
+
+
+def _moved(program: Program, instruction: Instruction, inside: Computation) -> float:
+    if instruction.opcode.endswith("-start") and instruction.opcode != "async-start":
+        return 0.0  # counted where it is done
+    if instruction.opcode.endswith(("-done", "-update")):
+        return _moved_by(inside[instruction.operands[0]], instruction.arrays, inside)
+    read = sum(_read(program, instruction, i, inside) for i in range(len(instruction.operands)))
+    return read + _written(program, instruction, inside)
+
+
+def _moved_by(start: Instruction, result: tuple[Array, ...], inside: Computation) -> float:
+    """What an asynchronous copy, slice or collective moves."""
+    if start.opcode.startswith("async"):
+        return _main(result)
+    read = sum(_main(inside[name].arrays) for name in start.operands)
+    if start.opcode.startswith(("copy", "slice")):
+        read = min(read, sum(a.bytes for a in result))
+    return read + _main(result)
+
+
+def _main(arrays: tuple[Array, ...]) -> float:
+    """Bytes of those that lie in main memory."""
+    return sum(a.bytes for a in arrays if a.space == 0)
+
+
+def _read(program: Program, instruction: Instruction, i: int, inside: Computation) -> float:
+    """Bytes of main memory that an instruction reads of its i-th operand."""
+    whole = _main(inside[instruction.operands[i]].arrays)
+    return min(whole, _used(program, instruction, i, whole)) if whole else 0.0
+
+
+def _used(program: Program, user: Instruction, i: int, whole: float) -> float:
+    if user.opcode in _SLICES and i == 0:
+        return sum(a.bytes for a in user.arrays)
+    if user.opcode in ("dynamic-update-slice", "scatter") and i == 0:
+        return 0.0
+    if user.opcode in ("fusion", "async-start"):
+        inner = program.called(user)[0]
+        named = next(p for p in inner if p.opcode == "parameter" and p.argument == str(i))
+        return _used_inside(program, inner, named.name, whole)
+    return whole
+
+
+def _used_inside(program: Program, inner: Computation, name: str, whole: float) -> float:
+    total = 0.0
+    for user in inner.users(name):
+        if user.opcode in _VIEWS:
+            total += _used_inside(program, inner, user.name, whole)
+        elif user.opcode != "tuple":
+            total += _used(program, user, user.operands.index(name), whole)
+    return total
+
+
+def _written(program: Program, instruction: Instruction, inside: Computation) -> float:
+    """Bytes of main memory that an instruction writes."""
+    if instruction.opcode == "async-start":
+        return 0.0  # counted where it is done
+    sizes = _sizes(program, instruction, inside)
+    if len(sizes) != len(instruction.arrays):
+        return _main(instruction.arrays)
+    return sum(s for s, a in zip(sizes, instruction.arrays, strict=True) if a.space == 0)
+
+
+def _sizes(program: Program, made: Instruction, inside: Computation) -> list[float]:
+    """Bytes that are new in each of the arrays that an instruction makes."""
+    if made.opcode == "dynamic-update-slice":
+        return [sum(a.bytes for a in inside[made.operands[1]].arrays)]
+    if made.opcode == "fusion":
+        inner = program.called(made)[0]
+        return _sizes(program, inner.root, inner)
+    if made.opcode in _VIEWS and made.opcode != "get-tuple-element":
+        return _sizes(program, inside[made.operands[0]], inside)
+    if made.opcode == "tuple":
+        return [s for name in made.operands for s in _sizes(program, inside[name], inside)]
+    return [a.bytes for a in made.arrays]

@@ -1,0 +1,54 @@
+"""Where the TPU compiler is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from experiments.errors import UserError
+
+_VARIABLE = "TPU_LIBRARY_PATH"
+# libtpu complains at start, in several lines, if nothing says what it runs on.
+_QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def find() -> Path | None:
+    """libtpu.so of `TPU_LIBRARY_PATH`, of `scripts/setup aot`, or of an installed package."""
+    places = [Path(sys.prefix) / "aot/libtpu/libtpu.so"]
+    if _VARIABLE in os.environ:
+        places.insert(0, Path(os.environ[_VARIABLE]))
+    spec = importlib.util.find_spec("libtpu")
+    if spec is not None and spec.origin is not None:
+        places.append(Path(spec.origin).parent / "libtpu.so")
+    return next((place for place in places if place.is_file()), None)
+
+
+def use() -> bool:
+    """Tells JAX where the compiler is; to be called before JAX looks for devices.
+
+    Returns:
+        Whether there is a compiler.
+    """
+    library = find()
+    if library is None:
+        os.environ.pop(_VARIABLE, None)
+        return False
+    os.environ[_VARIABLE] = str(library)
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    return True
+
+
+def require() -> None:
+    """`use`, or a UserError where there is no compiler."""
+    if not use():
+        raise UserError(
+            f"libtpu: found none in {sys.prefix}/aot, as a package, or at {_VARIABLE}; "
+            "get it with scripts/setup aot (Linux on x86-64 only)"
+        )

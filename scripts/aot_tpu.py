@@ -1,0 +1,115 @@
+"""Compiles a run's training step for a TPU, without one, and prints what it costs as one JSON line.
+
+    .venv/bin/python scripts/aot_tpu.py --config=configs/NAME.py:VARIANT --topology=v5e:2x2 \
+        [--devices=N] [--config.KEY=VALUE …]
+
+Needs the TPU compiler: `scripts/setup aot`. Data need not be there. The line holds, for one device:
+
+device_bytes, host_bytes  what the compiler sets aside; `total` counts donated arguments once
+flops                     of matrix products and convolutions, 2 a multiply-add
+bytes_moved               in and out of the device's main memory, tiles' padding left out
+collectives               kind → count, bytes, and [bytes of one, count] for each size
+seconds                   flops, bytes_moved and bytes sent, each over the chip's published peak
+roofline_seconds, bound   the largest of them, and which: no step of this program is faster
+costliest                 the same for a step that takes the costlier side of every conditional
+                          (a step that chooses masks anew); the others are for an ordinary step
+unknown                   loops counted once and kernels counted as 0, for nothing says what they do
+
+A step that does not fit prints `"fits": false` with the bytes that it needs, as the compiler says.
+A user's mistake is one line, and status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from experiments import flags
+from experiments.config import resolve
+from experiments.errors import UserError
+from experiments.run import build
+from experiments.tpu import compiling, hlo, library
+from experiments.tpu.chips import Chip
+from experiments.tpu.cost import Cost, cost, dearest
+from topkast_jax import SparsityError
+
+
+def report(spec: str, overrides: Sequence[str], topology: str, count: int | None) -> dict[str, Any]:
+    """Compiles; the record that is printed."""
+    config = resolve(spec, overrides)
+    target = compiling.target(topology, count)
+    lowered = compiling.lower(build(config, target.devices))
+    record: dict[str, Any] = {
+        "config": config.name,
+        "overrides": list(overrides),
+        "topology": topology,
+        "devices": len(target.devices),
+        "hbm_bytes": target.peaks.hbm_bytes,
+    }
+    start = time.perf_counter()
+    try:
+        compiled = compiling.compile(lowered)
+    except compiling.TooLarge as error:
+        needs = {"needed_bytes": error.needed, "available_bytes": error.available}
+        return record | {"fits": False} | needs
+    record |= {"fits": True, "compile_seconds": round(time.perf_counter() - start, 1)}
+    program = hlo.parse(compiled.as_text() or "")
+    return record | compiling.memory(compiled) | costs(program, len(target.devices), target.peaks)
+
+
+def costs(program: hlo.Program, devices: int, peaks: Chip) -> dict[str, Any]:
+    """What an ordinary step does, and the costliest one."""
+    ordinary = cost(program, devices)
+    record = roofline(ordinary, peaks) | {
+        "unknown": {"loops": ordinary.unknown_loops, "kernels": ordinary.unknown_kernels}
+    }
+    if ordinary.alternatives:
+        record["costliest"] = roofline(cost(program, devices, dearest), peaks)
+    return record
+
+
+def roofline(step: Cost, peaks: Chip) -> dict[str, Any]:
+    """A cost as numbers, and the least time that it takes."""
+    kinds: dict[str, dict[str, Any]] = defaultdict(lambda: {"count": 0, "bytes": 0, "sizes": []})
+    for (kind, size), times in sorted(step.collectives.items()):
+        kinds[kind]["count"] += times
+        kinds[kind]["bytes"] += size * times
+        kinds[kind]["sizes"].append([size, times])
+    seconds = peaks.seconds(step.flops, step.moved, step.sent)
+    bound = max(seconds, key=lambda part: seconds[part])
+    return {
+        "flops": round(step.flops),
+        "bytes_moved": round(step.moved),
+        "bytes_sent": round(step.sent),
+        "collectives": dict(kinds),
+        "seconds": {part: float(f"{value:.4g}") for part, value in seconds.items()},
+        "roofline_seconds": float(f"{seconds[bound]:.4g}"),
+        "bound": bound,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    parser = flags.Parser(prog="scripts/aot_tpu.py", description=__doc__)
+    parser.add_argument("--config", required=True, help="path/to/NAME.py:VARIANT")
+    parser.add_argument("--topology", required=True, help="CHIP:SHAPE, for example v5e:2x2")
+    parser.add_argument("--devices", type=flags.positive, help="only the first so many")
+    try:
+        args, overrides = flags.parse(parser, sys.argv[1:] if argv is None else argv)
+        library.require()
+        jax.config.update("jax_platforms", "cpu")
+        record = report(args.config, overrides, args.topology, args.devices)
+    except (UserError, SparsityError) as error:
+        return flags.fail(error)
+    print(json.dumps(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
