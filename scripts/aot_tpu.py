@@ -66,9 +66,7 @@ def report(spec: str, overrides: Sequence[str], topology: str, count: int | None
 def costs(program: hlo.Program, devices: int, peaks: Chip) -> dict[str, Any]:
     """What an ordinary step does, and the costliest one."""
     ordinary = cost(program, devices)
-    record = roofline(ordinary, peaks) | {
-        "unknown": {"loops": ordinary.unknown_loops, "kernels": ordinary.unknown_kernels}
-    }
+    record = roofline(ordinary, peaks)
     if ordinary.alternatives:
         record["costliest"] = roofline(cost(program, devices, dearest), peaks)
     return record
@@ -91,6 +89,7 @@ def roofline(step: Cost, peaks: Chip) -> dict[str, Any]:
         "seconds": {part: float(f"{value:.4g}") for part, value in seconds.items()},
         "roofline_seconds": float(f"{seconds[bound]:.4g}"),
         "bound": bound,
+        "unknown": {"loops": step.unknown_loops, "kernels": step.unknown_kernels},
     }
 
 

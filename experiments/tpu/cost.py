@@ -119,6 +119,7 @@ class _Counter:
         """Adds products and collectives, those inside fusions too."""
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
+            kind = "reduce-scatter" if self._only_a_part_stays(instruction, inside) else kind
             size = sum(a.bytes for name in instruction.operands for a in inside[name].arrays)
             group = _group(instruction, self._devices)
             size *= group if kind == "all-gather" else 1
@@ -133,6 +134,12 @@ class _Counter:
         for inner in self._program.called(instruction):
             for each in inner:
                 self._work(total, each, inner)
+
+    def _only_a_part_stays(self, instruction: Instruction, inside: Computation) -> bool:
+        """Whether it is the all-reduce of a fusion that is a reduce-scatter."""
+        if instruction.opcode != "all-reduce" or inside is self._program.entry:
+            return False
+        return inside.root.opcode == "dynamic-slice" and instruction.name in inside.root.operands
 
 
 def _add_kernel(total: Cost, instruction: Instruction) -> None:

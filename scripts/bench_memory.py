@@ -1,0 +1,209 @@
+"""Memory of always-sparse training on one TPU v5e chip over dense training, by the TPU compiler.
+
+    .venv/bin/python scripts/bench_memory.py [--patterns=block:128x128,unstructured] \
+        [--skip_largest] [--masked] [--config.KEY=VALUE …]
+
+No TPU is needed; `scripts/setup aot` gets the compiler. The model is enwik8's large Transformer-XL
+with Adam at 90/80 % sparsity, rematerialised and scanned, on one short segment (SETTING below;
+`--config.` changes it for the dense and the sparse runs alike). The last line is JSON:
+
+state_ratio           bytes of parameters, gradients and optimizer state on the device over dense
+device_ratio          bytes of the compiled step on the device (arguments, temporaries and output,
+                      donated ones once) over dense
+largest_params_ratio  parameters (of the dense shapes) of the deepest model that compiles into the
+                      chip's memory over those of the deepest dense one
+
+for the first pattern, and for each under "patterns". A gradient has the shape and type of the
+values that the optimizer sees. `--masked` measures masks over dense arrays instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import flags
+from experiments import state as states
+from experiments.config import resolve
+from experiments.errors import UserError
+from experiments.run import Run, build
+from experiments.task import make_task
+from experiments.tpu import compiling, library
+from topkast_jax import SparsityError
+
+CONFIG = Path(__file__).parent.parent / "configs/enwik8_large.py"
+TOPOLOGY = "v5e:2x2"
+PATTERNS = "block:128x128,unstructured"
+SETTING = (
+    "batch_size=1",
+    "model.scan=True",
+    "model.remat=True",
+    "model.dropout=0.0",
+    "model.dropatt=0.0",
+    "model.train.target=64",
+    "model.train.memory=64",
+)
+# The deepest model is found to within this part of its layers.
+TOLERANCE = 0.01
+# The compiler keeps so much of a chip's memory for itself.
+RESERVED = 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to train: the config's variant, and overrides on top of the setting."""
+
+    name: str
+    variant: str
+    overrides: tuple[str, ...]
+
+    def config(self, layers: int | None = None) -> ConfigDict:
+        """The config, of another depth if asked."""
+        depth = () if layers is None else (f"model.n_layer={layers}",)
+        return resolve(f"{CONFIG}:{self.variant}", (*self.overrides, *depth))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One compiled step; `total` is what the compiler asked for where it does not fit."""
+
+    layers: int
+    params: int
+    state: int
+    total: int
+    fits: bool
+
+
+def state_bytes(run: Run) -> int:
+    """Parameters, gradients and optimizer state that lie on the device."""
+    params, opt_state = run.abstract.params, run.abstract.opt_state
+    gradients = [p for p in jax.tree.leaves(params) if jnp.issubdtype(p.dtype, jnp.floating)]
+    leaves = [*jax.tree.leaves(params), *gradients, *jax.tree.leaves(opt_state)]
+    return sum(_bytes(leaf) for leaf in leaves if "host" not in str(leaf.sharding.memory_kind))
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+
+
+def measure(variant: Variant, target: compiling.Target, layers: int | None = None) -> Measured:
+    """Compiles a variant's step, of its own depth or another, and prints a row."""
+    config = variant.config(layers)
+    run = build(config, target.devices)
+    params = sum(leaf.size for leaf in jax.tree.leaves(states.abstract_params(make_task(config))))
+    try:
+        compiled = compiling.compile(compiling.lower(run))
+        total, fits = compiling.memory(compiled)["device_bytes"]["total"], True
+    except compiling.TooLarge as error:
+        total, fits = error.needed or 0, False
+    found = Measured(config.model.n_layer, params, state_bytes(run), total, fits)
+    print(_row(variant.name, found), flush=True)
+    return found
+
+
+def _row(name: str, found: Measured) -> str:
+    total = f"{found.total / 1e9:6.2f} GB" if found.total else "  too much"
+    end = "" if found.fits else "  does not fit"
+    return (
+        f"{name:24s}{found.layers:5d} layers {found.params / 1e6:7.0f} M parameters "
+        f"{found.state / 1e9:6.2f} GB state {total} in all{end}"
+    )
+
+
+def deepest(
+    fits: Measured, memory: int, measure_at: Callable[[int], Measured], tolerance: float = TOLERANCE
+) -> Measured:
+    """The deepest model that compiles.
+
+    Memory is near linear in layers, which says where to look next; where the compiler did not say
+    how much a model that failed needs, the next is half-way to it.
+
+    Args:
+        fits: a model that does.
+        memory: bytes of the device.
+        measure_at: compiles a model of so many layers.
+        tolerance: how near to the first that does not fit, as a part of its layers.
+    """
+    fails: Measured | None = None
+    slope = fits.total / fits.layers
+    step = 1
+    while fails is None or fails.layers - fits.layers > step:
+        guess = fits.layers + max(step, int((memory - fits.total) / slope))
+        if fails is not None:
+            guess = min(guess, fails.layers - step)
+            guess = guess if fails.total else (fits.layers + fails.layers) // 2
+        found = measure_at(guess)
+        if found.total:
+            slope = max(1.0, (found.total - fits.total) / (found.layers - fits.layers))
+        if found.fits:
+            fits = found
+        else:
+            fails = found
+        step = max(1, int(tolerance * fits.layers))
+    return fits
+
+
+def variants(patterns: Sequence[str], masked: bool, overrides: Sequence[str]) -> list[Variant]:
+    """Dense, and one for each pattern."""
+    setting = (*SETTING, *overrides)
+    sparse = ("method.inner_state=reset",) if masked else ("method.always_sparse=True",)
+    return [Variant("dense", "dense", setting)] + [
+        Variant(pattern, "90/80", (*setting, f"method.pattern={pattern}", *sparse))
+        for pattern in patterns
+    ]
+
+
+def bench(runs: Sequence[Variant], skip_largest: bool) -> dict[str, dict[str, float]]:
+    """Pattern → ratios; the first variant is the dense one."""
+    target = compiling.target(TOPOLOGY, 1)
+    measured = [measure(run, target) for run in runs]
+    pairs = [] if skip_largest else list(zip(runs, measured, strict=True))
+    largest = [_deepest(run, start, target) for run, start in pairs]
+    ratios: dict[str, dict[str, float]] = {}
+    for i, run in enumerate(runs[1:], start=1):
+        ratios[run.name] = {
+            "state_ratio": round(measured[i].state / measured[0].state, 4),
+            "device_ratio": round(measured[i].total / measured[0].total, 4),
+        }
+        if largest:
+            ratio = largest[i].params / largest[0].params
+            ratios[run.name]["largest_params_ratio"] = round(ratio, 3)
+    return ratios
+
+
+def _deepest(run: Variant, start: Measured, target: compiling.Target) -> Measured:
+    memory = target.peaks.hbm_bytes - RESERVED
+    return deepest(start, memory, lambda layers: measure(run, target, layers))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a row for each compiled step, and the JSON line; returns the exit status."""
+    parser = flags.Parser(prog="scripts/bench_memory.py", description=__doc__)
+    parser.add_argument("--patterns", default=PATTERNS, help="comma list")
+    parser.add_argument("--skip_largest", action="store_true", help="only at the config's depth")
+    parser.add_argument("--masked", action="store_true", help="masks over dense arrays")
+    try:
+        args, overrides = flags.parse(parser, sys.argv[1:] if argv is None else argv)
+        library.require()
+        jax.config.update("jax_platforms", "cpu")
+        runs = variants(args.patterns.split(","), args.masked, overrides)
+        for run in runs:
+            run.config()
+        ratios = bench(runs, args.skip_largest)
+    except (UserError, SparsityError) as error:
+        return flags.fail(error)
+    first = next(iter(ratios.values()))
+    print(json.dumps(first | {"patterns": ratios}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""scripts/aot_tpu.py, scripts/bench_memory.py and scripts/setup: what they print and refuse."""
+
+import json
+import os
+import pathlib
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+from toy_runs import CONFIG
+
+from experiments.config import resolve
+from experiments.run import build
+from experiments.tpu import compiling, library
+from scripts import aot_tpu, bench_memory
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+needs_compiler = pytest.mark.skipif(library.find() is None, reason="no libtpu: scripts/setup aot")
+
+
+def call(capsys, main, *args):
+    status = main(args)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def record():
+    return aot_tpu.report(f"{CONFIG}:80/60", ["mesh.fsdp=2"], "v5e:2x2", None)
+
+
+@needs_compiler
+def test_reports_a_step(record):
+    assert json.loads(json.dumps(record)) == record
+    assert (record["config"], record["devices"], record["fits"]) == ("toy_config:80/60", 4, True)
+    assert record["flops"] > 0
+    assert record["collectives"]["all-reduce"]["count"] > 0
+    assert record["roofline_seconds"] == max(record["seconds"].values()) > 0
+    assert record["costliest"]["bytes_moved"] > record["bytes_moved"]
+    assert record["unknown"] == {"loops": 0, "kernels": 0}
+
+
+@needs_compiler
+def test_arguments_hold_the_state(record):
+    run = build(resolve(f"{CONFIG}:80/60", ["mesh.fsdp=2"]), compiling.target("v5e:2x2").devices)
+    here = sum(
+        np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(run.abstract)
+    )
+    assert record["device_bytes"]["arguments"] >= here
+
+
+REFUSED = {
+    "--topology=v9:2x2": "v9:2x2",
+    "--topology=v5e:1x1": "v5e:1x1",
+    "--topology=v5e:2x2 --devices=9": "--devices=9",
+    "--topology=v5e:2x2 --devices=0": "--devices",
+    "--topology=v5e:2x2 --config.batch_size=3": "config.batch_size",
+    "--topology=v5e:2x2 --config.stepss=3": "'steps'",
+    "--topology=v5e:2x2 --workdir=here": "--workdir",
+    "--devices=1": "--topology",
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", REFUSED)
+def test_mistakes_are_one_line(capsys, flags):
+    status, out, err = call(capsys, aot_tpu.main, f"--config={CONFIG}", *flags.split())
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert REFUSED[flags] in err
+
+
+@pytest.mark.parametrize("script", [aot_tpu, bench_memory])
+def test_no_compiler_is_one_line(capsys, monkeypatch, script):
+    monkeypatch.setattr(library, "find", lambda: None)
+    flags = (f"--config={CONFIG}", "--topology=v5e:2x2") if script is aot_tpu else ()
+    status, out, err = call(capsys, script.main, *flags)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "scripts/setup aot" in err
+
+
+@needs_compiler
+def test_state_is_counted_per_entry():
+    one = compiling.target("v5e:2x2", 1).devices
+    run = build(resolve(f"{CONFIG}:dense", ["optimizer.name=adam"]), one)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.params))
+    counters = bench_memory.state_bytes(run) - 4 * 4 * entries
+    assert 0 < counters <= 16
+
+
+@pytest.mark.parametrize("says", [True, False])
+@pytest.mark.parametrize("limit", [24, 25, 81, 260, 1000])
+def test_the_deepest_model_is_found(limit, says):
+    seen = []
+
+    def at(layers):
+        seen.append(layers)
+        total = 100 + 10 * layers
+        fits = layers <= limit
+        return bench_memory.Measured(layers, layers, 0, total if fits or says else 0, fits)
+
+    found = bench_memory.deepest(at(24), 100 + 10 * limit + 9, at, tolerance=0.01)
+    assert limit - max(1, 0.01 * limit) <= found.layers <= limit
+    assert len(seen) <= 12
+
+
+def test_setup_does_nothing_twice(tmp_path):
+    """An environment with fitting stamps is left alone: its Python is never called."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python"
+    python.write_text("#!/bin/sh\nexit 7\n")
+    python.chmod(0o755)
+    stamps = {".made-from": "requirements.lock", "aot/.made-from": "requirements-aot.lock"}
+    for stamp, lock in stamps.items():
+        (tmp_path / stamp).parent.mkdir(exist_ok=True)
+        with (ROOT / lock).open("rb") as file:
+            made = subprocess.run(["cksum"], stdin=file, capture_output=True, text=True, check=True)
+        end = " " if lock == "requirements.lock" else ""
+        (tmp_path / stamp).write_text(made.stdout.rstrip("\n") + end + "\n")
+    environment = {**os.environ, "TOPKAST_VENV": str(tmp_path), "TOPKAST_EXTRAS": ""}
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    for arguments in ([], ["aot"]):
+        subprocess.run([ROOT / "scripts/setup", *arguments], env=environment, check=True)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_the_compiler_is_pinned_alone():
+    lines = (ROOT / "requirements-aot.lock").read_text().splitlines()
+    names = {line.split("==")[0] for line in lines if not line.startswith(("#", " "))}
+    assert names == {"libtpu"}
+    assert not any("://" in line for line in lines)
+    assert sum("--hash=sha256:" in line for line in lines) >= 2
