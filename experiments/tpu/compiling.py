@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +70,10 @@ def lower(run: Run) -> jax.stages.Lowered:
 def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Compiles; raises TooLarge where the device's memory does not suffice."""
     try:
-        return lowered.compile()
+        with warnings.catch_warnings():
+            # Where JAX keeps what it compiles, it cannot read programs for absent devices back.
+            warnings.filterwarnings("ignore", message=".*persistent compilation cache")
+            return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

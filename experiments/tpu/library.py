@@ -10,8 +10,10 @@ from pathlib import Path
 from experiments.errors import UserError
 
 _VARIABLE = "TPU_LIBRARY_PATH"
-# libtpu complains at start, in several lines, if nothing says what it runs on.
-_QUIET = {
+_SETTINGS = {
+    # Compiling takes no TPU, so several processes may, beside one that trains.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Without these libtpu complains at start, in several lines, that it does not know its machine.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -40,7 +42,7 @@ def use() -> bool:
         os.environ.pop(_VARIABLE, None)
         return False
     os.environ[_VARIABLE] = str(library)
-    for name, value in _QUIET.items():
+    for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     return True
 

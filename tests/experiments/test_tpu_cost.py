@@ -173,7 +173,7 @@ def test_peaks_are_those_of_a_device():
 
 @pytest.mark.parametrize(
     ("topology", "count", "part"),
-    [("v5e:1x1", None, "v5e:2x2"), ("v5e", None, "v5e:2x2"), ("gpu:2x2", None, "v6e"),
+    [("v5e:3x5", None, "v5e:2x2"), ("v5e", None, "v5e:2x2"), ("gpu:2x2", None, "v6e"),
      ("v5e:2x2", 5, "has 4")],
 )  # fmt: skip
 def test_topologies_that_are_none(topology, count, part):

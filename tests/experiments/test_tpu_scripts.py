@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -53,7 +54,7 @@ def test_arguments_hold_the_state(record):
 
 REFUSED = {
     "--topology=v9:2x2": "v9:2x2",
-    "--topology=v5e:1x1": "v5e:1x1",
+    "--topology=v5e:3x5": "v5e:3x5",
     "--topology=v5e:2x2 --devices=9": "--devices=9",
     "--topology=v5e:2x2 --devices=0": "--devices",
     "--topology=v5e:2x2 --config.batch_size=3": "config.batch_size",
@@ -69,6 +70,23 @@ def test_mistakes_are_one_line(capsys, flags):
     status, out, err = call(capsys, aot_tpu.main, f"--config={CONFIG}", *flags.split())
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert REFUSED[flags] in err
+
+
+@needs_compiler
+def test_runs_beside_another_process_and_prints_one_line():
+    compiling.target("v5e:2x2")  # the compiler is in use here
+    flags = [f"--config={CONFIG}", "--topology=v5e:2x2", "--devices=9"]
+    ours = ("TPU_", "ALLOW_MULTIPLE", "JAX_PLATFORMS")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
+    run = subprocess.run(
+        [sys.executable, ROOT / "scripts/aot_tpu.py", *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "error: --devices=9: v5e:2x2 has 4\n"
 
 
 @pytest.mark.parametrize("script", [aot_tpu, bench_memory])
