@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,16 @@ class Checkpoints:
         for old in sorted(self._manager.all_steps())[: -self._keep]:
             self._manager.delete(old)
 
-    def restore(self, abstract: Tree) -> tuple[Tree, dict[str, Any]] | None:
-        """The newest state, straight into the shards of `abstract`, and this host's meta."""
+    def restore(self, abstract: Callable[[int], Tree]) -> tuple[Tree, dict[str, Any]] | None:
+        """The newest state, straight into its shards, and this host's meta.
+
+        Args:
+            abstract: finished steps → the state's shapes, types and shardings.
+        """
         step = self._manager.latest_step()
         if step is None:
             return None
-        state, hosts = _restore(self._manager, step, abstract)
+        state, hosts = _restore(self._manager, step, abstract(step))
         if len(hosts) != jax.process_count():
             raise UserError(
                 f"{self.directory}: saved by {len(hosts)} hosts, so that the data can go on only "
@@ -76,7 +81,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def load(directory: Path, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
+def load(directory: Path, abstract: Callable[[int], Tree]) -> tuple[Tree, dict[str, Any]]:
     """The newest whole checkpoint of a run that is only read, and the first host's meta.
 
     Raises:
@@ -87,7 +92,7 @@ def load(directory: Path, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
         if damage(directory / str(step)) is None:
             options = ocp.CheckpointManagerOptions(read_only=True)
             with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
-                state, hosts = _restore(manager, step, abstract)
+                state, hosts = _restore(manager, step, abstract(step))
                 return state, hosts[0]
         warn(f"checkpoint {directory / str(step)} is damaged: {damage(directory / str(step))}")
     raise UserError(f"{directory}: no whole checkpoint; found steps {steps}")

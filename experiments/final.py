@@ -11,7 +11,7 @@ import jax
 import topkast_jax as tk
 from experiments import workdir
 from experiments.run import Run
-from experiments.state import TrainState
+from experiments.state import TrainState, abstract_params
 
 PACKAGES = ("topkast-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -28,8 +28,7 @@ def summary(
         seconds: wall time.
     """
     config = run.config
-    opt_state = None if config.method.name == "dense" else state.opt_state
-    counts = tk.statistics.leaf_counts(state.params, opt_state)
+    counts = run.leaf_counts(state)
     test = dict(results.get(run.task.test_split, {}))
     return {
         "name": config.name,
@@ -84,7 +83,7 @@ def _flops(run: Run, counts: dict[str, tk.statistics.LeafCounts]) -> dict[str, f
 
     batch = run.task.example_batch()
     by_leaf = tk.statistics.leaf_flops(
-        forward, run.abstract.params, run.abstract.model_state, batch
+        forward, abstract_params(run.task), run.abstract.model_state, batch
     )
     found = tk.statistics.flops(by_leaf, counts)
     return {

@@ -1,24 +1,65 @@
-"""The two products every model is built from.
+"""The products every model is built from.
 
-A model hands its kernel to `matmul` or `conv` and never asks what the kernel is.
+A model hands its kernel to one of these and never asks what the kernel is: a dense array, or the
+compact kernel of an always-sparse run.
 """
 
-from typing import Any
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-Kernel = Any  # an array; a compact kernel has its own product
+from topkast_jax import always_sparse
+from topkast_jax.always_sparse import CompactKernel, with_tile
+from topkast_jax.patterns import Block
+
+Kernel = jax.Array | CompactKernel
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 def matmul(x: jax.Array, kernel: Kernel) -> jax.Array:
     """Multiplies the last axis of `x` with `kernel` (inputs × outputs), in the dtype of `x`."""
-    return jnp.matmul(x, kernel.astype(x.dtype))
+    return always_sparse.matmul(x, kernel.astype(x.dtype))
 
 
 def conv(x: jax.Array, kernel: Kernel, strides: tuple[int, int], padding: Padding) -> jax.Array:
-    """Convolves `x` (batch, height, width, channels) with an HWIO `kernel`, in the dtype of `x`."""
-    return jax.lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    """Convolves `x` (batch, height, width, channels) with an HWIO `kernel`, in the dtype of `x`.
+
+    Blocks of a 1×1 kernel are a block product. Other compact kernels are convolved through their
+    dense tile, which exists for the moment it is used.
+    """
+    if isinstance(kernel, CompactKernel) and _is_block_matrix(kernel):
+        return matmul(x[:, :: strides[0], :: strides[1]], kernel)
+
+    def convolve(tile: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, tile, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    kernel = kernel.astype(x.dtype)
+    return (
+        with_tile(convolve, kernel, x) if isinstance(kernel, CompactKernel) else convolve(kernel, x)
     )
+
+
+def matmul_transposed(x: jax.Array, table: Kernel) -> jax.Array:
+    """`x [..., width] @ table [rows, width]ᵀ`, float32 whatever the type of x."""
+
+    def product(tile: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,vd->...v", x, tile, preferred_element_type=jnp.float32)
+
+    table = table.astype(x.dtype)
+    return with_tile(product, table, x) if isinstance(table, CompactKernel) else product(table, x)
+
+
+def lookup(table: Kernel, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`table [rows, width]` at `rows [...]`: [..., width]; NaN for rows that do not exist."""
+
+    def take(tile: jax.Array, rows: jax.Array) -> jax.Array:
+        return jnp.take(tile, rows, axis=0, mode="fill").astype(dtype)
+
+    return with_tile(take, table, rows) if isinstance(table, CompactKernel) else take(table, rows)
+
+
+def _is_block_matrix(kernel: CompactKernel) -> bool:
+    return isinstance(kernel.pattern, Block) and kernel.shape[:2] == (1, 1)

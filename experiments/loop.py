@@ -72,7 +72,7 @@ def _train_from(
     checkpoints: Checkpoints,
     stop_at: int | None,
 ) -> Outcome:
-    restored = checkpoints.restore(run.abstract)
+    restored = checkpoints.restore(run.form.abstract)
     state, meta = restored or (run.init(), {})
     if restored:
         data.set_state(meta["data"])
@@ -116,7 +116,7 @@ def _loop(
         state, sums = run.step(state, batches.next())
         step += 1
         window.add(step, sums)
-        state = run.between_steps(state)
+        state = run.form.between_steps(state, step)
         session.metrics.tick(step)
         if step % config.log_every == 0 or step == config.steps:
             _log(session, state, step, batches)
@@ -143,7 +143,7 @@ def _log(session: Session, state: TrainState, step: int, batches: Prefetcher) ->
         session.metrics.write(
             step, "train", values | {"timing": window.timing(*units, batches.waited)}
         )
-        masks = {name: float(value) for name, value in run.masks(state).items()}
+        masks = run.masks(state)
         if masks:
             session.metrics.write(step, "masks", masks)
         window.next(step + 1)
@@ -158,6 +158,7 @@ def _save(session: Session, state: TrainState, step: int, position: Any) -> None
         if not session.run.finite(state.params):
             raise NonFiniteError(step, f"the parameters after step {step} are not finite")
         session.metrics.sync()
+        state = session.run.form.settled(state)
         session.checkpoints.save(step, state, meta | {"seconds": session.seconds()})
         session.saved = step
 

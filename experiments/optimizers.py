@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 import topkast_jax as tk
 from experiments.errors import UserError
+from topkast_jax.always_sparse import AlwaysSparse
+from topkast_jax.sparsify import SparseTransform
 from topkast_jax.trees import path_name
 
 Tree = Any
@@ -34,17 +36,19 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     "step": ("boundaries", "factor"),
 }
 _DENSITIES = {"forward_density": 0.1, "backward_density": 0.2}
+# What a method holds of its leaves: all of them and masks, or their backward sets alone.
+_COMPACT = {"refresh_delay": 0, "backend": None}
 
 
-def optimizer_keys(name: str) -> tuple[str, ...]:
+def optimizer_keys(optimizer: ConfigDict) -> tuple[str, ...]:
     """What an optimizer reads of `config.optimizer`."""
     common = ("learning_rate", "reference_batch_size", "l2", "clip_global_norm", "schedule")
-    return (*common, *OPTIMIZERS[name])
+    return (*common, *OPTIMIZERS[optimizer.name])
 
 
-def schedule_keys(name: str) -> tuple[str, ...]:
+def schedule_keys(schedule: ConfigDict) -> tuple[str, ...]:
     """What a schedule reads of `config.optimizer.schedule`."""
-    return ("warmup_steps", "reference_steps", *SCHEDULES[name])
+    return ("warmup_steps", "reference_steps", *SCHEDULES[schedule.name])
 
 
 def method_names() -> tuple[str, ...]:
@@ -52,9 +56,14 @@ def method_names() -> tuple[str, ...]:
     return ("dense", *tk.methods.names())
 
 
-def method_keys(name: str) -> tuple[str, ...]:
-    """What a method reads of `config.method`: the arguments of its factory."""
-    return () if name == "dense" else (*_arguments(name), "distribution")
+def method_keys(method: ConfigDict) -> tuple[str, ...]:
+    """What a method reads of `config.method`: the arguments of its factory, and how it is held."""
+    if method.name == "dense":
+        return ()
+    keys = (*_arguments(method.name), "distribution", "always_sparse")
+    if not method.always_sparse:
+        return keys
+    return (*(key for key in keys if key != "inner_state"), *_COMPACT)
 
 
 def method_defaults() -> dict[str, Any]:
@@ -64,7 +73,7 @@ def method_defaults() -> dict[str, Any]:
         for key, argument in _arguments(name).items():
             empty = argument.default is inspect.Parameter.empty
             section.setdefault(key, _DENSITIES.get(key) if empty else argument.default)
-    return section | {"pattern": "unstructured"}
+    return section | {"pattern": "unstructured", "always_sparse": False} | _COMPACT
 
 
 def _arguments(name: str) -> dict[str, inspect.Parameter]:
@@ -92,25 +101,55 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, params: Tree) -> Transform:
-    """The optimizer of a run.
+    """The optimizer of a run whose parameters are dense arrays, masked or not.
 
     Args:
         config: validated.
         params: abstract parameters, to see what is sparse.
     """
-    inner = _inner(config)
-    tx = inner if config.method.name == "dense" else _sparsified(config, inner, params)
+    inner = _inner(config, params)
+    if config.method.name == "dense":
+        return _with_l2(config, inner, _matrices(params))
+    tx = _sparsified(config, inner, params)
+    return _with_l2(config, tx, _penalised(config, tx, params))
+
+
+def make_always_sparse(
+    config: ConfigDict, params: Tree, place: Callable[[tuple[int, ...]], jax.sharding.Sharding]
+) -> tuple[AlwaysSparse, Transform]:
+    """The optimizer of a run that is always sparse, over the tree of values.
+
+    Args:
+        config: validated.
+        params: abstract dense parameters.
+        place: shape → where it lies.
+
+    Returns:
+        What starts and refreshes, and the optimizer.
+    """
+    tx = _sparsified(config, _inner(config, params), params)
+    sparse = AlwaysSparse(tx, params, delay=config.method.refresh_delay, place=place)
+    return sparse, _with_l2(config, sparse.transform, _penalised(config, tx, params))
+
+
+def _with_l2(config: ConfigDict, tx: Any, decayed: Tree) -> Transform:
     if not config.optimizer.l2:
         return optax.with_extra_args_support(tx)
-    own_penalty = "exploration_weight" in config.method
-    decayed = _matrices(params)
-    if own_penalty:
-        sets = jax.eval_shape(tx.init, params).sets
-        is_leaf = lambda s: isinstance(s, optax.MaskedNode)  # noqa: E731
-        dense = jax.tree.map(is_leaf, sets, is_leaf=is_leaf)
-        decayed = jax.tree.map(lambda matrix, rest: matrix and rest, decayed, dense)
     # Before the method: what it drops of the gradient, it drops of this too.
     return optax.chain(optax.add_decayed_weights(config.optimizer.l2, decayed), tx)
+
+
+def _penalised(config: ConfigDict, tx: SparseTransform, params: Tree) -> Tree:
+    """Which leaves get the L2 penalty: matrices, but for those with the method's own penalty."""
+    matrices = _matrices(params)
+    if "exploration_weight" not in config.method:
+        return matrices
+    dense = [leaf is None for leaf in tx.plan.leaves(params)]
+    return jax.tree.map(
+        lambda matrix, rest: matrix and rest,
+        matrices,
+        jax.tree.unflatten(jax.tree.structure(matrices), dense),
+    )
 
 
 def forward_view(config: ConfigDict) -> View:
@@ -124,17 +163,18 @@ def _matrices(params: Tree) -> Tree:
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
-def _inner(config: ConfigDict) -> Transform:
+def _inner(config: ConfigDict, params: Tree) -> Transform:
     c, rate = config.optimizer, make_schedule(config)
     moments = {k: c[k] for k in ("b1", "b2", "eps") if k in c}
-    decay = {"weight_decay": c.get("weight_decay"), "mask": _matrices}
+    matrices = _matrices(params)
+    decay = {"weight_decay": c.get("weight_decay"), "mask": matrices}
     make: dict[str, Callable[[], Any]] = {
         "sgd": lambda: optax.sgd(rate, c.momentum or None, c.nesterov),
         "adam": lambda: optax.adam(rate, **moments),
         "adamw": lambda: optax.adamw(rate, **moments, **decay),
         "lamb": lambda: optax.lamb(rate, **moments, **decay),
         "adafactor": lambda: optax.adafactor(
-            rate, weight_decay_rate=c.weight_decay or None, weight_decay_mask=_matrices
+            rate, weight_decay_rate=c.weight_decay or None, weight_decay_mask=matrices
         ),
         "rmsprop": lambda: optax.rmsprop(
             rate, c.b2, c.eps, momentum=c.momentum or None, nesterov=c.nesterov
@@ -147,14 +187,21 @@ def _inner(config: ConfigDict) -> Transform:
     return optax.chain(optax.clip_by_global_norm(c.clip_global_norm), inner)
 
 
-def _sparsified(config: ConfigDict, inner: Transform, params: Tree) -> Transform:
+def _sparsified(config: ConfigDict, inner: Transform, params: Tree) -> SparseTransform:
     method = config.method
-    options = {k: v for k, v in method.items() if k not in ("name", "distribution")}
+    own = ("name", "distribution", "always_sparse", *_COMPACT)
+    options = {k: v for k, v in method.items() if k not in own}
     options["rules"] = _rules(method, params)
     options["pattern"] = read_pattern(method.pattern)
     if "seed" in options and method.seed is None:
         options["seed"] = config.seed
-    return tk.methods.get(method.name)(inner, **options)
+    tx = tk.methods.get(method.name)(inner, **options)
+    if not isinstance(tx, SparseTransform):
+        raise UserError(
+            f"config.method.name: {method.name!r} makes a {type(tx).__name__}; its factory must "
+            "return what topkast_jax.sparsify returns"
+        )
+    return tx
 
 
 def read_pattern(text: str) -> tk.Pattern:

@@ -13,11 +13,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import topkast_jax as tk
+from experiments import form as forms
 from experiments import optimizers, partition
 from experiments import state as states
+from experiments.form import Form, Products
 from experiments.state import TrainState
 from experiments.task import Task, make_task
 from experiments.totals import LOSS
+from topkast_jax.always_sparse import values_of
 
 Tree = Any
 
@@ -30,15 +33,16 @@ class Run:
         config: validated.
         task: the model, its data and its loss.
         mesh: the devices.
-        abstract: the state's shapes, types and shardings.
+        form: how the sparse parameters are held.
+        abstract: the first state's shapes, types and shardings.
         init: the first state.
         step: (state, batch) → (state, sums); the old state is gone after it.
-        between_steps: what happens outside the compiled step.
         view: (params, opt_state) → what the network runs on.
         eval_state: (model state, split) → what evaluation starts from.
         eval_step: (view, eval state, batch) → (eval state, sums).
         put: brings this host's part of a batch to the devices.
         masks: the state's mask statistics; empty for a dense run.
+        leaf_counts: entries of each leaf and of its sets.
         finite: whether all parameters are finite.
         learning_rate: of the step after so many finished ones.
     """
@@ -46,15 +50,16 @@ class Run:
     config: ConfigDict
     task: Task
     mesh: Mesh
+    form: Form
     abstract: TrainState
     init: Callable[[], TrainState]
-    step: Callable[[TrainState, Any], tuple[TrainState, Any]]
-    between_steps: Callable[[TrainState], TrainState]
+    step: Step
     view: optimizers.View
     eval_state: Callable[[Tree, str], Tree]
     eval_step: Callable[[Tree, Tree, Any], tuple[Tree, Any]]
     put: Callable[[Any], Any]
-    masks: Callable[[TrainState], dict[str, jax.Array]]
+    masks: Callable[[TrainState], dict[str, float]]
+    leaf_counts: Callable[[TrainState], dict[str, tk.statistics.LeafCounts]]
     finite: Callable[[Tree], jax.Array]
     learning_rate: Callable[[int], float]
 
@@ -69,32 +74,71 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
     mesh = partition.make_mesh(config.mesh, devices)
     partition.check_batch_size("config.batch_size", config.batch_size, mesh)
     task = make_task(config)
-    tx = optimizers.make_optimizer(config, states.abstract_params(task))
+    form = forms.make_form(config, task, mesh)
     view = optimizers.forward_view(config)
     schedule = optimizers.make_schedule(config)
-    abstract = states.abstract_state(task, tx, config.seed, mesh)
-    places = states.shardings_of(abstract)
+    abstract = form.abstract()
+    dense = config.method.name == "dense"
     everywhere = partition.replicated(mesh)
+    products = forms.product_options(config, mesh)
+    evaluate = _traced_under(products, task.eval_step)
+    step = Step(train_step(task, form.tx, view, config.seed), products, everywhere)
     return Run(
         config=config,
         task=task,
         mesh=mesh,
+        form=form,
         abstract=abstract,
-        init=lambda: states.init_state(task, tx, config.seed, abstract),
-        step=jax.jit(
-            train_step(task, tx, view, config.seed),
-            donate_argnums=0,
-            out_shardings=(places, everywhere),
-        ),
-        between_steps=lambda state: state,
-        view=jax.jit(view, out_shardings=places.params),
+        init=form.init,
+        step=step,
+        view=jax.jit(view),
         eval_state=jax.jit(task.eval_state, static_argnums=1),
-        eval_step=jax.jit(task.eval_step, out_shardings=(None, everywhere)),
+        eval_step=jax.jit(evaluate, out_shardings=(None, everywhere)),
         put=lambda batch: partition.put_batch(batch, mesh),
-        masks=jax.jit(_mask_statistics if config.method.name != "dense" else lambda state: {}),
+        masks=lambda state: {} if dense else forms.mask_statistics(form, state),
+        leaf_counts=lambda state: forms.leaf_counts(form, state, dense),
         finite=jax.jit(_all_finite),
         learning_rate=lambda done: float(schedule(done)),
     )
+
+
+class Step:
+    """The compiled step: one program for each set of shapes that a run comes to.
+
+    Shapes change once, when an always-sparse run stops exploring and B becomes A.
+    """
+
+    def __init__(self, step: Callable[..., Any], products: Products, everywhere: Any):
+        self._step = _traced_under(products, step)
+        self._everywhere = everywhere
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        new, sums = self._jitted(state)(state._replace(reservoir=()), batch)
+        return new._replace(reservoir=state.reservoir), sums
+
+    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+        """The step for an abstract state and batch."""
+        lowered: jax.stages.Lowered = self._jitted(state).lower(state._replace(reservoir=()), batch)
+        return lowered
+
+    def _jitted(self, state: TrainState) -> Any:
+        leaves, structure = jax.tree.flatten(state.params)
+        key = (structure, *(leaf.shape for leaf in leaves))
+        if key not in self._compiled:
+            places = states.shardings_of(state._replace(reservoir=()))
+            self._compiled[key] = jax.jit(
+                self._step, donate_argnums=0, out_shardings=(places, self._everywhere)
+            )
+        return self._compiled[key]
+
+
+def _traced_under(products: Products, function: Callable[..., Any]) -> Callable[..., Any]:
+    def traced(*args: Any) -> Any:
+        with products():
+            return function(*args)
+
+    return traced
 
 
 def train_step(
@@ -105,17 +149,14 @@ def train_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         alpha = view(state.params, state.opt_state)
-        gradient = jax.value_and_grad(task.loss, has_aux=True)
+        # Compact kernels hold places too, integers: their gradient is nothing and is dropped.
+        gradient = jax.value_and_grad(task.loss, has_aux=True, allow_int=True)
         (loss, (model_state, sums)), grads = gradient(alpha, state.model_state, batch, rng)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = tx.update(values_of(grads), state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, model_state), {**sums, LOSS: loss}
 
     return step
-
-
-def _mask_statistics(state: TrainState) -> dict[str, jax.Array]:
-    return tk.statistics.mask_statistics(state.params, state.opt_state)
 
 
 def _all_finite(params: Tree) -> jax.Array:

@@ -18,12 +18,22 @@ _INIT = 2**32 - 1
 
 
 class TrainState(NamedTuple):
-    """All of it; what comes from where in the data is beside it in a checkpoint."""
+    """All of it; what comes from where in the data is beside it in a checkpoint.
+
+    Attributes:
+        step: int32 scalar, finished steps.
+        params: dense arrays; always sparse, the values of each sparse leaf's backward set.
+        opt_state: the optimizer's, with the sets or, always sparse, where the values sit.
+        model_state: what the model carries from step to step.
+        reservoir: always sparse, what the host holds (`topkast_jax.always_sparse.Reservoir`); not
+            for the devices.
+    """
 
     step: jax.Array
     params: Tree
     opt_state: Tree
     model_state: Tree
+    reservoir: Tree = ()
 
 
 def abstract_params(task: Task) -> Tree:
@@ -33,7 +43,11 @@ def abstract_params(task: Task) -> Tree:
 
 def abstract_state(task: Task, tx: Transform, seed: int, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state."""
-    shapes = jax.eval_shape(lambda: _init(task, tx, seed))
+    return on_mesh(jax.eval_shape(lambda: _init(task, tx, seed)), task, mesh)
+
+
+def on_mesh(shapes: TrainState, task: Task, mesh: Mesh) -> TrainState:
+    """An abstract state with a sharding for each array."""
     model_state = partition.from_specs(task.model_state_specs(shapes.model_state), mesh)
     places = partition.shardings(shapes, mesh)._replace(model_state=model_state)
     return jax.tree.map(
@@ -51,6 +65,11 @@ def init_state(task: Task, tx: Transform, seed: int, abstract: TrainState) -> Tr
     return jax.jit(lambda: _init(task, tx, seed), out_shardings=shardings_of(abstract))()
 
 
+def init_model(task: Task, seed: int) -> tuple[Tree, Tree]:
+    """The first dense parameters and model state."""
+    return task.init(jax.random.fold_in(jax.random.key(seed), _INIT))
+
+
 def _init(task: Task, tx: Transform, seed: int) -> TrainState:
-    params, model_state = task.init(jax.random.fold_in(jax.random.key(seed), _INIT))
+    params, model_state = init_model(task, seed)
     return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), model_state)

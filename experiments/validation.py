@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from experiments import optimizers
 from experiments import task as tasks
 from experiments.errors import UserError
+from topkast_jax.always_sparse import BACKENDS
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -112,6 +113,9 @@ _VALUES: dict[str, Check] = {
         "forward_density, backward_density, pattern, distribution, stacked)",
     ),
     "method.seed": _optional(_integer(0)),
+    "method.always_sparse": _BOOLEAN,
+    "method.refresh_delay": _integer(0),
+    "method.backend": _one_of(None, *BACKENDS),
     "mesh.data": _MESH,
     "mesh.fsdp": _MESH,
     "mesh.tensor": _MESH,
@@ -130,11 +134,11 @@ def _drop_unread(config: ConfigDict, overridden: frozenset[str]) -> None:
             raise UserError(
                 f"config.{section}.name: found {part.name!r}; must be one of {', '.join(known)}"
             )
-        for key in sorted(set(part) - {"name", *read(part.name)}):
+        for key in sorted(set(part) - {"name", *read(part)}):
             if f"{section}.{key}" in overridden:
                 raise UserError(
                     f"config.{section}.{key}: {part.name} does not read it; "
-                    f"it reads {', '.join(read(part.name)) or 'nothing'}"
+                    f"it reads {', '.join(read(part)) or 'nothing'}"
                 )
             del part[key]
 
@@ -160,6 +164,12 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             f"config.method.backward_density: found {backward}, below forward_density {forward}; "
             "must be at least that, since the backward set contains the forward set"
+        )
+    delay, every = method.get("refresh_delay", 0), method.get("refresh_every", math.inf)
+    if type(delay) is int and delay >= every:
+        raise UserError(
+            f"config.method.refresh_delay: found {delay}; must be below refresh_every={every}, so "
+            "that one choice is in use before the next begins"
         )
     if schedule.name == "step" and not schedule.boundaries:
         raise UserError(

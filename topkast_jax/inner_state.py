@@ -12,7 +12,11 @@ from topkast_jax.trees import flatten
 
 
 def map_parameter_shaped(
-    function: Callable[..., Any], inner_state: Any, params: Any, *others: Any
+    function: Callable[..., Any],
+    inner_state: Any,
+    params: Any,
+    *others: Any,
+    fits: Callable[..., bool] = lambda shape, of_parameter, *_: shape == of_parameter,
 ) -> Any:
     """Maps over the arrays of an optimizer state that are shaped like a parameter.
 
@@ -25,6 +29,7 @@ def map_parameter_shaped(
       inner_state: any optimizer's state.
       params: the tree of parameters that the optimizer sees.
       *others: trees of the structure of `params` (None leaves allowed: those are passed over).
+      fits: (array's shape, parameter's shape, leaf of each of `others`) → whether to map it.
 
     Returns:
       The state with those arrays replaced.
@@ -40,8 +45,10 @@ def map_parameter_shaped(
         for start in range(len(names) + 1):
             if names[start:] in by_path:
                 shape, arguments = by_path[names[start:]]
-                fits = jnp.shape(array) == shape and all(a is not None for a in arguments)
-                return function(array, *arguments) if fits else array
+                if any(a is None for a in arguments):
+                    return array
+                like = fits(jnp.shape(array), shape, *arguments)
+                return function(array, *arguments) if like else array
         return array
 
     return jax.tree_util.tree_map_with_path(replace, inner_state)

@@ -83,6 +83,27 @@ def _pick(mask: jax.Array, bits: int) -> jax.Array:
     return jnp.where(mask, jnp.uint8(bits), jnp.uint8(0))
 
 
+class CompactState(NamedTuple):
+    """State of the always-sparse transform: what the device holds beside the values of B.
+
+    Attributes:
+      step: int32 scalar, finished steps.
+      kernels: tree of the parameters' structure; a sparse leaf holds its compact kernel without
+        values (where its units sit), a dense leaf MaskedNode().
+      inner_state: the inner optimizer's state, over the tree of values.
+    """
+
+    step: jax.Array
+    kernels: Any
+    inner_state: Any
+
+
+def find_compact(state: Any) -> CompactState | None:
+    """The `CompactState` inside an optimizer state, wherever it sits, or None."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, CompactState))
+    return next((node for node in nodes if isinstance(node, CompactState)), None)
+
+
 def find_states(state: Any) -> list[SparsifyState]:
     """Every `SparsifyState` inside an optimizer state, wherever it sits.
 
@@ -116,15 +137,24 @@ def forward_params(params: Any, state: Any) -> Any:
     """The parameters the network runs on: θ on the forward set, 0 elsewhere (the paper's α).
 
     Args:
-      params: tree of parameters, dense.
+      params: tree of parameters; always sparse, of values.
       state: the optimizer state they are trained with: `sparsify`'s, or any that holds it.
 
     Returns:
-      A tree like `params`; dense leaves are the same arrays.
+      A tree like `params`; dense leaves are the same arrays. Always sparse, sparse leaves are
+      compact kernels, whose products run over the forward set.
 
     Raises:
       SparsityError: `state` holds no sparsity state.
     """
+    compact = find_compact(state)
+    if compact is not None:
+        return jax.tree.map(
+            lambda kernel, values: values if is_dense(kernel) else kernel.with_values(values),
+            compact.kernels,
+            params,
+            is_leaf=lambda node: is_dense(node) or hasattr(node, "with_values"),
+        )
 
     def view(flags: Any, theta: jax.Array) -> jax.Array:
         if flags is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -27,7 +28,16 @@ from topkast_jax.sets import (
 )
 from topkast_jax.trees import flatten
 
-__all__ = ["Method", "Sets", "SparsifyState", "forward_params", "keep_masks", "sparsify"]
+__all__ = [
+    "Method",
+    "Plan",
+    "Sets",
+    "SparseTransform",
+    "SparsifyState",
+    "forward_params",
+    "keep_masks",
+    "sparsify",
+]
 
 
 class Method:
@@ -67,6 +77,71 @@ class Method:
         return sets, memory
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything `sparsify` was asked for, checked; arguments as there."""
+
+    inner: optax.GradientTransformationExtraArgs
+    method: Method
+    forward_density: Density
+    backward_density: Density
+    refresh_every: int | jax.Array | None
+    stop_exploring_at: int | jax.Array | None
+    inner_state: Literal["keep", "reset"]
+    rules: Rules | None
+    pattern: Pattern
+    seed: int
+
+    def leaves(self, params: Any, log: Callable[[str], None] | None = None) -> list[Leaf | None]:
+        """How each leaf of `params` is sparse, in flattening order; None where it is dense."""
+        return resolve(
+            params, self.rules, self.forward_density, self.backward_density, self.pattern, log
+        )
+
+    def keys(self, leaf: Leaf, step: Any) -> jax.Array:
+        """A random key for each layer of a leaf, the same wherever the leaf stands in the tree."""
+        key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(leaf.path.encode()))
+        key = jax.random.fold_in(key, step)
+        return jax.random.split(key, leaf.stack) if leaf.stack else key
+
+    def start(self, leaf: Leaf, keys: jax.Array, theta: jax.Array) -> tuple[jax.Array, Any]:
+        """Flags and memory of the first sets of a leaf."""
+        start = _for_each_layer(lambda key, theta: self.method.start(theta, leaf, key), leaf)
+        sets, memory = start(keys, theta)
+        return first_flags(sets), memory
+
+    def change(
+        self, leaf: Leaf, keys: jax.Array, step: Any, theta: Any, grad: Any, flags: Any, memory: Any
+    ) -> tuple[jax.Array, Any]:
+        """Flags and memory of a leaf after `step` finished steps, from its present θ."""
+        change = _for_each_layer(
+            lambda key, theta, grad, sets, memory: self.method.change(
+                theta, grad, sets, memory, leaf, key, step
+            ),
+            leaf,
+        )
+        new, memory = change(keys, theta, grad, unpack(flags), memory)
+        return next_flags(flags, new), memory
+
+    def shape_gradient(self, leaf: Leaf, grad: Any, theta: Any, sets: Sets) -> jax.Array:
+        """What the inner optimizer gets in place of the gradient of a leaf, on its backward set."""
+        shape = _for_each_layer(
+            lambda grad, theta, sets: self.method.gradient(grad, theta, sets, leaf), leaf
+        )
+        shaped: jax.Array = shape(grad, theta, sets)
+        return shaped
+
+
+class SparseTransform(optax.GradientTransformationExtraArgs):
+    """What `sparsify` returns: a gradient transformation that carries its plan.
+
+    Attributes:
+      plan: what `topkast_jax.always_sparse.AlwaysSparse` makes the compact form from.
+    """
+
+    plan: Plan
+
+
 def sparsify(
     inner: optax.GradientTransformation,
     method: Method,
@@ -79,7 +154,7 @@ def sparsify(
     rules: Rules | None = None,
     pattern: Pattern | None = None,
     seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> SparseTransform:
     r"""Makes `inner` train a network that is sparse in every step (Top-KAST, section 2).
 
     With forward set A and backward set B of the parameters θ, a step takes the gradient g at
@@ -112,14 +187,15 @@ def sparsify(
       SparsityError: an argument outside its range; from `init`, rules that do not fit the
         parameters.
     """
-    inner = optax.with_extra_args_support(inner)
     backward = forward_density if backward_density is None else backward_density
     shape = Unstructured() if pattern is None else pattern
     _check(forward_density, backward, refresh_every, stop_exploring_at, inner_state, shape)
+    inner = optax.with_extra_args_support(inner)
+    plan = Plan(
+        inner, method, forward_density, backward, refresh_every, stop_exploring_at, inner_state,
+        rules, shape, seed,
+    )  # fmt: skip
     log_once = _once(logger.info)
-
-    def leaves_of(params: Any, log: Callable[[str], None] | None = None) -> list[Leaf | None]:
-        return resolve(params, rules, forward_density, backward, shape, log)
 
     def first_sets(params: Any) -> tuple[Any, dict[str, Any]]:
         memory: dict[str, Any] = {}
@@ -127,19 +203,18 @@ def sparsify(
         def start(leaf: Leaf | None, theta: jax.Array) -> Any:
             if leaf is None:
                 return optax.MaskedNode()
-            by_layer = _for_each_layer(lambda key, theta: method.start(theta, leaf, key), leaf)
-            sets, memory[leaf.path] = by_layer(_keys(seed, leaf, 0), theta)
-            return first_flags(sets)
+            flags, memory[leaf.path] = plan.start(leaf, plan.keys(leaf, 0), theta)
+            return flags
 
         thetas, treedef = flatten(params)
-        sets = treedef.unflatten(_rows(start, leaves_of(params), thetas))
+        sets = treedef.unflatten(_rows(start, plan.leaves(params), thetas))
         if stop_exploring_at is not None:
             at_once = jnp.asarray(stop_exploring_at) == 0
             sets = jax.tree.map(lambda f: jnp.where(at_once, frozen_flags(f), f), sets)
         return sets, memory
 
     def init_fn(params: Any) -> SparsifyState:
-        leaves_of(params, log_once)
+        plan.leaves(params, log_once)
         sets, memory = jax.jit(first_sets)(params)
         return SparsifyState(jnp.zeros([], jnp.int32), sets, memory, inner.init(params))
 
@@ -149,21 +224,15 @@ def sparsify(
         def change(leaf: Leaf | None, theta: jax.Array, grad: Any, flags: Any) -> Any:
             if leaf is None:
                 return flags
-            by_layer = _for_each_layer(
-                lambda key, theta, grad, sets, memory: method.change(
-                    theta, grad, sets, memory, leaf, key, step
-                ),
-                leaf,
+            flags, memory[leaf.path] = plan.change(
+                leaf, plan.keys(leaf, step), step, theta, grad, flags, memory[leaf.path]
             )
-            key = _keys(seed, leaf, step)
-            last = memory[leaf.path]
-            new, memory[leaf.path] = by_layer(key, theta, grad, unpack(flags), last)
-            return next_flags(flags, new)
+            return flags
 
         thetas, treedef = flatten(theta)
         gradients = [None] * len(thetas) if grads is None else treedef.flatten_up_to(grads)
         flags = treedef.flatten_up_to(sets)
-        changed = _rows(change, leaves_of(theta), thetas, gradients, flags)
+        changed = _rows(change, plan.leaves(theta), thetas, gradients, flags)
         return treedef.unflatten(changed), memory
 
     def evolve(step: jax.Array, theta: Any, grads: Any, old: SparsifyState, inner_new: Any) -> Any:
@@ -204,12 +273,12 @@ def sparsify(
             if leaf is None:
                 return grad
             sets = unpack(flags)
-            shaped = method.gradient(grad, theta, sets, leaf)
+            shaped = plan.shape_gradient(leaf, grad, theta, sets)
             return jnp.where(sets.backward, shaped, jnp.zeros_like(shaped))
 
         thetas, treedef = flatten(params)
         flags = treedef.flatten_up_to(state.sets)
-        rows = _rows(restrict, leaves_of(params), treedef.flatten_up_to(grads), thetas, flags)
+        rows = _rows(restrict, plan.leaves(params), treedef.flatten_up_to(grads), thetas, flags)
         updates, inner_new = inner.update(
             treedef.unflatten(rows), state.inner_state, params, **extra
         )
@@ -221,7 +290,9 @@ def sparsify(
         sets, memory, inner_new = evolve(step, theta, seen, state, inner_new)
         return updates, SparsifyState(step, sets, memory, inner_new)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    transform = SparseTransform(init_fn, update_fn)
+    transform.plan = plan
+    return transform
 
 
 def _check(
@@ -252,13 +323,6 @@ def _once(log: Callable[[str], None]) -> Callable[[str], None]:
 
 def _rows(function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
     return [function(*row) for row in zip(*columns, strict=True)]
-
-
-def _keys(seed: int, leaf: Leaf, step: Any) -> jax.Array:
-    """A random key for each layer of a leaf, the same wherever the leaf stands in the tree."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(leaf.path.encode()))
-    key = jax.random.fold_in(key, step)
-    return jax.random.split(key, leaf.stack) if leaf.stack else key
 
 
 def _for_each_layer(function: Callable[..., Any], leaf: Leaf) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -131,7 +132,7 @@ def leaf_counts(params: Any, state: Any = None) -> dict[str, LeafCounts]:
     counted = jax.device_get([None if f is None else _counts(f) for f in flags])
     result = {}
     for name, leaf, pair in zip(names, leaves, counted, strict=True):
-        entries = int(jnp.size(leaf))
+        entries = math.prod(leaf.shape)
         forward, backward = (entries, entries) if pair is None else map(int, pair)
         result[name] = LeafCounts(entries, forward, backward, pair is not None)
     return result

@@ -13,7 +13,7 @@ from topkast_jax.errors import SparsityError
 from topkast_jax.patterns import Pattern
 from topkast_jax.rules import Density, Leaf, Rules
 from topkast_jax.selection import Thresholds, keep_count, top_k_masks
-from topkast_jax.sparsify import Method, Sets, sparsify
+from topkast_jax.sparsify import Method, Sets, SparseTransform, sparsify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,7 @@ def top_kast(
     rules: Rules | None = None,
     pattern: Pattern | None = None,
     inner_state: Literal["keep", "reset"] = "keep",
-) -> optax.GradientTransformationExtraArgs:
+) -> SparseTransform:
     r"""Top-K Always Sparse Training around any optax optimizer.
 
     In each leaf the forward set A holds the units of largest magnitude at `forward_density` D, the

@@ -8,14 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.language_modelling.layers import (
-    PROJECTION_STD,
-    lookup,
-    matmul_transposed,
-    normal,
-)
+from experiments.language_modelling.layers import PROJECTION_STD, normal
 from experiments.language_modelling.settings import TransformerXLConfig
-from experiments.layers import matmul
+from experiments.layers import Kernel, lookup, matmul, matmul_transposed
+from topkast_jax.always_sparse import dense_tile, is_compact
 
 CHUNK_TOKENS = 1024  # as many tokens have logits at one time where there are clusters
 
@@ -57,9 +53,9 @@ class AdaptiveEmbedding(nnx.Module):
 class Cluster(NamedTuple):
     """What one cluster's logits are made of: table [tokens, width], bias, [width, d_model]."""
 
-    table: jax.Array
+    table: Kernel
     bias: jax.Array
-    projection: jax.Array | None
+    projection: Kernel | None
 
 
 class AdaptiveSoftmax(nnx.Module):
@@ -121,6 +117,8 @@ class AdaptiveSoftmax(nnx.Module):
             return Cluster(tables[str(i)].get_value(), self.bias[str(i)].get_value(), projection)
         low, high = self.config.cluster_ranges[i]
         table, bias = tables["0"].get_value(), self.bias["0"].get_value()
+        if is_compact(table):
+            table = dense_tile(table)
         return Cluster(table[low:high], bias[low:high], projection)
 
 

@@ -52,7 +52,7 @@ def continuation(directory: Path, prompt: str, tokens: int, sampling: Sampling, 
     config = saved_config(directory)
     run = build(config, jax.devices()[:1])
     assert isinstance(run.task, LanguageModelling)
-    state, meta = checkpoints.load(directory / workdir.CHECKPOINTS, run.abstract)
+    state, meta = checkpoints.load(directory / workdir.CHECKPOINTS, run.form.abstract)
     alpha = run.view(state.params, state.opt_state)
     vocabulary = _vocabulary(config, meta["data"]["text"])
     numbers = encode_prompt(vocabulary, prompt)

@@ -12,19 +12,6 @@ INIT_STD = 0.02
 PROJECTION_STD = 0.01
 
 
-def matmul_transposed(x: jax.Array, table: jax.Array) -> jax.Array:
-    """`x [..., width] @ table [rows, width]ᵀ`, float32 whatever the type of x.
-
-    With `experiments.layers.matmul` and `lookup` the only places where a kernel or table is used.
-    """
-    return jnp.einsum("...d,vd->...v", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def lookup(table: jax.Array, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`table [rows, width]` at `rows [...]`: [..., width]; NaN for rows that do not exist."""
-    return jnp.take(table, rows, axis=0, mode="fill").astype(dtype)
-
-
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = INIT_STD) -> jax.Array:
     """Float32 numbers from N(0, std²)."""
     return std * jax.random.normal(rngs.params(), shape, jnp.float32)

@@ -111,4 +111,4 @@ def test_reading_alone_changes_nothing(copy, capsys):
 
 def test_nothing_to_read(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint"):
-        load(tmp_path, {})
+        load(tmp_path, lambda step: {})

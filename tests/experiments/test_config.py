@@ -113,7 +113,7 @@ def test_only_what_is_read_is_left():
     dense = as_json(config("dense"))
     assert dense["method"] == {"name": "dense"}
     assert set(as_json(config("static-90"))["method"]) == {
-        "name", "forward_density", "seed", "rules", "pattern", "distribution"
+        "name", "forward_density", "seed", "rules", "pattern", "distribution", "always_sparse"
     }  # fmt: skip
     assert "b1" not in dense["optimizer"]
 

@@ -16,10 +16,14 @@ from topkast_jax.always_sparse.compact import (
     with_values,
 )
 from topkast_jax.always_sparse.products import BACKENDS, matmul, options
+from topkast_jax.always_sparse.reservoir import Reservoir
+from topkast_jax.always_sparse.training import AlwaysSparse
 
 __all__ = [
     "BACKENDS",
+    "AlwaysSparse",
     "CompactKernel",
+    "Reservoir",
     "dense_tile",
     "from_masks",
     "is_compact",

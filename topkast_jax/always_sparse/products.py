@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -131,7 +132,8 @@ def _over_mesh(x: jax.Array, kernel: CompactKernel, n: int, how: Options) -> jax
     product = functools.partial(_any_axes, static)
     if how.mesh is not None:
         # Interpreted kernels mix varying and unvarying values, which the check refuses.
-        split = P(how.axes)
+        parts = math.prod(how.mesh.shape[axis] for axis in how.axes)
+        split = P(how.axes) if x.shape[0] % parts == 0 else P()
         product = jax.shard_map(
             product,
             mesh=how.mesh,

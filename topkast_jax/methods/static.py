@@ -10,7 +10,7 @@ import optax
 from topkast_jax.patterns import Pattern
 from topkast_jax.rules import Leaf, Rules
 from topkast_jax.selection import keep_count, top_k_masks
-from topkast_jax.sparsify import Method, Sets, sparsify
+from topkast_jax.sparsify import Method, Sets, SparseTransform, sparsify
 
 
 class StaticRandom(Method):
@@ -32,7 +32,7 @@ def static_random(
     seed: int,
     rules: Rules | None = None,
     pattern: Pattern | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> SparseTransform:
     """Trains a fixed random subset of each leaf; the rest keeps its initial value, unused.
 
     Args:

@@ -1,0 +1,238 @@
+"""Always-sparse training against the masked path with its inner state reset."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import topkast_jax as tk
+from topkast_jax.always_sparse import AlwaysSparse, matmul, values_of, with_tile
+from topkast_jax.sets import find_compact
+
+ALL = [("stack/.*", tk.Sparse(stacked=1)), (".*kernel", tk.Sparse()), (".*", tk.Dense())]
+ONE = [("first/kernel", tk.Sparse()), (".*", tk.Dense())]  # compiles in a third of the time
+
+
+def parameters(seed=0):
+    rng = np.random.default_rng(seed)
+    params = {
+        "first": {"kernel": rng.normal(size=(12, 8)) / 3, "bias": rng.normal(size=8)},
+        "stack": {"kernel": rng.normal(size=(3, 8, 8)) / 3},
+        "conv": {"kernel": rng.normal(size=(3, 1, 8, 8)) / 3},
+    }
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+
+
+def loss(params, x, y):
+    x = jnp.tanh(matmul(x, params["first"]["kernel"]) + params["first"]["bias"])
+    x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(matmul(x, w)), None), x, params["stack"]["kernel"])
+    kernel = params["conv"]["kernel"]
+    summed = lambda w, x: jnp.einsum("bc,hwcd->bd", x, w)  # noqa: E731
+    x = summed(kernel, x) if isinstance(kernel, jax.Array) else with_tile(summed, kernel, x)
+    return jnp.mean((x - y) ** 2)
+
+
+def data(steps, seed=1):
+    """Inputs, and targets from a fixed teacher: gradients do not vanish into rounding errors."""
+    rng = np.random.default_rng(seed)
+    teacher = rng.normal(size=(12, 8)).astype(np.float32)
+    inputs = rng.normal(size=(steps, 24, 12)).astype(np.float32)
+    return [(x, x @ teacher) for x in inputs]
+
+
+def masked(tx, params, batches):
+    @jax.jit
+    def step(params, state, x, y):
+        grads = jax.grad(loss)(tk.forward_params(params, state), x, y)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for x, y in batches:
+        params, state = step(params, state, x, y)
+        yield params, state
+
+
+def compact(sparse, tx, params, batches):
+    @jax.jit
+    def step(params, state, x, y):
+        grads = jax.grad(loss, allow_int=True)(tk.forward_params(params, state), x, y)
+        updates, state = tx.update(values_of(grads), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state, reservoir = sparse.start(params, tx)
+    for i, (x, y) in enumerate(batches):
+        params, state = step(params, state, x, y)
+        params, state, reservoir = sparse.refresh(i + 1, params, state, reservoir)
+        yield params, state, reservoir
+
+
+def assert_same(dense, other, rtol=1e-5):
+    for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(other), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.max(np.abs(a - b)) <= rtol * max(np.max(np.abs(a)), 1e-3)
+
+
+INNER = {
+    "momentum": lambda: optax.sgd(0.01, momentum=0.9),
+    "adam": lambda: optax.adam(1e-2),
+    "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
+    "rmsprop": lambda: optax.rmsprop(1e-3, momentum=0.9),
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, momentum=0.9)),
+    "inject": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
+}
+
+
+@pytest.mark.parametrize(
+    ("inner", "rules", "pattern", "stop"),
+    [
+        ("momentum", ALL, tk.Unstructured(), None),
+        ("adam", ALL, tk.Block(4, 2), None),
+        ("adam", ONE, tk.Unstructured(), 100),
+        ("momentum", ONE, tk.Unstructured(), 0),
+        *[(inner, ONE, tk.Unstructured(), None) for inner in ("adamw", "rmsprop", "inject")],
+        ("clipped", ONE, tk.Block(3, 2), None),
+    ],
+)
+def test_follows_the_masked_path(inner, rules, pattern, stop):
+    """200 steps, a refresh every 7, sets identical at every refresh."""
+    tx = tk.top_kast(
+        INNER[inner](), 0.2, 0.4, refresh_every=7, exploration_weight=1e-2, rules=rules,
+        pattern=pattern, inner_state="reset", stop_exploring_at=stop,
+    )  # fmt: skip
+    params, batches = parameters(), data(200)
+    sparse = AlwaysSparse(tx, params)
+    pairs = zip(
+        masked(tx, params, batches),
+        compact(sparse, sparse.transform, params, batches), strict=True,
+    )  # fmt: skip
+    changed = 0.0
+    for i, ((dense, state), (values, held, reservoir)) in enumerate(pairs, start=1):
+        if i % 7 and i != stop:
+            continue
+        found, found_state = sparse.to_masked(values, held, reservoir)
+        assert_same(dense, found)
+        for name, flags in reservoir.sets.items():
+            section, leaf = name.split("/")
+            np.testing.assert_array_equal(state.sets[section][leaf], flags, err_msg=f"{name} {i}")
+        assert_same(state.inner_state, found_state.inner_state, 1e-4)
+        changed += float(tk.statistics.churn_since_last_refresh(dense, state))
+    assert changed > 0.05 or stop == 0
+
+
+def test_the_device_holds_nothing_dense():
+    params = parameters()
+    tx = tk.top_kast(optax.adam(1e-3), 0.1, 0.2, rules=ALL, inner_state="reset")
+    sparse = AlwaysSparse(tx, params)
+    *_, (values, state, _) = compact(sparse, sparse.transform, params, data(2))
+    dense = {"first": 12 * 8, "stack": 3 * 8 * 8, "conv": 3 * 8 * 8}
+    for name, size in dense.items():
+        index = find_compact(state).kernels[name]["kernel"].index
+        for leaf in (values[name]["kernel"], index, state.inner_state[0].mu[name]["kernel"]):
+            assert leaf.size == pytest.approx(0.2 * size, rel=0.05)
+
+
+def test_a_delayed_choice_is_that_of_the_earlier_step():
+    """Sets in use from t + d on are those of θ after step t, with the values of step t + d."""
+    params, batches, delay = parameters(), data(40), 4
+    tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=10, rules=ALL, inner_state="reset")
+    sparse = AlwaysSparse(tx, params, delay=delay)
+    seen, last = {}, None
+    for i, (values, state, reservoir) in enumerate(
+        compact(sparse, sparse.transform, params, batches), start=1
+    ):
+        sets = {k: np.array(v & 3) for k, v in reservoir.sets.items()}
+        if last is not None and i % 10 != delay:
+            for name in sets:
+                np.testing.assert_array_equal(sets[name], last[name])
+        if i % 10 == delay and i > 10:
+            for name, theta in seen.items():
+                np.testing.assert_array_equal(_oracle_sets(name, theta), sets[name])
+        last = sets
+        if i % 10 == 0:
+            dense, _ = sparse.to_masked(values, state, reservoir)
+            seen = {n: np.array(dense[n.split("/")[0]]["kernel"]) for n in sets}
+    assert seen
+
+
+def _oracle_sets(name, theta):
+    layers = theta if name.startswith("stack") else theta[None]
+    flags = []
+    for layer in layers:
+        order = np.argsort(-np.abs(layer).ravel(), kind="stable")
+        flag = np.zeros(layer.size, np.uint8)
+        flag[order[: int(0.4 * layer.size + 0.5)]] = 2
+        flag[order[: int(0.2 * layer.size + 0.5)]] = 3
+        flags.append(flag.reshape(layer.shape))
+    return np.stack(flags) if name.startswith("stack") else flags[0]
+
+
+def test_there_and_back_again_to_the_bit():
+    params = parameters()
+    tx = tk.top_kast(optax.adam(1e-2), 0.2, 0.5, refresh_every=3, rules=ONE, inner_state="reset")
+    sparse = AlwaysSparse(tx, params)
+    *_, (values, state, reservoir) = compact(sparse, sparse.transform, params, data(20))
+    dense, held = sparse.to_masked(values, state, reservoir)
+    before = jax.tree.map(np.array, (values, state, reservoir))
+    again = sparse.from_masked(dense, held)
+    assert jax.tree.structure(again) == jax.tree.structure(before)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_fixed_random_mask_and_multi_steps():
+    """Another method, and a wrapper around the transform whose state has the values' shape."""
+    params, batches = parameters(), data(12)
+    tx = tk.static_random(optax.adam(1e-2), 0.3, seed=3, rules=ONE)
+    sparse = AlwaysSparse(tx, params)
+    *_, (dense, _) = masked(tx, params, batches)
+    *_, (values, held, reservoir) = compact(sparse, sparse.transform, params, batches)
+    assert_same(dense, sparse.to_masked(values, held, reservoir)[0])
+
+    tx = tk.top_kast(optax.adam(1e-2), 0.2, 0.4, refresh_every=4, rules=ONE, inner_state="reset")
+    sparse = AlwaysSparse(tx, params)
+    outer = optax.MultiSteps(sparse.transform, 2).gradient_transformation()
+    for _, state, _ in compact(sparse, outer, params, batches):
+        mu = state.inner_opt_state.inner_state[0].mu["first"]["kernel"]
+        assert state.acc_grads["first"]["kernel"].shape == mu.shape
+
+
+class ByGradient(tk.Method):
+    needs_gradient = True
+
+    def start(self, theta, leaf, key):
+        return tk.Sets(jnp.ones(theta.shape, bool), jnp.ones(theta.shape, bool)), ()
+
+
+class Uneven(tk.Method):
+    def start(self, theta, leaf, key):
+        mask = jnp.arange(theta.size).reshape(theta.shape) < 5
+        return tk.Sets(mask, mask), ()
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (lambda: optax.sgd(0.1), {}, "needs what top_kast"),
+        (lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2), {"delay": 100}, "below refresh_every"),
+        (lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2), {"delay": -1}, "delay=-1"),
+        (lambda: tk.sparsify(optax.sgd(0.1), ByGradient(), forward_density=0.5), {}, "gradient"),
+        (
+            lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2, pattern=tk.Block(5, 5)),
+            {},
+            "does not divide",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(make, options, words):
+    with pytest.raises(tk.SparsityError, match=words) as caught:
+        AlwaysSparse(make(), {"w": jnp.ones((8, 8))}, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_sets_of_another_size_than_the_densities_ask_for():
+    tx = tk.sparsify(optax.sgd(0.1), Uneven(), forward_density=0.5)
+    sparse = AlwaysSparse(tx, {"w": jnp.ones((8, 8))})
+    with pytest.raises(tk.SparsityError, match="w: always sparse needs sets of fixed size"):
+        sparse.start({"w": jnp.ones((8, 8))})
