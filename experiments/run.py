@@ -114,6 +114,7 @@ class Step:
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        """One step; the old state is gone after it."""
         new, sums = self._jitted(state)(state._replace(reservoir=()), batch)
         return new._replace(reservoir=state.reservoir), sums
 
