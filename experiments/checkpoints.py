@@ -122,7 +122,13 @@ def warn(line: str) -> None:
 
 def _restore(manager: Any, step: int, abstract: Tree) -> tuple[Tree, list[dict[str, Any]]]:
     items = {"state": ocp.args.StandardRestore(abstract), "meta": ocp.args.JsonRestore()}
-    restored = manager.restore(step, args=ocp.args.Composite(**items))
+    try:
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
+    except ValueError as error:
+        raise UserError(
+            f"{manager.directory / str(step)}: holds another state than this config makes, or was "
+            f"saved by another version: {str(error).strip().splitlines()[0]}"
+        ) from error
     return restored["state"], restored["meta"]["hosts"]
 
 

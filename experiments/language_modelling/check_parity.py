@@ -82,7 +82,7 @@ def compare(run: Run, golden: Golden) -> dict[str, float]:
         for i, memory_MxBxD in enumerate(memories):
             difference = _difference(golden, f"mem/{s}/{i}", memory_MxBxD)
             worst["memory"] = _max(worst["memory"], difference)
-    gradients = to_reference(run.gradients, run.model.config)
+    gradients = to_reference(run.gradients, run.model.config, all_names=True)
     return worst | {"gradient": _gradient_difference(golden, gradients)}
 
 
@@ -154,9 +154,11 @@ def _segments(golden: Golden, lengths: Lengths, n_token: int) -> tuple[np.ndarra
     """Tokens and targets, each [segments, B, T]."""
     tokens_NxB, t = golden["tokens"], lengths.target
     n = sum(name.startswith("nll/") for name in golden)
-    if tokens_NxB.ndim != 2 or tokens_NxB.shape[0] != n * t + 1:
+    fits = tokens_NxB.ndim == 2 and tokens_NxB.size and tokens_NxB.shape[0] == n * t + 1
+    if not fits or tokens_NxB.dtype.kind not in "iu":
         raise UserError(
-            f"tokens has shape {tokens_NxB.shape}: {n} segments of {t} need [{n * t + 1}, batch]"
+            f"tokens is {tokens_NxB.dtype} of shape {tokens_NxB.shape}: {n} segments of {t} need "
+            f"whole numbers [{n * t + 1}, batch]"
         )
     if tokens_NxB.min() < 0 or tokens_NxB.max() >= n_token:
         raise UserError(f"tokens has a number outside 0 … {n_token - 1}")
@@ -171,6 +173,8 @@ def _difference(golden: Golden, name: str, found: np.ndarray) -> float:
         raise UserError(f"not a golden file, it has no {name}")
     if golden[name].shape != found.shape:
         raise UserError(f"{name} has shape {golden[name].shape}: the settings give {found.shape}")
+    if golden[name].dtype.kind != "f":
+        raise UserError(f"{name} is {golden[name].dtype}: must be floating numbers")
     return float(np.abs(golden[name] - found).max(initial=0.0))
 
 

@@ -79,7 +79,10 @@ def text_file(file: str, level: str, min_count: int) -> Corpus:
 @functools.lru_cache(maxsize=2)
 def _text_file(path: Path, changed: int, level: str, min_count: int) -> Corpus:
     del changed  # read anew when it is
-    return from_text(str(path), read_text(path), level, min_count)
+    text = read_text(path)
+    if not text:
+        raise UserError(f"config.data.file: {path} holds no text")
+    return from_text(str(path), text, level, min_count)
 
 
 @functools.lru_cache(maxsize=2)

@@ -7,6 +7,7 @@ It runs on the forward set alone, as training and evaluation do, with the memory
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,8 @@ def encode_prompt(vocabulary: Vocabulary, prompt: str) -> list[int]:
     """The numbers of a prompt's symbols; of words, the last line is not ended."""
     try:
         numbers = vocabulary.encode(prompt.encode()).tolist()
+    except UnicodeEncodeError:
+        raise UserError("--prompt: found what is no UTF-8; must be text") from None
     except KeyError as error:
         raise UserError(f"--prompt: {error.args[0]!r} is not in the vocabulary") from None
     if vocabulary.level == "word" and not prompt.endswith("\n"):
@@ -106,8 +109,14 @@ def _parser() -> flags.Parser:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: most probable token")
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     return parser
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"found {text!r}; must be an integer, 0 to {2**32 - 1}")
+    return int(text)
 
 
 if __name__ == "__main__":

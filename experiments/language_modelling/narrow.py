@@ -98,7 +98,10 @@ def for_stacked_layers(rules: Rules, names: Sequence[str]) -> tuple[tuple[str, A
     """
     result = []
     for regex, spec in rules:
-        matches = [name for name in names if re.fullmatch(regex, name)]
+        try:
+            matches = [name for name in names if re.fullmatch(regex, name)]
+        except re.error as error:
+            raise UserError(f"rule {regex!r} is no regular expression: {error}") from None
         inside = [name for name in matches if name.startswith(STACKED)]
         if spec != "dense" and inside:
             options = {} if spec == "sparse" else dict(spec)

@@ -101,7 +101,11 @@ def validate(config: ConfigDict) -> None:
 
 def lengths(config: ConfigDict, which: str) -> Lengths:
     """How far the model looks in "train" or "evaluation"."""
-    return Lengths(**config.model[which])
+    try:
+        return Lengths(**config.model[which])
+    except UserError as error:
+        text = str(error).replace("lengths.", f"config.model.{which}.")
+        raise UserError(text) from None
 
 
 def transformer_config(config: ConfigDict) -> TransformerXLConfig:
@@ -162,6 +166,11 @@ def _find_vocabulary(data: ConfigDict) -> None:
         found: dict[str, Any] = {"level": level, "vocabulary_size": size}
     else:
         vocabulary = open_own(data).vocabulary
+        if len(vocabulary) < 2:
+            raise UserError(
+                f"config.data.min_count={data.min_count}: leaves {len(vocabulary)} symbol of "
+                f"{data.name}; must leave 2 at least"
+            )
         found = {"vocabulary_size": len(vocabulary), "vocabulary": vocabulary.fingerprint}
     for key, value in found.items():
         if data[key] not in (value, 0, ""):

@@ -22,7 +22,8 @@ Flat = dict[str, np.ndarray]  # parameters by "/"-joined path, layers not stacke
 _PREFIX = re.compile(r"^(param/|module\.|model\.|transformer\.)+")
 _SAME_NAME = ("n_token", "n_layer", "n_head", "d_model", "d_head", "d_inner", "d_embed", "div_val",
               "tie_weight", "pre_lnorm", "dropout", "dropatt")  # fmt: skip
-_ONLY = {"attn_type": 0, "ext_len": 0}  # settings of the reference that are not built here
+# Settings of the reference that are not built here.
+_ONLY: dict[str, tuple[Any, ...]] = {"attn_type": (0,), "ext_len": (0,), "sample_softmax": (-1, 0)}
 
 
 def settings_from_reference(cfg: Mapping[str, Any]) -> tuple[TransformerXLConfig, Lengths]:
@@ -32,8 +33,8 @@ def settings_from_reference(cfg: Mapping[str, Any]) -> tuple[TransformerXLConfig
       UserError: an argument is missing, or asks for what is not built here.
     """
     for name, only in _ONLY.items():
-        if cfg.get(name, only) != only:
-            raise UserError(f"{name}={cfg[name]!r}: only {name}={only} is supported")
+        if cfg.get(name, only[0]) not in only:
+            raise UserError(f"{name}={cfg[name]!r}: only {name}={only[0]} is supported")
     try:
         config = TransformerXLConfig(
             **{name: cfg[name] for name in _SAME_NAME},
@@ -43,7 +44,7 @@ def settings_from_reference(cfg: Mapping[str, Any]) -> tuple[TransformerXLConfig
         )
         lengths = Lengths(
             target=cfg["tgt_len"], memory=cfg["mem_len"], clamp=cfg["clamp_len"],
-            same_length=cfg["same_length"],
+            same_length=bool(cfg["same_length"]),
         )  # fmt: skip
     except KeyError as error:
         raise UserError(f"cfg has no {error.args[0]!r}") from None
@@ -53,7 +54,11 @@ def settings_from_reference(cfg: Mapping[str, Any]) -> tuple[TransformerXLConfig
 
 
 def _tie_projs(cfg: Mapping[str, Any]) -> tuple[bool, ...]:
-    return tuple(bool(tied) for tied in cfg["tie_projs"] or ())
+    tied = [bool(tied) for tied in cfg["tie_projs"] or ()]
+    clusters = len(cfg["cutoffs"] or ()) + 1
+    while len(tied) > clusters and not tied[-1]:
+        tied.pop()
+    return tuple(tied)
 
 
 def from_reference(weights: Mapping[str, np.ndarray], config: TransformerXLConfig) -> Params:
@@ -71,7 +76,7 @@ def from_reference(weights: Mapping[str, np.ndarray], config: TransformerXLConfi
       UserError: names the first weight that is missing, unexpected, of another shape, or that
         differs from the one it is tied to.
     """
-    given = {_PREFIX.sub("", name): np.asarray(value) for name, value in weights.items()}
+    given = {_PREFIX.sub("", name): _real(name, value) for name, value in weights.items()}
     given = _split_stacked_biases(given, config)
     flat: Flat = {}
     for name, paths in _names(config).items():
@@ -83,13 +88,22 @@ def from_reference(weights: Mapping[str, np.ndarray], config: TransformerXLConfi
     return _checked(_stack_layers(flat, config), LanguageModel(config).abstract_params)
 
 
-def to_reference(params: Params, config: TransformerXLConfig) -> dict[str, np.ndarray]:
-    """Parameters, or gradients in their place, under the reference's names (tied ones once)."""
+def to_reference(
+    params: Params, config: TransformerXLConfig, *, all_names: bool = False
+) -> dict[str, np.ndarray]:
+    """Parameters, or gradients in their place, under the reference's names.
+
+    Args:
+      params: as from `LanguageModel(config).init`.
+      config: their settings.
+      all_names: tied ones under each of their names in place of the first alone.
+    """
     flat = _unstack_layers(_flatten(params), config)
-    weights = {}
+    weights: dict[str, np.ndarray] = {}
     for name, paths in _names(config).items():
         parts = [_oriented(name, flat[path], config) for path in paths]
-        weights[name.split("|")[0]] = np.concatenate(parts)
+        names = name.split("|")
+        weights |= dict.fromkeys(names if all_names else names[:1], np.concatenate(parts))
     return weights
 
 
@@ -149,6 +163,15 @@ def _softmax_names(config: TransformerXLConfig) -> Iterator[tuple[str, tuple[str
             yield f"crit.out_projs.{i}", (f"softmax/projection/{i}",)
 
 
+def _real(name: str, value: np.ndarray) -> np.ndarray:
+    value = np.asarray(value)
+    if value.dtype.kind not in "fiu" or value.ndim == 0:
+        raise UserError(
+            f"weight {name!r} is {value.dtype} of shape {value.shape}: must be an array of numbers"
+        )
+    return value
+
+
 def _pick(given: Flat, names: str) -> np.ndarray:
     """Takes a weight out of `given`, under all the names that it is tied to."""
     found = {name: given.pop(name) for name in names.split("|") if name in given}
@@ -169,9 +192,9 @@ def _transposed(name: str) -> bool:
 def _parts(name: str, value: np.ndarray, n: int) -> list[np.ndarray]:
     if re.search(r"r_[wr]_bias$", name):
         return [value.reshape(-1)]
-    if value.ndim and value.shape[0] % n:
+    if value.shape[0] % n:
         raise UserError(f"weight {name!r} has shape {value.shape}: cannot be cut in {n}")
-    parts = np.split(value, n) if value.ndim else [value]
+    parts = np.split(value, n)
     return [part.T for part in parts] if _transposed(name) else parts
 
 

@@ -31,6 +31,8 @@ class Lengths:
     def __post_init__(self) -> None:
         _at_least("lengths.target", self.target, 1)
         _at_least("lengths.memory", self.memory, 0)
+        if type(self.clamp) is not int:
+            raise UserError(f"lengths.clamp={self.clamp!r}: must be a whole number")
         if self.same_length and self.memory == 0:
             raise UserError("lengths.same_length=True with lengths.memory=0: must be at least 1")
 
@@ -83,22 +85,28 @@ class TransformerXLConfig:
     def __post_init__(self) -> None:
         for name in ("n_token", "n_layer", "n_head", "d_model", "d_head", "d_inner", "div_val"):
             _at_least(name, getattr(self, name), 1)
+        if self.d_embed is not None:
+            _at_least("d_embed", self.d_embed, 1)
         if self.d_model % 2:
             raise UserError(f"d_model={self.d_model}: must be even (half sines, half cosines)")
         for name in ("dropout", "dropatt"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise UserError(f"{name}={getattr(self, name)}: must be in [0, 1)")
+            rate = getattr(self, name)
+            if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+                raise UserError(f"{name}={rate!r}: must be in [0, 1)")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r}: must be one of {', '.join(DTYPES)}")
         self._check_clusters()
 
     def _check_clusters(self) -> None:
         ends = (0, *self.cutoffs, self.n_token)
-        if any(low >= high for low, high in pairwise(ends)):
+        whole = all(type(end) is int for end in ends)
+        if not whole or any(low >= high for low, high in pairwise(ends)):
             raise UserError(
                 f"cutoffs={list(self.cutoffs)}: must be ascending, above 0 and below "
-                f"n_token={self.n_token}"
+                f"n_token={self.n_token}{'' if whole else ', whole numbers'}"
             )
+        if not all(isinstance(tied, bool) for tied in self.tie_projs):
+            raise UserError(f"tie_projs={list(self.tie_projs)}: must be True or False for each")
         if min(self.cluster_widths) < 1:
             raise UserError(
                 f"div_val={self.div_val}: leaves nothing of d_embed={self.embed_width} for the "

@@ -1,28 +1,26 @@
 """The language task in the one loop: evaluation, resume, devices, configs."""
 
 import json
-import pathlib
+import shutil
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import topkast_jax as tk
 from experiments import main, workdir
 from experiments.checkpoints import load
 from experiments.config import resolve
 from experiments.evaluation import evaluate
-from experiments.language_modelling import narrow, options
-from experiments.loop import train
+from experiments.language_modelling import generate, narrow, options, sampling
 from experiments.metrics import read_records
 from experiments.run import build
 from experiments.task import make_task
 from topkast_jax.sets import FORWARD
 from topkast_jax.trees import flatten_with_names
 
-pytestmark = pytest.mark.slow
-
-ROOT = pathlib.Path(__file__).parents[3]
+ROOT = Path(__file__).parents[3]
 NAMES = ("enwik8_large", "enwik8_base", "enwik8_small", "wikitext103_large", "wikitext103_base")
 VARIANTS = ("dense", "80/0", "80/60", "80/80", "90/60", "90/80", "95/90", "static-90")
 PRINTED = {  # millions, as the Transformer-XL paper prints them
@@ -41,17 +39,52 @@ def spec(name, variant=""):
     return f"{ROOT / 'configs' / name}.py" + (f":{variant}" if variant else "")
 
 
-def smoke(*overrides, name="enwik8_small", variant="90/80"):
-    return resolve(spec(name, f"{variant},smoke"), overrides)
+def write_text(path, words=("so", "it", "goes", "round\n")):
+    """A text of some 4,000 words, of which the later ones are rarer."""
+    chances = np.arange(len(words), 0, -1) / sum(range(len(words) + 1))
+    path.write_text(" ".join(np.random.default_rng(0).choice(words, 4_000, p=chances)))
+    return "data.name=text_file", f"data.file={path}"
 
 
-@pytest.fixture
-def text(tmp_path):
-    """A text file of some 4,000 words, and the overrides that name it."""
-    words = np.random.default_rng(0).choice(["so", "it", "goes", "round\n"], 4_000)
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(words))
-    return path, ("data.name=text_file", f"data.file={path}")
+# Memory that is not full after the first segment, dropout, and one sparse kernel: each is
+# compiled on its own.
+TINY = (
+    "steps=4",
+    "model.train.memory=48",
+    "model.dropout=0.1",
+    'method.rules=(("layers/.*/up/kernel", "sparse"), (".*", "dense"))',
+)
+
+
+def command(directory, text, *flags):
+    overrides = [f"--config.{o}" for o in (*TINY, *text)]
+    return [f"--config={spec('enwik8_small', '90/80,smoke')}", f"--workdir={directory}", *overrides,
+            *flags]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A finished run, one stopped after its first step, and the overrides that name their text."""
+    directory = tmp_path_factory.mktemp("runs")
+    text = write_text(directory / "text")
+    whole, parts = directory / "whole", directory / "parts"
+    assert main.main(command(whole, text)) == 0
+    assert main.main(command(parts, text, "--stop_at=1")) == 0
+    return whole, parts, text
+
+
+def config_of(text):
+    return resolve(spec("enwik8_small", "90/80,smoke"), (*TINY, *text))
+
+
+def last_state(config, directory):
+    state, meta = load(directory / workdir.CHECKPOINTS, build(config).form.abstract)
+    return jax.tree.map(np.asarray, state), meta["data"]
+
+
+def flags(state):
+    names, leaves, _ = flatten_with_names(state.opt_state.sets)
+    return {n: np.asarray(x) for n, x in zip(names, leaves, strict=True)}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,34 +148,37 @@ def test_rules_for_stacked_layers():
     assert narrow.for_stacked_layers(stacked, names) == stacked
 
 
-def test_scanned_layers_are_sparse_each_on_its_own():
-    state = {s: build(smoke(f"model.scan={s}", "mesh.data=-1")).init() for s in (True, False)}
-    sets = {s: flags(state[s]) for s in state}
-    for layer in range(2):
-        for name, stack in sets[True].items():
-            one = sets[False][name.replace("layers/", f"layers/{layer}/")]
-            np.testing.assert_array_equal(stack[layer], one)
-            assert (one & FORWARD != 0).sum() == max(1, int(0.1 * one.size + 0.5))
-
-
-def flags(state):
-    names, leaves, _ = flatten_with_names(state.opt_state.sets)
-    return {n: np.asarray(x) for n, x in zip(names, leaves, strict=True)}
+def test_stacked_layers_are_sparse_each_on_its_own(runs):
+    whole, _, text = runs
+    state, _ = last_state(config_of(text), whole)
+    sets = flags(state)
+    assert len(sets) == 1
+    stack = sets["layers/feed_forward/up/kernel"]
+    kernels = state.params["layers"]["feed_forward"]["up"]["kernel"]
+    for one, kernel in zip(stack, kernels, strict=True):
+        size = np.abs(kernel[one & FORWARD != 0])
+        assert size.size == int(0.1 * one.size + 0.5)
+        assert size.min() > np.abs(kernel[one & FORWARD == 0]).max()
 
 
 @pytest.mark.parametrize("same_length", [True, False])
-def test_evaluation_is_exact_at_any_number_of_lanes(text, same_length):
+def test_evaluation_is_exact_at_any_number_of_lanes(tmp_path, same_length):
     lengths = ["model.evaluation.target=16", "model.evaluation.memory=24"]
-    lengths += [f"model.evaluation.same_length={same_length}", *text[1]]
-    run = build(smoke(*lengths))
+    lengths += [f"model.evaluation.same_length={same_length}", *write_text(tmp_path / "text")]
+
+    def run_with(*extra):
+        return build(resolve(spec("enwik8_small", "dense,smoke"), (*lengths, *extra)))
+
+    run = run_with()
+    task = run.task
+    params, _ = jax.jit(task.init)(jax.random.key(0))
     # Large weights, so that what a lane saw before matters.
-    state = run.init()
-    state = state._replace(params=jax.tree.map(lambda x: 12 * x, state.params))
-    view = run.view(state.params, state.opt_state)
-    tokens = run.task._open().splits["test"]
+    params = jax.tree.map(lambda x: 12 * x, params)
+    state = run.form.abstract(0)._replace(params=params)
+    tokens = task._open().splits["test"]
     whole = tokens.read(0, len(tokens))
-    memory = run.task.model.init_memory(1, options.lengths(run.config, "evaluation"))
-    step, total = jax.jit(run.task.eval_step), 0.0
+    memory = task.model.init_memory(1, options.lengths(run.config, "evaluation"))
+    step, total = jax.jit(task.eval_step), 0.0
     for start in range(0, len(whole) - 1, 16):
         row = whole[start : start + 17]
         batch = {
@@ -150,11 +186,11 @@ def test_evaluation_is_exact_at_any_number_of_lanes(text, same_length):
             "targets": np.pad(row[1:], (0, 17 - len(row)))[None],
             "weights": (np.arange(16) < len(row) - 1)[None].astype(np.float32),
         }
-        memory, sums = step(view, memory, batch)
+        memory, sums = step(params, memory, batch)
         total += float(sums["loss"][0])
     expected = total / (len(whole) - 1)
-    for lanes in (1, 3, 8, 20):
-        found = evaluate(build(smoke(*lengths, f"data.eval_batch_size={lanes}")), state, "test")
+    for lanes in (1, 3, 20) if same_length else (5,):
+        found = evaluate(run_with(f"data.eval_batch_size={lanes}"), state, "test")
         assert found["loss"] == pytest.approx(expected, rel=1e-5), lanes
         assert found["bpc"] == pytest.approx(expected / np.log(2), rel=1e-5)
         assert found["context"] == {
@@ -170,90 +206,165 @@ def test_words_are_reported_as_perplexity():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "variant", "metric"),
     [
         ("enwik8_small", "dense", "bpc"),
         ("enwik8_small", "small-dense-90", "bpc"),
         ("enwik8_base", "static-90", "bpc"),
+        ("enwik8_large", "90/80", "bpc"),
+        ("wikitext103_base", "80/0", "perplexity"),
         ("wikitext103_large", "90/80", "perplexity"),
     ],
 )
 def test_smoke_runs(name, variant, metric, tmp_path):
     argv = [f"--config={spec(name, f'{variant},smoke')}", f"--workdir={tmp_path}"]
     assert main.main([*argv, "--config.data.eval_split=test"]) == 0
-    records = read_records(tmp_path / workdir.METRICS)
-    trained = [r for r in records if r["split"] == "train"]
-    assert [r["step"] for r in trained] == [1, 2, 3]
-    assert "tokens_per_second" in trained[-1]["timing"]
     final = json.loads((tmp_path / workdir.FINAL).read_text())
     assert np.isfinite(final["test"][metric])
     assert final["test_context"]["memory"] == 32
+
+
+def test_records_of_a_run(runs):
+    whole, _, _ = runs
+    records = read_records(whole / workdir.METRICS)
+    trained = [r for r in records if r["split"] == "train"]
+    assert [r["step"] for r in trained] == [1, 2, 3, 4]
+    timing = trained[-1]["timing"]
+    assert timing["tokens_per_second"] == pytest.approx(8 * 32 * timing["steps_per_second"])
+    assert 0 <= timing["data_wait"] < 0.5
+    final = json.loads((whole / workdir.FINAL).read_text())
+    assert final["test"] == {k: records[-1][k] for k in ("loss", "bpc")}
+    assert final["test_context"]["memory"] == records[-1]["context"]["memory"] == 32
     assert final["flops"]["dense_forward_per_step"] > 0
 
 
-def last_state(config, directory):
-    state, meta = load(directory / workdir.CHECKPOINTS, build(config).abstract)
-    return jax.tree.map(np.asarray, state), meta["data"]
-
-
-def test_resume_to_the_bit(text, tmp_path):
-    extra = ("steps=6", "eval_at_end=False", "model.dropout=0.1", *text[1])
-    config = smoke(*extra)
-    assert train(config, tmp_path / "whole") == "finished"
-    assert train(config, tmp_path / "parts", stop_at=3) == "stopped"
-    assert train(config, tmp_path / "parts") == "finished"
-    (whole, at), (parts, also_at) = (last_state(config, tmp_path / n) for n in ("whole", "parts"))
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-        np.testing.assert_array_equal(one, other)
+def test_resume_to_the_bit(runs, tmp_path):
+    whole, parts, text = runs
+    config = config_of(text)
+    resumed = shutil.copytree(parts, tmp_path / "resumed")
+    stopped, _ = last_state(config, resumed)
+    assert stopped.model_state.states.shape == (2, 8, 48, 64)
+    assert stopped.model_state.valid == 32
+    assert (np.abs(stopped.model_state.states[:, :, 16:]).max((0, 2, 3)) > 0).all()
+    assert main.main(command(resumed, text)) == 0
+    (one, at), (other, also_at) = (last_state(config, d) for d in (whole, resumed))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert one.model_state.valid == 48
+    assert (np.abs(one.model_state.states).max((0, 2, 3)) > 0).all()
     assert at == also_at
-    assert at["segments"] == 6
-    assert np.abs(whole.model_state.states).sum() > 0
-    assert whole.model_state.valid == 32
+    assert at["segments"] == 4
+    finals = [json.loads((d / workdir.FINAL).read_text()) for d in (whole, resumed)]
+    assert finals[0]["test"] == finals[1]["test"]
 
 
 @pytest.mark.parametrize("change", ["symbols", "length"])
-def test_another_text_under_a_checkpoint_is_one_line(text, tmp_path, change, capsys):
-    path, overrides = text
-    argv = [f"--config={spec('enwik8_small', 'smoke')}", f"--workdir={tmp_path / 'run'}"]
-    argv += [f"--config.{o}" for o in (*overrides, "eval_at_end=False")]
-    assert main.main([*argv, "--stop_at=1"]) == 0
-    before = path.read_text()
-    path.write_text(before.replace("so", "oz") if change == "symbols" else before + before)
-    capsys.readouterr()
-    assert main.main(argv) == 2
+def test_another_text_under_a_checkpoint_is_one_line(runs, tmp_path, change, capsys):
+    text = Path(runs[2][1].removeprefix("data.file="))
+    run = shutil.copytree(runs[1], tmp_path / "run")
+    before = text.read_text()
+    try:
+        text.write_text(before.replace("so", "oz") if change == "symbols" else before + "so " * 100)
+        assert main.main(command(run, runs[2])) == 2
+    finally:
+        text.write_text(before)
+    error = capsys.readouterr().err.splitlines()
+    expected = {"symbols": "config: data.vocabulary is ", "length": "another text: tokens is "}
+    assert len(error) == 1
+    assert expected[change] in error[0]
+    assert {p.name for p in (run / workdir.CHECKPOINTS).iterdir()} == {"1"}
+
+
+def test_one_device_is_like_eight(runs):
+    whole, _, text = runs
+    config = config_of(text)
+    run, first = build(config, jax.devices()[:1]), build(config).init()
+    lanes = {s.data.shape[1] for s in first.model_state.states.addressable_shards}
+    assert lanes == {1}
+    places = jax.tree.map(lambda x: x.sharding, run.form.abstract(0))
+    state = jax.tree.map(lambda x, to: jax.device_put(np.asarray(x), to), first, places)
+    data, losses, valid = run.task.train_data(), [], []
+    for _ in range(4):
+        state, sums = run.step(state, run.put(next(data)))
+        losses.append(float(sums["loss"][0] / sums["loss"][1]))
+        valid.append(int(state.model_state.valid))
+    data.close()
+    assert valid == [32, 48, 48, 48]
+    records = [r for r in read_records(whole / workdir.METRICS) if r["split"] == "train"]
+    np.testing.assert_allclose(losses, [r["loss"] for r in records], rtol=1e-5)
+    final = json.loads((whole / workdir.FINAL).read_text())
+    assert evaluate(run, state, "test")["loss"] == pytest.approx(final["test"]["loss"], rel=1e-5)
+    eight, _ = last_state(config, whole)
+    np.testing.assert_allclose(state.model_state.states, eight.model_state.states, atol=1e-5)
+    for name, sets in flags(state).items():
+        np.testing.assert_array_equal(sets, flags(eight)[name])
+
+
+def test_generation_runs_on_the_forward_set(runs, capsys, monkeypatch):
+    whole, _, text = runs
+    seen = []
+
+    def watched(model, params, lengths, prompt, *rest):
+        seen.append((params, lengths, prompt))
+        return sampling.generate(model, params, lengths, prompt, *rest)
+
+    monkeypatch.setattr(generate, "generate", watched)
+    flags = [f"--workdir={whole}", "--prompt=so it", "--tokens=9", "--temperature=0"]
+    assert generate.main(flags) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("so it")
+    assert len(shown) == len("so it") + 9 + 1
+    state, meta = last_state(config_of(text), whole)
+    params, lengths, prompt = seen[0]
+    alpha = tk.forward_params(state.params, state.opt_state)
+    jax.tree.map(np.testing.assert_array_equal, params, alpha)
+    assert (alpha["layers"]["feed_forward"]["up"]["kernel"] == 0).mean() > 0.89
+    assert lengths == options.lengths(config_of(text), "evaluation")
+    assert "".join(meta["text"]["symbols"][i] for i in prompt) == "so it"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tokens=0"], "--tokens: found '0'"),
+        (["--prompt="], "--prompt: empty"),
+        (["--prompt=a\udcff"], "--prompt: found what is no UTF-8"),
+        (["--temperature=-1"], "--temperature=-1.0: must be"),
+        (["--temperature=nan"], "--temperature=nan: must be"),
+        (["--top_p=2"], "--top_p=2.0: must be above 0 and at most 1"),
+        (["--top_k=-1"], "--top_k=-1: must be at least 0"),
+        (["--seed=-1"], "--seed: found '-1'"),
+        ([f"--seed={2**32}"], f"--seed: found '{2**32}'"),
+        (["--workdir=/no/such"], "holds no config.json; must be a run's folder"),
+    ],
+)
+def test_bad_flags_of_generation_are_one_line(runs, flags, message, capsys):
+    given = [f"--workdir={runs[0]}", "--prompt=so", "--tokens=3"]
+    assert generate.main([*given, *flags]) == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert len(error.splitlines()) == 1
+    assert message in error
+
+
+@pytest.mark.parametrize("change", ["vocabulary_size", "task", "checkpoints"])
+def test_generation_from_a_folder_that_does_not_fit(runs, tmp_path, change, capsys):
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    config = json.loads((run / workdir.CONFIG).read_text())
+    expected = {
+        "vocabulary_size": "holds another state than this config makes",
+        "task": "holds a run of task 'image_classification'",
+        "checkpoints": "no whole checkpoint; found steps []",
+    }
+    if change == "checkpoints":
+        shutil.rmtree(run / workdir.CHECKPOINTS)
+    elif change == "task":
+        config["task"] = "image_classification"
+    else:
+        config["data"]["vocabulary_size"] += 1
+    (run / workdir.CONFIG).write_text(json.dumps(config))
+    assert generate.main([f"--workdir={run}", "--prompt=so", "--tokens=3"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
-    expected = {
-        "symbols": "data.vocabulary is ",
-        "length": "another text: tokens is ",
-    }
     assert expected[change] in error[0]
-
-
-def test_eight_devices_are_like_one(text):
-    found = {}
-    for count in (1, 8):
-        run = build(smoke("model.dtype=float32", *text[1]), jax.devices()[:count])
-        state, data, losses = run.init(), run.task.train_data(), []
-        for _ in range(3):
-            state, sums = run.step(state, run.put(next(data)))
-            losses.append(float(sums["loss"][0]))
-        data.close()
-        found[count] = losses, flags(state), evaluate(run, state, "test")["loss"]
-        lanes = {s.data.shape[1] for s in state.model_state.states.addressable_shards}
-        assert lanes == {8 // count}
-    np.testing.assert_allclose(found[1][0], found[8][0], rtol=1e-5)
-    assert found[1][2] == pytest.approx(found[8][2], rel=1e-5)
-    for name, sets in found[1][1].items():
-        np.testing.assert_array_equal(sets, found[8][1][name])
-
-
-def test_memory_carries_over_segments_in_training(text):
-    run = build(smoke("model.train.memory=48", *text[1]), jax.devices()[:1])
-    state, data = run.init(), run.task.train_data()
-    for expected in (32, 48, 48):
-        state, _ = run.step(state, run.put(next(data)))
-        assert int(state.model_state.valid) == expected
-    data.close()
-    assert bool(jnp.any(state.model_state.states[:, :, 0] != 0))

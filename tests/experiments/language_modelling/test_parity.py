@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments.errors import UserError
-from experiments.language_modelling import check_parity
+from experiments.language_modelling import check_parity, narrow
 from experiments.language_modelling.reference_weights import (
     from_reference,
     settings_from_reference,
@@ -44,6 +44,15 @@ def test_golden_file(file):
     assert found.keys() == check_parity.BOUNDS.keys()
     for kind, bound in check_parity.BOUNDS.items():
         assert found[kind] < bound / 3, kind
+
+
+@pytest.mark.parametrize("file", GOLDENS, ids=lambda file: file.stem)
+def test_as_many_parameters(file):
+    golden = check_parity.read_golden(file)
+    config, _ = settings_from_reference(json.loads(str(golden["cfg"])))
+    assert narrow.parameters(config) == golden["n_params"]
+    names = to_reference(LanguageModel(config).init(jax.random.key(0)), config)
+    assert names.keys() == set(json.loads(str(golden["trainable"])))
 
 
 def test_there_are_five_golden_files():
@@ -128,6 +137,8 @@ def test_bad_weights_are_named():
         layers__0__dec_attn__o_net__weight=np.zeros((7, 6)),
     )
     fails("cannot be cut in 3", layers__0__dec_attn__qkv_net__weight=np.zeros((7, 6)))
+    for value in (np.array(3.0), np.array(["x"]), np.zeros((18, 6), complex)):
+        fails("must be an array of numbers", layers__0__dec_attn__qkv_net__weight=value)
     fails("differ: the settings tie them", crit__out_projs__1=np.zeros((6, 4)))
     tied = {"word_emb__emb_projs__1": None, "crit__out_projs__1": None}
     fails("'word_emb.emb_projs.1 or crit.out_projs.1' is missing", **tied)
@@ -172,11 +183,41 @@ def test_a_wrong_value_is_found(tmp_path, capsys, monkeypatch, golden_run, name)
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+def test_a_wrong_weight_is_found(tmp_path, capsys, monkeypatch, golden_run):
+    golden, run = golden_run
+    name = "param/layers.1.dec_attn.qkv_net.weight"
+
+    def of(golden):
+        weights = {k: v for k, v in golden.items() if k.startswith("param/")}
+        changed = copy.copy(run)
+        changed.params = from_reference(weights, run.model.config)
+        return changed
+
+    for size, status in ((0.0, 0), (1e-3, 1)):
+        weight = golden[name].copy()
+        weight[3, 5] += size
+        np.savez(tmp_path / "changed.npz", **golden | {name: weight})
+        monkeypatch.setattr(check_parity.Run, "of", of)
+        assert check_parity.main([str(tmp_path / "changed.npz")]) == status
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_gradients_may_stand_under_any_name_of_a_tied_weight(golden_run):
+    golden, run = golden_run
+    first, other = "grad/word_emb.emb_layers.0.weight", "grad/crit.out_layers.0.weight"
+    renamed = {other if k == first else k: v for k, v in golden.items()}
+    found = check_parity.compare(copy.copy(run), renamed)
+    assert found["gradient"] < 1e-5
+    renamed[other] = renamed[other] + 1e-3
+    assert check_parity.compare(copy.copy(run), renamed)["gradient"] > 1e-4
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"mem__1__1": None}, "it has no mem/1/1"),
         ({"nll__1": np.zeros((7, 2))}, "nll/1 has shape (7, 2)"),
+        ({"nll__1": np.full((7, 3), "x")}, "nll/1 is <U1: must be floating numbers"),
         ({"grad__nothing": np.zeros((7, 2))}, "grad/nothing is no weight"),
     ],
     ids=str,
@@ -219,12 +260,18 @@ def test_a_bad_file_is_named(tmp_path, capsys):
     fails("it has no cfg", cfg=None)
     fails("cfg is no JSON object", cfg=np.array("{"))
     fails("cfg has no 'n_layer'", cfg=np.array(json.dumps({"n_token": 3})))
-    fails("attn_type=1: only", cfg=cfg(attn_type=1))
+    for name, value in (("attn_type", 1), ("ext_len", 3), ("sample_softmax", 100)):
+        fails(f"{name}={value}: only", cfg=cfg(**{name: value}))
+    fails("lengths.clamp=None: must be", cfg=cfg(clamp_len=None))
+    fails("d_embed=4.5: must be", cfg=cfg(d_embed=4.5))
+    fails("tie_projs has 4 entries: there are 3", cfg=cfg(tie_projs=[True] * 4))
     fails("cutoffs=[40, 20]: must be ascending", cfg=cfg(cutoffs=[40, 20]))
     fails("same_length=True with lengths.memory=0", cfg=cfg(same_length=True, mem_len=0))
     fails("d_model", cfg=cfg(d_model="16"))
     fails("segments of 6 need", cfg=cfg(tgt_len=6))
     fails("outside 0", tokens=golden["tokens"] + 60)
+    for tokens in (golden["tokens"] + 0.5, golden["tokens"].astype(str), golden["tokens"][:, :0]):
+        fails("whole numbers [", tokens=tokens)
 
 
 def test_other_lengths_than_in_training_with_the_same_parameters():

@@ -132,7 +132,10 @@ def test_what_the_data_decides_is_in_the_config(text):
         (["data.min_count=0"], "config.data.min_count=0: must be at least 1"),
         (["data.vocabulary=abc"], "config.data.vocabulary='abc': python_docs has "),
         (["data.name=enwik8", "data.vocabulary_size=9"], "vocabulary_size=9: enwik8 has 205"),
-        (["model.train.target=0"], "lengths.target=0: must be a whole number of at least 1"),
+        (["data.min_count=9999999"], "min_count=9999999: leaves 1 symbol of python_docs"),
+        (["method.rules=(('layers/(','dense'),)"], r"rule 'layers/\(' is no regular expression"),
+        (["model.evaluation.memory=-1"], "config.model.evaluation.memory=-1: must be a whole"),
+        (["model.train.target=0"], "config.model.train.target=0: must be a whole"),
         (
             ["model.train.target=900000"],
             r"train.target=900000: beyond the data; .* python_docs has",
@@ -156,7 +159,19 @@ def test_stacked_layers_need_rules():
         finish(config)
 
 
-@pytest.mark.parametrize("cutoffs", ["(300,100)", "(100,100)", "(0,100)", "(100,10000000)"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "data.file: .* holds no text"), (b"a b", "train part of .* has 3 tokens"),
+     (None, "cannot read .*: Is a directory")],
+)  # fmt: skip
+def test_a_file_of_no_use_is_one_line(tmp_path, content, message):
+    path = tmp_path / "text"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        resolve(SMALL, ["data.name=text_file", f"data.file={path}"])
+
+
+@pytest.mark.parametrize("cutoffs", ["(2.5,300)", "(300,100)", "(0,100)", "(100,10000000)"])
 def test_cutoffs_must_ascend(cutoffs):
     with pytest.raises(UserError, match="config.model: cutoffs=.*: must be ascending, above 0 and"):
         resolve(LARGE, [f"model.cutoffs={cutoffs}"])

@@ -301,6 +301,11 @@ def test_kernels_are_used_through_one_product(monkeypatch):
         ({"cutoffs": (5, 5)}, "cutoffs=[5, 5]: must be ascending"),
         ({"cutoffs": (0, 5)}, "above 0"),
         ({"cutoffs": (5, 23)}, "below n_token=23"),
+        ({"cutoffs": (2.5, 9)}, "n_token=23, whole numbers"),
+        ({"cutoffs": ("a", "b")}, "n_token=23, whole numbers"),
+        ({"tie_projs": ("x",)}, "tie_projs=['x']: must be True or False"),
+        ({"d_embed": 3.5}, "d_embed=3.5: must be a whole number"),
+        ({"d_embed": "x"}, "d_embed='x': must be a whole number"),
         ({"div_val": 4}, "leaves nothing of d_embed=8 for the last of 3 clusters"),
         ({"tie_projs": (True,) * 4}, "tie_projs has 4 entries: there are 3 clusters"),
         ({"d_model": 7}, "d_model=7: must be even"),
@@ -318,7 +323,9 @@ def test_bad_settings(changed, message):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"target": 0}, {"memory": -1}, {"memory": 0, "same_length": True}], ids=str
+    "changed",
+    [{"target": 0}, {"memory": -1}, {"memory": 0, "same_length": True}, {"clamp": 2.5}],
+    ids=str,
 )
 def test_bad_lengths(changed):
     with pytest.raises(UserError, match=r"^lengths\."):
