@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +25,10 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
     return jax.tree.flatten(tree)
 
 
-def flatten_with_names(tree: Any) -> tuple[list[str], list[Any], Any]:
+def flatten_with_names(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[str], list[Any], Any]:
     """Names, leaves and structure."""
-    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     names = [path_name(path) for path, _ in paths_and_leaves]
     return names, [leaf for _, leaf in paths_and_leaves], treedef

@@ -2,7 +2,8 @@
 
 python -m experiments.language_modelling.generate --workdir=DIR --prompt=TEXT --tokens=N
 
-It runs on the forward set alone, as training and evaluation do, with the memory of evaluation.
+It runs on the forward set alone, as training and evaluation do, with the memory of evaluation; with
+`--params=FILE`, on that of a file from `experiments.export --form=dense` or `compact`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import checkpoints, flags, workdir
+from experiments import export, flags, saved
 from experiments.errors import UserError
 from experiments.language_modelling import options
 from experiments.language_modelling.sampling import Sampling, generate
 from experiments.language_modelling.task import LanguageModelling
 from experiments.language_modelling.vocabulary import Vocabulary
-from experiments.run import build
 from topkast_jax import SparsityError
+from topkast_jax.always_sparse import is_compact
+from topkast_jax.trees import flatten_with_names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,14 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        text = continuation(Path(args.workdir), args.prompt, args.tokens, sampling, args.seed)
+        params = None if args.params is None else Path(args.params)
+        text = continuation(
+            Path(args.workdir), args.prompt, args.tokens, sampling, args.seed, params
+        )
     except (UserError, SparsityError) as error:
         return flags.fail(error)
     print(text)
     return 0
 
 
-def continuation(directory: Path, prompt: str, tokens: int, sampling: Sampling, seed: int) -> str:
+def continuation(
+    directory: Path,
+    prompt: str,
+    tokens: int,
+    sampling: Sampling,
+    seed: int,
+    params: Path | None = None,
+) -> str:
     """The prompt and what the model of a run makes of it.
 
     Args:
@@ -49,28 +62,36 @@ def continuation(directory: Path, prompt: str, tokens: int, sampling: Sampling, 
       tokens: how many to add.
       sampling: how they are drawn.
       seed: of the draws.
+      params: a file from `experiments.export`, in place of the run's newest parameters.
     """
-    config = saved_config(directory)
-    run = build(config, jax.devices()[:1])
+    found = saved.read(directory, "language_modelling")
+    run, state = found.run, found.state
     assert isinstance(run.task, LanguageModelling)
-    state, meta = checkpoints.load(directory / workdir.CHECKPOINTS, run.form.abstract)
-    alpha = run.view(state.params, state.opt_state)
-    vocabulary = _vocabulary(config, meta["data"]["text"])
+    if params is None:
+        alpha = run.view(state.params, state.opt_state)
+    else:
+        alpha = exported(params, run.abstract.params)
+    vocabulary = _vocabulary(found.config, found.meta["data"]["text"])
     numbers = encode_prompt(vocabulary, prompt)
-    lengths = options.lengths(config, "evaluation")
-    found = generate(run.task.model, alpha, lengths, numbers, tokens, sampling, seed)
-    return vocabulary.decode([*numbers, *found])
+    lengths = options.lengths(found.config, "evaluation")
+    drawn = generate(run.task.model, alpha, lengths, numbers, tokens, sampling, seed)
+    return vocabulary.decode([*numbers, *drawn])
 
 
-def saved_config(directory: Path) -> ConfigDict:
-    """The config of a language run, to be run on one device."""
-    if not (directory / workdir.CONFIG).is_file():
-        raise UserError(f"--workdir={directory}: holds no {workdir.CONFIG}; must be a run's folder")
-    config = ConfigDict(workdir.read_json(directory / workdir.CONFIG))
-    if config.get("task") != "language_modelling":
-        raise UserError(f"--workdir={directory}: holds a run of task {config.get('task')!r}")
-    config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
-    return config
+def exported(path: Path, like: Any) -> Any:
+    """The parameters in an exported file, for a run whose parameters have the names of `like`."""
+    tree, metadata = export.load(path)
+    if metadata["form"] not in ("dense", "compact"):
+        raise UserError(
+            f"--params={path}: holds form {metadata['form']!r}; must be 'dense' or 'compact'"
+        )
+    names = [set(flatten_with_names(t, is_leaf=is_compact)[0]) for t in (tree, like)]
+    if names[0] != names[1]:
+        raise UserError(
+            f"--params={path}: of another model: {', '.join(sorted(names[0] ^ names[1])[:3])} "
+            "is in one of the two only"
+        )
+    return jax.tree.map(jnp.asarray, tree)
 
 
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> list[int]:

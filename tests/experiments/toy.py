@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.errors import UserError
+from experiments.layers import matmul
 from experiments.task import ratios
 
 INPUTS, CLASSES = 16, 4
@@ -95,10 +96,10 @@ class Toy:
         return params, {"mean": jnp.zeros(INPUTS)}
 
     def _logits(self, params, x, rng=None):
-        hidden = jax.nn.relu(x @ params["in"]["kernel"] + params["in"]["bias"])
+        hidden = jax.nn.relu(matmul(x, params["in"]["kernel"]) + params["in"]["bias"])
         if rng is not None:
             hidden *= jax.random.bernoulli(rng, 1 - self.config.model.dropout, hidden.shape)
-        return hidden @ params["out"]["kernel"] + params["out"]["bias"]
+        return matmul(hidden, params["out"]["kernel"]) + params["out"]["bias"]
 
     def _sums(self, logits, label, weight):
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], 1)[:, 0]

@@ -15,20 +15,25 @@ from topkast_jax.always_sparse.compact import (
     with_tile,
     with_values,
 )
+from topkast_jax.always_sparse.exporting import FORMS, export, to_bcoo, to_bsr
 from topkast_jax.always_sparse.products import BACKENDS, matmul, options
 from topkast_jax.always_sparse.reservoir import Reservoir
 from topkast_jax.always_sparse.training import AlwaysSparse
 
 __all__ = [
     "BACKENDS",
+    "FORMS",
     "AlwaysSparse",
     "CompactKernel",
     "Reservoir",
     "dense_tile",
+    "export",
     "from_masks",
     "is_compact",
     "matmul",
     "options",
+    "to_bcoo",
+    "to_bsr",
     "to_dense",
     "to_masks",
     "values_of",

@@ -1,0 +1,98 @@
+"""Turns a run under masks into an always-sparse one that goes on from there, or back.
+
+python -m experiments.convert --workdir=DIR --out=NEW_DIR --to=always_sparse|masked
+
+The new folder holds the newest checkpoint, the records and the config in the other form; the
+command that made the first run goes on with it, with `--config.method.always_sparse=True`, or with
+`--config.method.inner_state=reset` in place of that. Moments outside the backward set, which a
+masked run may keep, are dropped on the way to always sparse.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from experiments import flags, saved, workdir
+from experiments.checkpoints import Checkpoints
+from experiments.errors import UserError
+from experiments.form import Compact
+from experiments.run import build
+from experiments.state import TrainState
+from topkast_jax import SparsityError
+
+FORMS = ("masked", "always_sparse")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        args = _parser().parse_args(argv)
+        step = convert(Path(args.workdir), Path(args.out), args.to)
+    except (UserError, SparsityError) as error:
+        return flags.fail(error)
+    print(f"step {step} of {args.workdir} is in {args.out}, {args.to}")
+    return 0
+
+
+def convert(directory: Path, out: Path, to: str) -> int:
+    """Writes the newest state of a run to a new folder in another form; returns its step."""
+    config = saved.read_config(directory)
+    twin_config = saved.other_form(config)
+    if saved.is_compact(twin_config) != (to == "always_sparse"):
+        raise UserError(f"--to={to}: the run in {directory} is that already")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out={out}: exists; must be a new or an empty folder")
+    found = saved.read(directory)
+    twin = build(saved.on_one_device(twin_config), jax.devices()[:1])
+    state = _in_form_of(twin.form, found)
+    _check_shapes(twin.form.abstract(int(state.step)), state)
+    workdir.claim(out, twin_config)
+    store = Checkpoints(out / workdir.CHECKPOINTS, config.keep_checkpoints)
+    try:
+        store.save(int(state.step), state, found.meta)
+    finally:
+        store.close()
+    if (directory / workdir.METRICS).exists():
+        shutil.copy(directory / workdir.METRICS, out / workdir.METRICS)
+    return int(state.step)
+
+
+def _in_form_of(form: object, found: saved.Saved) -> TrainState:
+    state = found.state
+    if isinstance(form, Compact):
+        held = form.sparse.from_masked(state.params, state.opt_state)
+        return TrainState(state.step, held[0], held[1], state.model_state, held[2])
+    assert isinstance(found.run.form, Compact)
+    reservoir = found.run.form.sparse.settled(state.reservoir)
+    params, opt_state = found.run.form.sparse.to_masked(state.params, state.opt_state, reservoir)
+    return TrainState(state.step, params, opt_state, state.model_state)
+
+
+def _check_shapes(abstract: TrainState, state: TrainState) -> None:
+    for (path, expected), found in zip(
+        jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(state), strict=True
+    ):
+        if expected.shape != found.shape:
+            raise UserError(
+                f"config.optimizer.name: its state at {jax.tree_util.keystr(path)} has shape "
+                f"{found.shape} and would need {expected.shape}: it has no other form"
+            )
+
+
+def _parser() -> flags.Parser:
+    parser = flags.Parser(prog="experiments.convert", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument("--out", required=True, help="a new folder")
+    parser.add_argument("--to", required=True, choices=FORMS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""A trained model's forward set in the forms that other code takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.sparse import BCOO, BCSR
+
+from topkast_jax.always_sparse.compact import CompactKernel, from_masks, is_compact, to_dense
+from topkast_jax.errors import SparsityError
+from topkast_jax.patterns import Block, Unstructured
+from topkast_jax.sets import forward_params, is_dense, map_flags, unpack
+
+Form = Literal["dense", "compact", "bcoo", "bsr"]
+FORMS: tuple[str, ...] = get_args(Form)
+
+
+def export(params: Any, state: Any, form: Form = "compact") -> Any:
+    """What the network runs on (the paper's α), on the host.
+
+    Args:
+      params: the tree that was trained: of values, or, of a masked run, of dense arrays.
+      state: its optimizer state. Masks say nothing of blocks or stacked layers: the sparse leaves
+        of a masked run are exported as single entries of one leaf each.
+      form: of sparse leaves; dense leaves are NumPy arrays in each.
+        "dense": NumPy arrays, zero outside A.
+        "compact": `CompactKernel`s that hold A alone.
+        "bcoo": `jax.experimental.sparse.BCOO` of the leaf's shape, stacked axes as batch.
+        "bsr": `jax.experimental.sparse.BCSR` of blocks, shape `[R, C, rows, cols]` with two dense
+          axes (`[R, C]` for single entries), stacked axes as batch; all axes of a kernel but its
+          last are rows of one matrix.
+
+    Returns:
+      A tree of the structure of `params`.
+
+    Raises:
+      SparsityError: no such form, or `state` holds no sets.
+    """
+    if form not in FORMS:
+        raise SparsityError(f"form={form!r}: must be one of {', '.join(FORMS)}")
+    make = {"dense": to_dense, "compact": lambda k: k, "bcoo": to_bcoo, "bsr": to_bsr}[form]
+    return jax.tree.map(
+        lambda leaf: make(leaf) if is_compact(leaf) else np.asarray(leaf),
+        forward_set(params, state),
+        is_leaf=is_compact,
+    )
+
+
+def forward_set(params: Any, state: Any) -> Any:
+    """The tree with a compact kernel that holds A alone in place of each sparse leaf."""
+    view = forward_params(params, state)
+    if any(map(is_compact, jax.tree.leaves(view, is_leaf=is_compact))):
+        return jax.tree.map(lambda x: _trim(x) if is_compact(x) else x, view, is_leaf=is_compact)
+
+    def kernel(flags: Any, theta: jax.Array) -> Any:
+        if flags is None or is_dense(flags):
+            return theta
+        kept = np.asarray(unpack(flags).forward)
+        return from_masks(np.asarray(theta), kept, kept, Unstructured())
+
+    return map_flags(kernel, params, state)
+
+
+def _trim(kernel: CompactKernel) -> CompactKernel:
+    axis, a = kernel.index.ndim, kernel.forward
+    values: Any = np.asarray(kernel.values)[(slice(None),) * (axis - 1) + (slice(a),)]
+    index: Any = np.asarray(kernel.index)[..., :a]
+    return dataclasses.replace(kernel, values=values, index=index)
+
+
+def to_bcoo(kernel: CompactKernel) -> BCOO:
+    """The units a kernel holds as single entries of its dense shape; of a stack, batched."""
+    values, index = np.asarray(kernel.values), np.asarray(kernel.index)
+    stack = index.shape[:-1]
+    entries = _entries(kernel, index)
+    places = np.stack(np.unravel_index(entries, kernel.shape), axis=-1).astype(np.int32)
+    data = values.reshape(*stack, -1)
+    return BCOO((jax.numpy.asarray(data), jax.numpy.asarray(places)), shape=(*stack, *kernel.shape))
+
+
+def _entries(kernel: CompactKernel, index: np.ndarray) -> np.ndarray:
+    """Row-major numbers `[..., entries]` of the entries of units `[..., units]`."""
+    if not isinstance(kernel.pattern, Block):
+        return index
+    numbers = np.arange(math.prod(kernel.shape)).reshape(kernel.shape)
+    *_, bands, across = kernel.pattern.grid(kernel.shape)
+    rows, cols = kernel.pattern.rows, kernel.pattern.cols
+    blocks = numbers.reshape(-1, bands, rows, across, cols).swapaxes(-3, -2)
+    entries: np.ndarray = blocks.reshape(-1, rows * cols)[index]
+    return entries.reshape(*index.shape[:-1], -1)
+
+
+def to_bsr(kernel: CompactKernel) -> BCSR:
+    """The units a kernel holds as a matrix of blocks in compressed rows; of a stack, batched."""
+    index = np.asarray(kernel.index)
+    order = np.argsort(index, axis=-1, kind="stable")
+    index = np.take_along_axis(index, order, axis=-1)
+    values = np.asarray(kernel.values)
+    values = np.take_along_axis(values, order.reshape(*order.shape, *(1,) * unit_axes(kernel)),
+                                axis=order.ndim - 1)  # fmt: skip
+    *lead, across = kernel.pattern.grid(kernel.shape)
+    down = math.prod(lead)
+    row, column = np.divmod(index, across)
+    counts = np.apply_along_axis(np.bincount, -1, row, minlength=down)
+    starts = np.concatenate([np.zeros_like(counts[..., :1]), np.cumsum(counts, -1)], -1)
+    shape = (*index.shape[:-1], down, across, *values.shape[index.ndim :])
+    columns, indptr = column.astype(np.int32), starts.astype(np.int32)
+    arrays = (jnp.asarray(values), jnp.asarray(columns), jnp.asarray(indptr))
+    return BCSR(arrays, shape=shape)
+
+
+def unit_axes(kernel: CompactKernel) -> int:
+    """Axes of one unit's values: two of a block, none of an entry."""
+    return 2 if isinstance(kernel.pattern, Block) else 0
