@@ -9,6 +9,10 @@ optimiser settings are not known: lines below.
 Expected: dense 18.3 perplexity, Transformer-XL's published result at these evaluation lengths. For
 Top-KAST no number that we could check.
 
+All four projections of the softmax are tied to the embedding's: this gives the published count,
+284,121,930. The reference's script leaves the first untied and has 285,170,506:
+--config.model.tie_projs="(False,True,True,True)".
+
 Data: WikiText-103, prepared once by `scripts/prepare_text wikitext103`; 267,735 words.
 Hardware: 64 TPU v3 cores, or 8 GPUs of 80 GB;
 docs/reproducing.md has the device-hours.

@@ -3,22 +3,24 @@
     .venv/bin/python scripts/bench_step.py [--cases=mlp_b128_r100,…] [--pairs=N]
 
 A case is a network, a batch and how often the sets are chosen anew: `mlp_b128_r100` is a
-784-2048-2048-2048-10 MLP at batch 128 with a refresh every 100 steps. Steps are timed in
-interleaved pairs (dense, then Top-KAST at 90/80 % sparsity) and the median ratio is reported; with
-a refresh every r steps, the time of a Top-KAST step is ((r − 1) · plain + refreshing) / r, both
-measured. `memory_ratio` is the compiled step's peak (arguments, outputs and temporaries) over the
-dense one's. The last line is JSON.
+784-2048-2048-2048-10 MLP at batch 128 with a refresh every 100 steps, `txl_small_r100` the
+Transformer-XL of `configs/enwik8_small.py` with its batch, optimizer and sparse layers. Steps are
+timed in interleaved pairs (dense, then Top-KAST at 90/80 % sparsity) and the median ratio is
+reported; with a refresh every r steps, the time of a Top-KAST step is ((r − 1) · plain +
+refreshing) / r, both measured. `memory_ratio` is the compiled step's peak (arguments, outputs and
+temporaries) over the dense one's. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,18 +30,30 @@ import optax
 import topkast_jax as tk
 
 Loss = Callable[[Any, Any], jax.Array]
+CONFIG = Path(__file__).parents[1] / "configs" / "enwik8_small.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A network, a batch, and its dense optimizer beside the Top-KAST one."""
+
+    params: Any
+    data: Any
+    loss: Loss
+    dense: optax.GradientTransformation
+    sparse: optax.GradientTransformation
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """What one row measures."""
 
-    make: Callable[[], tuple[Any, Any, Loss, optax.GradientTransformation]]
+    make: Callable[[int], Training]
     refresh_every: int
 
 
-def mlp(batch: int) -> tuple[Any, Any, Loss, optax.GradientTransformation]:
-    """Parameters, a batch, the loss and the optimizer of the MLP."""
+def mlp(batch: int, refresh_every: int) -> Training:
+    """An MLP with momentum."""
     sizes = (784, 2048, 2048, 2048, 10)
     keys = jax.random.split(jax.random.key(0), len(sizes) + 1)
     params = [
@@ -59,14 +73,40 @@ def mlp(batch: int) -> tuple[Any, Any, Loss, optax.GradientTransformation]:
         logits = x @ params[-1]["kernel"] + params[-1]["bias"]
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    return params, (images, labels), loss, optax.sgd(0.01, momentum=0.9)
+    inner = optax.sgd(0.01, momentum=0.9)
+    sparse = tk.top_kast(inner, 0.1, 0.2, refresh_every=refresh_every)
+    return Training(params, (images, labels), loss, inner, sparse)
+
+
+def transformer_xl(refresh_every: int) -> Training:
+    """`configs/enwik8_small.py` on random bytes, its memory full."""
+    from experiments import config, optimizers
+    from experiments.task import make_task
+
+    with_refresh = [f"method.refresh_every={refresh_every}"]
+    sparse = config.resolve(f"{CONFIG}:90/80", with_refresh)
+    dense = config.resolve(f"{CONFIG}:dense", [])
+    task, keys = make_task(sparse), jax.random.split(jax.random.key(0), 3)
+    params, memory = jax.jit(task.init)(keys[0])
+    states = jax.random.normal(keys[1], memory.states.shape, memory.states.dtype)
+    memory = memory._replace(states=states, valid=jnp.int32(states.shape[2]))
+    shape = task.example_batch()["tokens"].shape
+    text = jax.random.randint(keys[2], (shape[0], shape[1] + 1), 0, sparse.data.vocabulary_size)
+
+    def loss(params: Any, data: Any) -> jax.Array:
+        memory, text = data
+        batch = {"tokens": text[:, :-1], "targets": text[:, 1:]}
+        return task.loss(params, memory, batch, keys[0])[0]
+
+    dense_tx, sparse_tx = (optimizers.make_optimizer(c, params) for c in (dense, sparse))
+    return Training(params, (memory, text), loss, dense_tx, sparse_tx)
 
 
 CASES = {
-    f"mlp_b{batch}_r{refresh}": Case(lambda batch=batch: mlp(batch), refresh)  # type: ignore[misc]
+    f"mlp_b{batch}_r{refresh}": Case(functools.partial(mlp, batch), refresh)
     for refresh in (100, 1)
     for batch in (128, 1024)
-}
+} | {"txl_small_r100": Case(transformer_xl, 100)}
 
 
 def compile_step(
@@ -102,10 +142,10 @@ def at_step(state: Any, step: int) -> Any:
 
 def measure(case: Case, pairs: int) -> dict[str, float]:
     """Median step ratio over interleaved pairs, and the ratio of peak memory."""
-    params, data, loss, inner = case.make()
-    sparse_tx = tk.top_kast(inner, 0.1, 0.2, refresh_every=case.refresh_every)
-    dense, dense_state = compile_step(inner, False, loss, params, data)
-    sparse, sparse_state = compile_step(sparse_tx, True, loss, params, data)
+    training = case.make(case.refresh_every)
+    params, data, loss = training.params, training.data, training.loss
+    dense, dense_state = compile_step(training.dense, False, loss, params, data)
+    sparse, sparse_state = compile_step(training.sparse, True, loss, params, data)
     carried = {
         "dense": (jax.tree.map(jnp.copy, params), dense_state),
         "sparse": (jax.tree.map(jnp.copy, params), sparse_state),
@@ -140,7 +180,11 @@ def main() -> None:
     arguments = parser.parse_args()
     unknown = [name for name in arguments.cases.split(",") if name not in CASES]
     if unknown or arguments.pairs < 1:
-        sys.exit(f"--cases={arguments.cases} --pairs={arguments.pairs}: cases are {list(CASES)}")
+        parser.exit(
+            2,
+            f"--cases={arguments.cases} --pairs={arguments.pairs}: cases are {', '.join(CASES)}, "
+            "pairs 1 or more\n",
+        )
     results = []
     for name in arguments.cases.split(","):
         results.append({"case": name, **measure(CASES[name], arguments.pairs)})
