@@ -6,6 +6,7 @@
 Needs the TPU compiler: `scripts/setup aot`. Data need not be there. The line holds, for one device:
 
 device_bytes, host_bytes  what the compiler sets aside; `total` counts donated arguments once
+reservoir_bytes           what an always-sparse run keeps in host memory, outside the program
 flops                     of matrix products and convolutions, 2 a multiply-add
 bytes_moved               in and out of the device's main memory, tiles' padding left out
 collectives               kind → count, bytes, and [bytes of one, count] for each size
@@ -44,13 +45,17 @@ def report(spec: str, overrides: Sequence[str], topology: str, count: int | None
     """Compiles; the record that is printed."""
     config = resolve(spec, overrides)
     target = compiling.target(topology, count)
-    lowered = compiling.lower(build(config, target.devices))
+    run = build(config, target.devices)
+    lowered = compiling.lower(run)
     record: dict[str, Any] = {
         "config": config.name,
         "overrides": list(overrides),
         "topology": topology,
         "devices": len(target.devices),
         "hbm_bytes": target.peaks.hbm_bytes,
+        "reservoir_bytes": sum(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract.reservoir)
+        ),
     }
     start = time.perf_counter()
     try:

@@ -123,8 +123,8 @@ def deepest(
 ) -> Measured:
     """The deepest model that compiles.
 
-    Memory is near linear in layers, which says where to look next; where the compiler did not say
-    how much a model that failed needs, the next is half-way to it.
+    Memory is near linear in layers, which says where to look; where that does not halve what is
+    left to search, the next look is in the middle of it.
 
     Args:
         fits: a model that does.
@@ -134,20 +134,24 @@ def deepest(
     """
     fails: Measured | None = None
     slope = fits.total / fits.layers
-    step = 1
-    while fails is None or fails.layers - fits.layers > step:
-        guess = fits.layers + max(step, int((memory - fits.total) / slope))
-        if fails is not None:
-            guess = min(guess, fails.layers - step)
-            guess = guess if fails.total else (fits.layers + fails.layers) // 2
+    step = reach = 1
+    left, halved = float("inf"), True
+    while left > step:
+        room = int((memory - fits.total) / slope)
+        if fails is None:
+            guess = fits.layers + max(room, reach)
+            reach *= 2
+        elif halved:
+            guess = min(fits.layers + max(room, step), fails.layers - step)
+        else:
+            guess = (fits.layers + fails.layers) // 2
         found = measure_at(guess)
         if found.total:
             slope = max(1.0, (found.total - fits.total) / (found.layers - fits.layers))
-        if found.fits:
-            fits = found
-        else:
-            fails = found
+        fits, fails = (found, fails) if found.fits else (fits, found)
         step = max(1, int(tolerance * fits.layers))
+        before, left = left, fails.layers - fits.layers if fails else left
+        halved = left <= before / 2
     return fits
 
 

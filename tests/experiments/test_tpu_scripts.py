@@ -52,6 +52,15 @@ def test_arguments_hold_the_state(record):
     assert record["device_bytes"]["arguments"] >= here
 
 
+@needs_compiler
+def test_an_always_sparse_run_keeps_its_reservoir_on_the_host(record):
+    setting = ["method.always_sparse=True", "mesh.fsdp=2"]
+    compact = aot_tpu.report(f"{CONFIG}:80/60", setting, "v5e:2x2", None)
+    assert compact["reservoir_bytes"] > record["reservoir_bytes"] == 0
+    assert "costliest" not in compact
+    assert compact["bytes_moved"] > 0
+
+
 REFUSED = {
     "--topology=v9:2x2": "v9:2x2",
     "--topology=v5e:3x5": "v5e:3x5",
