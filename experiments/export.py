@@ -145,9 +145,8 @@ def _read(path: Path) -> tuple[dict[str, Any], str | None]:
             text = arrays.pop(METADATA, None)
             return arrays, None if text is None else str(text)
         with safetensors.safe_open(path, "numpy") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, (file.metadata() or {}).get(
-                METADATA
-            )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, (file.metadata() or {}).get(METADATA)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 

@@ -131,6 +131,7 @@ def _parser() -> flags.Parser:
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability")
     parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--params", help="a file from experiments.export")
     return parser
 
 

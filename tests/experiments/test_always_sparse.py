@@ -80,8 +80,8 @@ def assert_same_run(masked, compact, count, rtol):
         ):
             np.testing.assert_array_equal(mask, other_mask, err_msg=f"sets after step {i}")
         for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(two[0]), strict=True):
-            difference = np.max(np.abs(np.asarray(a) - np.asarray(b)))
-            assert difference <= rtol * np.max(np.abs(a)), f"after step {i}"
+            difference = np.linalg.norm(np.ravel(np.asarray(a) - np.asarray(b)))
+            assert difference <= rtol * np.linalg.norm(np.ravel(a)), f"after step {i}"
         refreshes += 1
     return refreshes
 
