@@ -1,0 +1,148 @@
+"""A run's forward set in a file, and a run in its other form."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import toy_runs
+
+import topkast_jax as tk
+from experiments import convert, export, workdir
+from experiments.run import build
+from topkast_jax.always_sparse import FORMS, to_dense
+from topkast_jax.trees import flatten_with_names
+
+COMPACT = ("method.always_sparse=True", "method.refresh_every=4")
+MASKED = ("method.inner_state=reset", "method.refresh_every=4")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run in both forms, stopped after 9 steps."""
+    directory = tmp_path_factory.mktemp("runs")
+    for name, own in (("compact", COMPACT), ("masked", MASKED)):
+        toy_runs.run(directory / name, "80/60", *own, stop_at=9)
+    toy_runs.run(directory / "dense", "dense", stop_at=9)
+    return directory
+
+
+def view(directory, own):
+    run = build(toy_runs.config("80/60", *own))
+    state, _ = toy_runs.last_state(directory, "80/60", *own)
+    if state.reservoir == ():
+        return tk.forward_params(state.params, state.opt_state)
+    params, opt_state = run.form.sparse.to_masked(state.params, state.opt_state, state.reservoir)
+    return tk.forward_params(params, opt_state)
+
+
+def dense(leaf):
+    return (
+        to_dense(leaf)
+        if hasattr(leaf, "pattern")
+        else np.asarray(getattr(leaf, "todense", lambda: leaf)())
+    )
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("name", "own"), [("compact", COMPACT), ("masked", MASKED)])
+def test_a_file_of_any_form_is_the_forward_set(runs, tmp_path, capsys, name, own, form, suffix):
+    out = tmp_path / f"file{suffix}"
+    flags = [f"--workdir={runs / name}", f"--out={out}", f"--form={form}"]
+    assert export.main(flags) == 0
+    found, metadata = export.load(out)
+    expected = view(runs / name, own)
+    for layer in ("in", "out"):
+        np.testing.assert_array_equal(dense(found[layer]["kernel"]), expected[layer]["kernel"])
+        np.testing.assert_array_equal(found[layer]["bias"], expected[layer]["bias"])
+    assert found["model_state"]["mean"].shape == (16,)
+    assert metadata["config"]["method"]["forward_density"] == pytest.approx(0.2)
+    if form == "compact":
+        values = found["in"]["kernel"].values
+        assert values.size == round(0.2 * expected["in"]["kernel"].size)
+    assert export.main(flags) == 2
+    assert "exists; nothing is written over" in capsys.readouterr().err
+
+
+def test_there_and_back_again_to_the_bit(runs, tmp_path):
+    for way, to in (("masked", "masked"), ("back", "always_sparse")):
+        source = runs / "compact" if way == "masked" else tmp_path / "masked"
+        flags = [f"--workdir={source}", f"--out={tmp_path / way}", f"--to={to}"]
+        assert convert.main(flags) == 0
+    one, _ = toy_runs.last_state(runs / "compact", "80/60", *COMPACT)
+    two, _ = toy_runs.last_state(tmp_path / "back", "80/60", *COMPACT)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(two), strict=True
+    ):
+        if ".theta" not in jax.tree_util.keystr(path):  # is stale on B until a refresh
+            np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "to", "new"),
+    [("compact", COMPACT, "masked", MASKED), ("masked", MASKED, "always_sparse", COMPACT)],
+)
+def test_a_converted_run_goes_on(runs, tmp_path, name, own, to, new):
+    out = tmp_path / "out"
+    assert convert.main([f"--workdir={runs / name}", f"--out={out}", f"--to={to}"]) == 0
+    assert toy_runs.run(out, "80/60", *new) == "finished"
+    whole = tmp_path / "whole"
+    toy_runs.run(whole, "80/60", *own)
+    a, b = (toy_runs.records(d) for d in (whole, out))
+    assert len(a) == len(b) > 2
+    for one, two in zip(a, b, strict=True):
+        numbers = {k: v for k, v in one.items() if isinstance(v, int | float)}
+        assert {k: two[k] for k in numbers} == pytest.approx(numbers, rel=1e-4)
+    ours, theirs = view(whole, own), view(out, new)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_dense_run_is_exported_as_it_is(runs, tmp_path):
+    assert export.main([f"--workdir={runs / 'dense'}", f"--out={tmp_path / 'file.npz'}"]) == 0
+    found, metadata = export.load(tmp_path / "file.npz")
+    assert metadata["leaves"] == {}
+    assert "in/kernel" in flatten_with_names(found)[0]
+
+
+MISTAKES = {
+    "convert RUNS/compact NEW --to=always_sparse": "is that already",
+    "convert RUNS/dense NEW --to=masked": "the run is dense",
+    "convert RUNS/compact RUNS --to=masked": "must be a new or an empty",
+    "convert RUNS/compact NEW --to=dense": "invalid choice",
+    "convert RUNS/none NEW --to=masked": "must be a run's folder",
+    "export RUNS/none NEW.npz": "must be a run's folder",
+    "export RUNS/compact NEW.bin": "must end in .safetensors or .npz",
+    "export RUNS/compact NEW/no/o.npz": "cannot be written",
+    "export RUNS/compact NEW.npz --form=csr": "invalid choice: 'csr'",
+}
+
+
+@pytest.mark.parametrize(("command", "words"), MISTAKES.items())
+def test_mistakes_are_one_line(runs, tmp_path, capsys, command, words):
+    places = command.replace("RUNS", str(runs)).replace("NEW", str(tmp_path / "new"))
+    tool, source, out, *flags = places.split()
+    main = {"convert": convert.main, "export": export.main}[tool]
+    assert main([f"--workdir={source}", f"--out={out}", *flags]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+
+
+def test_other_files_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=1)
+    (tmp_path / "b.safetensors").write_bytes(b"no")
+    with pytest.raises(export.UserError, match="was not written by"):
+        export.load(tmp_path / "a.npz")
+    for name in ("b.safetensors", "c.npz"):
+        with pytest.raises(export.UserError, match="cannot be read"):
+            export.load(tmp_path / name)
+
+
+def test_the_converted_config_is_that_of_a_run_made_so(runs, tmp_path):
+    convert.main([f"--workdir={runs / 'compact'}", f"--out={tmp_path / 'o'}", "--to=masked"])
+    found = json.loads((tmp_path / "o" / workdir.CONFIG).read_text())
+    expected = workdir.as_json(toy_runs.config("80/60", *MASKED))
+    assert {k: v for k, v in found.items() if k != "name"} == {
+        k: v for k, v in expected.items() if k != "name"
+    }
