@@ -1,0 +1,111 @@
+"""What a refresh of an always-sparse run costs beside its steps.
+
+    .venv/bin/python scripts/bench_refresh.py [--variant=90/80] [--steps=N] [--repeats=N]
+        [--config.KEY=VALUE …]
+
+The run is that of configs/enwik8_small.py on random tokens. A refresh writes the values back,
+chooses both sets on the host, and sends what is new; the steps between two refreshes change θ. The
+last line is JSON: `step_seconds`, `refresh_seconds` (medians), `refresh_ratio` (a refresh over a
+step), `amortised` (what it adds to each step at one refresh in 100 steps), and `entering`, the
+share of B that a refresh brought in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import flags
+from experiments.config import resolve
+from experiments.errors import UserError
+from experiments.form import Compact
+from experiments.run import Run, build
+from topkast_jax import SparsityError
+from topkast_jax.sets import BACKWARD
+
+CONFIG = Path(__file__).parent.parent / "configs/enwik8_small.py"
+EVERY = 100
+WARM = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        args, overrides = flags.parse(_parser(), sys.argv[1:] if argv is None else argv)
+        result = measure(args.variant, args.steps, args.repeats, overrides)
+    except (UserError, SparsityError) as error:
+        return flags.fail(error)
+    print(json.dumps(result))
+    return 0
+
+
+def measure(variant: str, steps: int, repeats: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Times steps and refreshes in turn; the first refreshes compile and are not counted."""
+    config = resolve(
+        f"{CONFIG}:{variant}",
+        ("method.always_sparse=True", f"method.refresh_every={steps}", *overrides),
+    )
+    run = build(config)
+    if not isinstance(run.form, Compact):
+        raise UserError(f"--variant={variant}: must be sparse")
+    state, batch = run.init(), _batch(run)
+    step_seconds, refresh_seconds, entering = [], [], []
+    for i in range(1, (repeats + WARM) * steps + 1):
+        seconds, (state, _) = _timed(run.step, state, batch)
+        step_seconds.append(seconds)
+        if i % steps == 0:
+            before = {k: v & BACKWARD for k, v in state.reservoir.sets.items()}
+            seconds, state = _timed(run.form.between_steps, state, i)
+            refresh_seconds.append(seconds)
+            entering.append(_entering(before, state.reservoir.sets))
+            print(f"refresh {len(refresh_seconds)}: {seconds:.3f} s, {entering[-1]:.2%} of B new")
+    step, refresh = np.median(step_seconds[WARM * steps :]), np.median(refresh_seconds[WARM:])
+    return {
+        "device": jax.devices()[0].device_kind,
+        "step_seconds": round(float(step), 4),
+        "refresh_seconds": round(float(refresh), 4),
+        "refresh_ratio": round(float(refresh / step), 3),
+        "amortised": round(float(refresh / step) / EVERY, 5),
+        "entering": round(float(np.mean(entering[WARM:])), 4),
+    }
+
+
+def _batch(run: Run) -> Any:
+    rng = np.random.default_rng(0)
+    tokens = {
+        name: rng.integers(0, 200, x.shape).astype(x.dtype)
+        for name, x in run.task.example_batch().items()
+    }
+    return run.put(tokens)
+
+
+def _timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function(*args)
+    jax.block_until_ready([x for x in jax.tree.leaves(result) if isinstance(x, jax.Array)])
+    return time.perf_counter() - start, result
+
+
+def _entering(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> float:
+    new = sum(np.count_nonzero((after[k] & BACKWARD) & ~before[k]) for k in before)
+    return float(new / sum(np.count_nonzero(v) for v in before.values()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = flags.Parser(prog="bench_refresh", description=__doc__)
+    parser.add_argument("--variant", default="90/80")
+    parser.add_argument("--steps", type=flags.positive, default=10, help="between two refreshes")
+    parser.add_argument("--repeats", type=flags.positive, default=7, help="refreshes counted")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
