@@ -14,7 +14,8 @@ largest_params_ratio  parameters (of the dense shapes) of the deepest model that
                       chip's memory over those of the deepest dense one
 
 for the first pattern, and for each under "patterns". A gradient has the shape and type of the
-values that the optimizer sees. `--masked` measures masks over dense arrays instead.
+values that the optimizer sees. Whether a model fits is the compiler's word: near the limit it packs
+more tightly than the bytes that it reports. `--masked` measures masks over dense arrays instead.
 """
 
 from __future__ import annotations
