@@ -82,6 +82,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
     everywhere = partition.replicated(mesh)
     products = forms.product_options(config, mesh)
     evaluate = _traced_under(products, task.eval_step)
+    carried = _eval_places(task, abstract.model_state, mesh)
     step = Step(train_step(task, form.tx, view, config.seed), products, everywhere)
     return Run(
         config=config,
@@ -92,14 +93,20 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Ru
         init=form.init,
         step=step,
         view=jax.jit(view),
-        eval_state=jax.jit(task.eval_state, static_argnums=1),
-        eval_step=jax.jit(evaluate, out_shardings=(None, everywhere)),
+        eval_state=jax.jit(task.eval_state, static_argnums=1, out_shardings=carried),
+        eval_step=jax.jit(evaluate, out_shardings=(carried, everywhere)),
         put=lambda batch: partition.put_batch(batch, mesh),
         masks=lambda state: {} if dense else forms.mask_statistics(form, state),
         leaf_counts=lambda state: forms.leaf_counts(form, state, dense),
         finite=jax.jit(_all_finite),
         learning_rate=lambda done: float(schedule(done)),
     )
+
+
+def _eval_places(task: Task, model_state: Any, mesh: Mesh) -> Any:
+    """Where what evaluation carries lies, so that each batch meets what it was compiled for."""
+    shapes = jax.eval_shape(lambda state: task.eval_state(state, task.eval_split), model_state)
+    return partition.from_specs(task.model_state_specs(shapes), mesh)
 
 
 class Step:
