@@ -1,5 +1,7 @@
 """Experiments that are always sparse: the run of the masked ones, in a part of the memory."""
 
+import math
+import re
 from pathlib import Path
 
 import jax
@@ -110,6 +112,29 @@ def test_devices_hold_nothing_dense():
     sizes = {leaf.size for leaf in jax.tree.leaves(run.abstract._replace(reservoir=()))}
     memory = run.abstract.model_state.states.size
     assert max(sizes - {embedding, memory}) < smallest
+
+
+SIZES = ("model.d_model=48", "model.n_head=2", "model.d_head=40", "model.d_inner=112",
+         "batch_size=1", "model.train.target=8", "model.train.memory=8",
+         "model.scan=False", "method.refresh_every=100")  # fmt: skip
+KERNELS = {"attention": 48 * 80, "feed-forward": 48 * 112}  # nothing else is of these sizes
+
+
+def buffers(overrides):
+    """Sizes of all buffers of a compiled step."""
+    run = build(resolve(f"{ROOT / 'configs' / 'enwik8_small.py'}:75/50,smoke", overrides),
+                jax.devices()[:1])  # fmt: skip
+    text = run.step.lower(run.abstract, run.task.example_batch()).compile().as_text()
+    shapes = re.findall(r"\b(?:f32|s32|u32|pred|u8|bf16)\[([\d,]+)\]", text)
+    return {math.prod(map(int, shape.split(","))) for shape in shapes}
+
+
+def test_the_compiled_step_of_blocks_has_no_buffer_of_a_dense_size():
+    compact = buffers((*SIZES, "method.pattern=block:8x8", "method.always_sparse=True"))
+    masked = buffers((*SIZES, "method.pattern=block:8x8"))
+    for name, size in KERNELS.items():
+        assert size in masked, f"{name}: the search would not find one"
+        assert size not in compact, name
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block:8x8"])

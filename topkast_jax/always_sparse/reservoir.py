@@ -73,11 +73,18 @@ def host_device() -> jax.Device:
 
 
 def check(leaf: Leaf) -> None:
-    """Raises SparsityError unless the leaf's pattern has a compact form."""
+    """Raises SparsityError unless the leaf has a compact form at its density."""
     if not isinstance(leaf.pattern, Block | Unstructured):
         raise SparsityError(
             f"{leaf.path}: pattern {leaf.pattern} has no compact form; allowed: Unstructured(), "
             "Block(rows, cols)"
+        )
+    units = units_in(leaf.pattern, leaf.shape)
+    if isinstance(leaf.pattern, Block) and leaf.forward_density * units < 0.5:
+        raise SparsityError(
+            f"{leaf.path}: forward density {leaf.forward_density:g} of {units} blocks "
+            f"{leaf.pattern} leaves less than one block; must be at least {0.5 / units:g}, or the "
+            "blocks smaller, or the leaf dense"
         )
 
 

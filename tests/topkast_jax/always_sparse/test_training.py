@@ -223,6 +223,11 @@ class Uneven(tk.Method):
             {},
             "does not divide",
         ),
+        (
+            lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2, pattern=tk.Block(4, 4)),
+            {},
+            r"w: forward density 0.1 of 4 blocks .* leaves less than one block",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(make, options, words):
