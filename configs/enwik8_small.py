@@ -6,6 +6,11 @@ mask and of a dense model with as few parameters. Four layers of width 256, trai
 64 bytes with as much memory. Every byte is a symbol; 90/5/5 split by bytes; test bits per character
 over the whole last 5 MB.
 
+The learning rates are the best of 1e-3, 3e-3 and 1e-2 in runs of 500 steps, one for the sparse
+networks and one for the dense ones: where a tenth of a unit's inputs are left, a step of the same
+size moves its output by that much less. Final training loss in nats: Top-KAST 90/80 2.27 at 3e-3,
+2.07 at 1e-2; small-dense-90 2.40 at 1e-3, 2.17 at 3e-3, 2.31 at 1e-2.
+
 Data: enwik8, prepared once by `scripts/prepare_text enwik8`, or any file of raw text, for example
 the same one: --config.data.name=text_file --config.data.file=enwik8.
 Hardware: two CPU cores, where 2,000 steps with the test take some 10 minutes, or one GPU with more
@@ -45,7 +50,7 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.data.eval_batch_size = 32
     config.data.eval_split = "test"  # nothing is chosen by it
     config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 1e-2
     config.optimizer.clip_global_norm = 0.25
     config.optimizer.schedule.name = "cosine"
     config.optimizer.schedule.warmup_steps = 100
@@ -56,6 +61,9 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.method.exploration_weight = 1e-4
     # Attention and feed-forward blocks; embeddings, and so the tied softmax, are dense.
     config.method.rules = (("layers/.*/kernel", "sparse"), (".*", "dense"))
-    if apply_variant(config, variant):
+    smoke = apply_variant(config, variant)
+    if config.method.name == "dense":
+        config.optimizer.learning_rate = 3e-3
+    if smoke:
         shrink_to_smoke(config)
     return config
