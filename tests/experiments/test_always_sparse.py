@@ -30,9 +30,9 @@ CASES = {
     "resnet": ("quickstart", (*RESNET, "optimizer.learning_rate=0.02")),
     "resnet-adam": ("quickstart", (*RESNET, *ADAM)),
     "resnet-block": ("quickstart", (*RESNET, "method.pattern=block:2x2")),
-    "txl": ("enwik8_small", ("steps=200",)),
+    "txl": ("enwik8_small", ("steps=200", *ADAM)),
     "txl-sgd": ("enwik8_small", ("steps=200", *SGD)),
-    "txl-block": ("enwik8_small", ("steps=200", *BLOCKS)),
+    "txl-block": ("enwik8_small", ("steps=200", *ADAM, *BLOCKS)),
 }
 
 
@@ -139,7 +139,7 @@ def test_the_compiled_step_of_blocks_has_no_buffer_of_a_dense_size():
 
 @pytest.mark.parametrize("pattern", ["unstructured", "block:8x8"])
 def test_eight_devices_follow_one(pattern):
-    overrides = ("batch_size=8", f"method.pattern={pattern}", FEW["enwik8_small"])
+    overrides = ("batch_size=8", *ADAM, f"method.pattern={pattern}", FEW["enwik8_small"])
     alone = resolved(overrides)
     together = resolved((*overrides, "mesh.data=4", "mesh.fsdp=2"))
     one = list(steps(alone, 22, jax.devices()[:1]))
