@@ -35,7 +35,9 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     "cosine": ("final_factor",),
     "step": ("boundaries", "factor"),
 }
-_DENSITIES = {"forward_density": 0.1, "backward_density": 0.2}
+_OWN = ("top_kast", "static_random")  # whose defaults come before those of methods added
+# Whatever a method's own default: a seed of None is that of the config.
+_DEFAULTS = {"forward_density": 0.1, "backward_density": 0.2, "seed": None}
 # What a method holds of its leaves: all of them and masks, or their backward sets alone.
 _COMPACT = {"refresh_delay": 0, "backend": None}
 
@@ -69,10 +71,10 @@ def method_keys(method: ConfigDict) -> tuple[str, ...]:
 def method_defaults() -> dict[str, Any]:
     """The section `method`: every argument of every registered method, with its default."""
     section: dict[str, Any] = {"name": "dense", "distribution": "uniform"}
-    for name in tk.methods.names():
+    for name in sorted(tk.methods.names(), key=_OWN.__contains__, reverse=True):
         for key, argument in _arguments(name).items():
             empty = argument.default is inspect.Parameter.empty
-            section.setdefault(key, _DENSITIES.get(key) if empty else argument.default)
+            section.setdefault(key, _DEFAULTS.get(key, None if empty else argument.default))
     return section | {"pattern": "unstructured", "always_sparse": False} | _COMPACT
 
 

@@ -1,6 +1,7 @@
 """Eight fake CPU devices for every test, and the TPU compiler; set before jax is imported."""
 
 import os
+from pathlib import Path
 
 from experiments.tpu import library
 
@@ -8,4 +9,10 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# The same programs are compiled again and again, by many tests and in the processes they start.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 library.use()

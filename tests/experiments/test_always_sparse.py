@@ -17,10 +17,6 @@ from experiments.run import build
 from topkast_jax.sets import find_compact
 
 ROOT = Path(__file__).parents[2]
-# The same few steps are compiled again and again.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 SGD = ("optimizer.name=sgd", "optimizer.learning_rate=0.05")
 ADAM = ("optimizer.name=adam", "optimizer.learning_rate=0.001")

@@ -6,6 +6,7 @@ import optax
 import pytest
 from toy_runs import config
 
+import topkast_jax as tk
 from experiments.config import base_config, load, override
 from experiments.errors import UserError
 from experiments.optimizers import forward_view, make_optimizer
@@ -225,6 +226,18 @@ def test_random_masks_follow_the_seed():
     assert np.array_equal(mask("seed=1"), mask("seed=1"))
     assert not np.array_equal(mask("seed=1"), mask("seed=2"))
     assert np.array_equal(mask("seed=1", "method.seed=5"), mask("seed=2", "method.seed=5"))
+
+
+def test_another_method_changes_no_default(monkeypatch):
+    """A method of one's own may have a seed with a default, and a name before the others'."""
+
+    def aaa(inner, forward_density, seed=0, exploration_norm="l1"):
+        return tk.static_random(inner, forward_density, seed)
+
+    monkeypatch.setitem(tk.methods._FACTORIES, "aaa", aaa)
+    assert config("static-75", "seed=3").method.seed is None
+    assert config("90/80").method.exploration_norm == "l2"
+    assert config("static-75", "method.name=aaa").method.seed is None
 
 
 def test_erk_without_rules():

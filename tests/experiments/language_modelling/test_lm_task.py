@@ -29,10 +29,6 @@ PRINTED = {  # millions, as the Transformer-XL paper prints them
     "wikitext103_large": (284.1, 0.05),
     "wikitext103_base": (151.1, 0.05),
 }
-# The same few steps are compiled again and again.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "jax"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def spec(name, variant=""):
