@@ -128,7 +128,7 @@ def _over_mesh(x: jax.Array, kernel: CompactKernel, n: int, how: Options) -> jax
     block = (kernel.pattern.rows, kernel.pattern.cols)  # type: ignore[union-attr]
     static = _Static(n, kernel.forward, block, how.backend, how.interpret)
     dtype = jnp.result_type(x, kernel.values)
-    x, values = x.astype(dtype), kernel.values.astype(dtype)
+    x, values = jnp.asarray(x, dtype), jnp.asarray(kernel.values, dtype)
     product = functools.partial(_any_axes, static)
     if how.mesh is not None:
         # Interpreted kernels mix varying and unvarying values, which the check refuses.
@@ -141,7 +141,7 @@ def _over_mesh(x: jax.Array, kernel: CompactKernel, n: int, how: Options) -> jax
             out_specs=split,
             check_vma=not how.interpret,
         )
-    return product(x, values, kernel.index)
+    return product(x, values, jnp.asarray(kernel.index))
 
 
 def _any_axes(static: _Static, x: jax.Array, values: jax.Array, index: jax.Array) -> jax.Array:

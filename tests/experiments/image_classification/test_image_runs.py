@@ -33,8 +33,8 @@ def assert_same(one, other):
     [
         ("quickstart", "dense"),
         ("quickstart", "98/90"),
-        ("quickstart", "static-98"),
-        ("cifar10_resnet20", "90/80"),
+        pytest.param("quickstart", "static-98", marks=pytest.mark.slow),
+        pytest.param("cifar10_resnet20", "90/80", marks=pytest.mark.slow),
         pytest.param("imagenet_resnet50", "dense", marks=pytest.mark.slow),
         pytest.param("imagenet_resnet50", "90/80", marks=pytest.mark.slow),
     ],
@@ -82,7 +82,7 @@ def test_eight_devices_give_the_same_sets_and_losses_as_one(mesh):
 RESUME = ("steps=9", "method.refresh_every=2", "checkpoint_every=3", "log_every=2", "eval_every=4")
 
 
-@pytest.mark.parametrize("stop_at", [4, 6])
+@pytest.mark.parametrize("stop_at", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_continued_run_equals_the_uninterrupted_one(tmp_path, stop_at):
     config = lambda: resolve(spec("quickstart", "98/90,smoke"), RESUME)  # noqa: E731
     assert train(config(), tmp_path / "whole") == "finished"

@@ -1,0 +1,50 @@
+"""The products of the models with compact kernels, against their dense arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import topkast_jax as tk
+from experiments import layers
+from topkast_jax.always_sparse import from_masks, to_dense
+
+SAME = ((1, 1), (1, 1))
+NONE = ((0, 0), (0, 0))
+
+
+def kernels(shape, pattern, seed=0):
+    """A kernel in compact form, and dense over A; the mask of B."""
+    rng = np.random.default_rng(seed)
+    dense = rng.normal(size=shape).astype(np.float32)
+    units = rng.uniform(size=pattern.grid(shape))
+    forward, backward = (
+        np.asarray(pattern.expand(jnp.asarray(units < d), shape)) for d in (0.3, 0.6)
+    )
+    return from_masks(dense, forward, backward, pattern), np.where(forward, dense, 0), backward
+
+
+CASES = {
+    "3x3": ((3, 3, 4, 8), tk.Unstructured(), lambda x, w: layers.conv(x, w, (2, 2), SAME)),
+    "3x3-block": ((3, 3, 4, 8), tk.Block(2, 4), lambda x, w: layers.conv(x, w, (1, 1), SAME)),
+    "1x1-block": ((1, 1, 4, 8), tk.Block(2, 4), lambda x, w: layers.conv(x, w, (2, 2), NONE)),
+    "matmul": ((4, 8), tk.Unstructured(), layers.matmul),
+    "matmul-block": ((4, 8), tk.Block(2, 2), layers.matmul),
+    "logits": ((6, 4), tk.Unstructured(), layers.matmul_transposed),
+    "lookup": ((6, 4), tk.Unstructured(), lambda x, w: layers.lookup(w, jnp.arange(5), x.dtype)),
+}
+
+
+@pytest.mark.parametrize(("shape", "pattern", "product"), CASES.values(), ids=CASES.keys())
+def test_values_and_gradients_are_those_of_the_dense_kernel(shape, pattern, product):
+    kernel, dense, backward = kernels(shape, pattern)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 5, 4)), jnp.float32)
+    loss = lambda x, w: jnp.sum(jnp.sin(product(x, w)))  # noqa: E731
+    np.testing.assert_allclose(product(x, kernel), product(x, jnp.asarray(dense)), atol=1e-5)
+    dx, dkernel = jax.grad(loss, (0, 1), allow_int=True)(x, kernel)
+    expected_dx, dw = jax.grad(loss, (0, 1))(x, jnp.asarray(dense))
+    np.testing.assert_allclose(dx, expected_dx, atol=1e-5)
+    found = to_dense(kernel.with_values(dkernel.values))
+    np.testing.assert_allclose(found, np.where(backward, dw, 0), atol=1e-4)
+    half = product(x.astype(jnp.bfloat16), kernel)
+    assert half.dtype in (jnp.bfloat16, jnp.float32)
