@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformer_xl_oracle as oracle
 
 from experiments.errors import UserError
 from experiments.language_modelling import check_parity, narrow
@@ -20,7 +21,6 @@ from experiments.language_modelling.reference_weights import (
     to_reference,
 )
 from experiments.language_modelling.transformer_xl import LanguageModel
-from tests.experiments.language_modelling import oracle
 
 GOLDENS = sorted((Path(__file__).parents[2] / "goldens").glob("txl_*.npz"))
 ADAPTIVE = {"n_token": 23, "cutoffs": [5, 9, 17], "d_embed": 8}
