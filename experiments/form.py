@@ -5,7 +5,6 @@ The loop, the step and the models are the same for both; what differs is here.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -95,13 +94,17 @@ class Compact:
         self.sparse, self.tx = optimizers.make_always_sparse(
             config, states.abstract_params(task), self._place
         )
-        self.abstract = functools.lru_cache(self._abstract)
+        self._first = self._abstract(0)
 
     def _place(self, shape: tuple[int, ...]) -> NamedSharding:
         return NamedSharding(self._mesh, partition.spec(shape, self._mesh))
 
-    def _abstract(self, step: int = 0) -> TrainState:
-        step = int(self.sparse.frozen(step)) and step
+    def abstract(self, step: int = 0) -> TrainState:
+        """Of one of two: while it explores, and after."""
+        same = self.sparse.frozen(step) == self.sparse.frozen(0)
+        return self._first if same else self._abstract(step)
+
+    def _abstract(self, step: int) -> TrainState:
         _, model_state = jax.eval_shape(lambda: states.init_model(self._task, self._seed))
         values, opt_state = self.sparse.abstract_start(self.tx, step)
         step_shape: Any = jax.ShapeDtypeStruct((), np.int32)
@@ -120,9 +123,8 @@ class Compact:
             jax.jit(self.tx.init, out_shardings=places.opt_state), self.tx.update
         )
         values, opt_state, reservoir = self.sparse.start(params, tx)
-        step, model_state = (
-            jax.tree.map(_put, tree, where)
-            for tree, where in ((np.int32(0), places.step), (model_state, places.model_state))
+        step, model_state = jax.device_put(
+            (np.int32(0), model_state), (places.step, places.model_state)
         )
         return TrainState(step, values, opt_state, model_state, reservoir)
 
@@ -175,8 +177,3 @@ def leaf_counts(form: Form, state: TrainState, dense: bool) -> dict[str, tk.stat
 
 
 _statistics = jax.jit(tk.statistics.mask_statistics)
-
-
-def _put(array: Any, place: NamedSharding) -> jax.Array:
-    host = np.asarray(array)
-    return jax.make_array_from_callback(host.shape, place, host.__getitem__)

@@ -17,6 +17,7 @@ from experiments.language_modelling.settings import TransformerXLConfig
 from experiments.language_modelling.transformer_xl import LanguageModel
 from experiments.optimizers import read_rules
 from topkast_jax import rules as tk_rules
+from topkast_jax.selection import keep_count
 from topkast_jax.trees import flatten_with_names
 
 Rules = Sequence[tuple[str, Any]]
@@ -48,7 +49,7 @@ def _abstract(config: TransformerXLConfig) -> tuple[list[str], list[Any]]:
 def _kept(leaf: tk_rules.Leaf | None, size: int) -> int:
     if leaf is None:
         return size
-    each = max(1, math.floor(float(leaf.forward_density) * math.prod(leaf.shape) + 0.5))
+    each = keep_count(math.prod(leaf.shape), float(leaf.forward_density))
     return math.prod(leaf.stack) * each
 
 

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO, BCSR
 
-from topkast_jax.always_sparse.compact import CompactKernel, from_masks, is_compact, to_dense
+from topkast_jax.always_sparse.compact import (
+    CompactKernel,
+    from_masks,
+    is_compact,
+    split_units,
+    to_dense,
+)
 from topkast_jax.errors import SparsityError
 from topkast_jax.patterns import Block, Unstructured
 from topkast_jax.sets import forward_params, is_dense, map_flags, unpack
@@ -88,10 +94,7 @@ def _entries(kernel: CompactKernel, index: np.ndarray) -> np.ndarray:
     if not isinstance(kernel.pattern, Block):
         return index
     numbers = np.arange(math.prod(kernel.shape)).reshape(kernel.shape)
-    *_, bands, across = kernel.pattern.grid(kernel.shape)
-    rows, cols = kernel.pattern.rows, kernel.pattern.cols
-    blocks = numbers.reshape(-1, bands, rows, across, cols).swapaxes(-3, -2)
-    entries: np.ndarray = blocks.reshape(-1, rows * cols)[index]
+    entries: np.ndarray = split_units(numbers, kernel.pattern)[index]
     return entries.reshape(*index.shape[:-1], -1)
 
 
@@ -101,8 +104,8 @@ def to_bsr(kernel: CompactKernel) -> BCSR:
     order = np.argsort(index, axis=-1, kind="stable")
     index = np.take_along_axis(index, order, axis=-1)
     values = np.asarray(kernel.values)
-    values = np.take_along_axis(values, order.reshape(*order.shape, *(1,) * unit_axes(kernel)),
-                                axis=order.ndim - 1)  # fmt: skip
+    order = order.reshape(*order.shape, *(1,) * (values.ndim - order.ndim))
+    values = np.take_along_axis(values, order, axis=index.ndim - 1)
     *lead, across = kernel.pattern.grid(kernel.shape)
     down = math.prod(lead)
     row, column = np.divmod(index, across)
@@ -112,8 +115,3 @@ def to_bsr(kernel: CompactKernel) -> BCSR:
     columns, indptr = column.astype(np.int32), starts.astype(np.int32)
     arrays = (jnp.asarray(values), jnp.asarray(columns), jnp.asarray(indptr))
     return BCSR(arrays, shape=shape)
-
-
-def unit_axes(kernel: CompactKernel) -> int:
-    """Axes of one unit's values: two of a block, none of an entry."""
-    return 2 if isinstance(kernel.pattern, Block) else 0

@@ -106,11 +106,8 @@ class AlwaysSparse:
 
     def abstract_reservoir(self) -> Reservoir:
         """Empty arrays of the reservoir's shapes; they take no memory before they are written."""
-        theta = {
-            name: np.empty(dense.shape, dense.dtype)
-            for name, dense in zip(self._names, self._dense, strict=True)
-            if name in self._sparse
-        }
+        dense = self._values(self._treedef.unflatten(self._dense))
+        theta = {name: np.empty(x.shape, x.dtype) for name, x in dense.items()}
         sets = {name: np.empty(x.shape, np.uint8) for name, x in theta.items()}
         memory = {
             leaf.leaf.path: jax.tree.map(
@@ -137,12 +134,7 @@ class AlwaysSparse:
         Returns:
           The tree of values and the optimizer state, on the device, and the reservoir.
         """
-        arrays = self._treedef.flatten_up_to(params)
-        theta = {
-            name: np.array(array)
-            for name, array in zip(self._names, arrays, strict=True)
-            if name in self._sparse
-        }
+        theta = {name: np.array(array) for name, array in self._values(params).items()}
         frozen = self.frozen(0)
         chosen = hosts.in_parallel(
             lambda leaf, theta: hosts.start(self.plan, leaf.leaf, theta, frozen),
@@ -166,21 +158,13 @@ class AlwaysSparse:
         def kernel(name: str, leaf: HostLeaf | None, array: Any) -> Any:
             if leaf is None:
                 return self._put(array)
-            self._check_sizes(leaf, *leaf.index(reservoir.sets[name]))
-            return jax.tree.map(self._put, leaf.kernel(reservoir.theta[name], reservoir.sets[name]))
+            made = leaf.kernel(reservoir.theta[name], reservoir.sets[name])
+            _check_sizes(leaf.leaf, made.forward, made.backward)
+            return jax.tree.map(self._put, made)
 
         arrays = self._treedef.flatten_up_to(params)
         rows = zip(self._names, self._leaves, arrays, strict=True)
         return self._treedef.unflatten(kernel(*row) for row in rows)
-
-    def _check_sizes(self, leaf: HostLeaf, index: np.ndarray, forward: int) -> None:
-        expected = {_counts(leaf.leaf, frozen) for frozen in (False, True)}
-        if (forward, index.shape[-1]) not in expected:
-            raise SparsityError(
-                f"{leaf.leaf.path}: always sparse needs sets of fixed size; densities ask for "
-                f"{sorted(expected)} units in A and B, the method chose "
-                f"{(forward, index.shape[-1])}"
-            )
 
     def _put(self, array: Any) -> jax.Array:
         if self._place is None:
@@ -230,7 +214,7 @@ class AlwaysSparse:
         """
         every, stop = self.plan.refresh_every, self.plan.stop_exploring_at
         if stop is not None and step == int(stop):
-            self._write_back(params, self.settled(reservoir))
+            self._write_back(params, reservoir)
             frozen = {
                 name: (hosts.freeze(flags), reservoir.memory[name])
                 for name, flags in reservoir.sets.items()
@@ -269,13 +253,14 @@ class AlwaysSparse:
 
         self._ahead = self._chooser.submit(choose)
 
-    def _values(self, params: Tree) -> dict[str, jax.Array]:
-        """The values of the sparse leaves."""
+    def _values(self, params: Tree) -> dict[str, Any]:
+        """What a tree of the parameters' structure holds of the sparse leaves."""
         arrays = zip(self._names, self._treedef.flatten_up_to(params), strict=True)
         return {name: array for name, array in arrays if name in self._sparse}
 
     def _write_back(self, params: Tree, reservoir: Reservoir) -> None:
-        """Makes θ in the reservoir current."""
+        """Makes θ in the reservoir current, once no choice under way reads it."""
+        self.settled(reservoir)
         self._scatter({k: _whole(x) for k, x in self._values(params).items()}, reservoir)
 
     def _scatter(self, values: dict[str, jax.Array], reservoir: Reservoir) -> None:
@@ -289,9 +274,9 @@ class AlwaysSparse:
     ) -> tuple[Tree, T, Reservoir]:
         """Brings new sets to the device: only what is new of them is sent."""
         self._ahead = None
-        for name, leaf in self._sparse.items():
-            self._check_sizes(leaf, *leaf.index(new.sets[name]))
         moves = hosts.in_parallel(HostLeaf.move, self._sparse, new.theta, old.sets, new.sets)
+        for name, leaf in self._sparse.items():
+            _check_sizes(leaf.leaf, moves[name].forward, moves[name].source.shape[-1])
         movers = [
             None if leaf is None else _Mover(moves[name], leaf.leaf.stack, self._place)
             for name, leaf in zip(self._names, self._leaves, strict=True)
@@ -321,10 +306,7 @@ class AlwaysSparse:
 
     def masks(self, reservoir: Reservoir) -> tuple[Tree, SparsifyState]:
         """Abstract dense parameters and the sets, for `topkast_jax.statistics`, on the host."""
-        sets = [
-            reservoir.sets.get(name, optax.MaskedNode()) if name in self._sparse
-            else optax.MaskedNode() for name in self._names
-        ]  # fmt: skip
+        sets = [reservoir.sets.get(name, optax.MaskedNode()) for name in self._names]
         state = SparsifyState(np.int32(0), self._treedef.unflatten(sets), {}, ())  # type: ignore[arg-type]
         return self._treedef.unflatten(self._dense), state
 
@@ -372,8 +354,7 @@ class AlwaysSparse:
             name: (np.asarray(f), jax.device_get(masked.memory[name]))
             for name, f in zip(names, flags, strict=True)
         }
-        arrays = zip(self._names, self._treedef.flatten_up_to(params), strict=True)
-        theta = {name: np.array(array) for name, array in arrays if name in self._sparse}
+        theta = {name: np.array(array) for name, array in self._values(params).items()}
         reservoir = self._reservoir(theta, chosen)
         kernels = self._kernels(params, reservoir)
 
@@ -474,6 +455,15 @@ def _counts(leaf: Leaf, frozen: bool) -> tuple[int, int]:
     units = units_in(leaf.pattern, leaf.shape)
     forward = keep_count(units, float(leaf.forward_density))
     return forward, forward if frozen else keep_count(units, float(leaf.backward_density))
+
+
+def _check_sizes(leaf: Leaf, forward: int, backward: int) -> None:
+    expected = {_counts(leaf, frozen) for frozen in (False, True)}
+    if (forward, backward) not in expected:
+        raise SparsityError(
+            f"{leaf.path}: always sparse needs sets of fixed size; densities ask for "
+            f"{sorted(expected)} units in A and B, the method chose {(forward, backward)}"
+        )
 
 
 def _abstract_kernel(leaf: Leaf, dtype: Any, frozen: bool) -> CompactKernel:
