@@ -100,4 +100,6 @@ def test_sizes_that_do_not_fit(overrides, message):
 
 
 def test_tensor_axis_does_not_split_the_batch():
-    build(config("80/60", "batch_size=4", "mesh.data=4", "mesh.tensor=2"))
+    run = build(config("80/60", "batch_size=4", "mesh.data=4", "mesh.tensor=2"))
+    batch = run.put(next(run.task.train_data()))
+    assert {s.data.shape for s in batch["x"].addressable_shards} == {(1, 16)}

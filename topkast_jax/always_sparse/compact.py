@@ -96,13 +96,17 @@ def matrix_shape(kernel: CompactKernel) -> tuple[int, int]:
     return kernel.shape[-2], kernel.shape[-1]
 
 
+def units_of(dense: Any, pattern: Block | Unstructured) -> Any:
+    """A dense leaf by units, `[*grid]` or `[*grid, rows, cols]`; of a NumPy array, a view of it."""
+    if not isinstance(pattern, Block):
+        return dense
+    *lead, across = pattern.grid(dense.shape)
+    return dense.reshape(*lead, pattern.rows, across, pattern.cols).swapaxes(-3, -2)
+
+
 def split_units(dense: Any, pattern: Block | Unstructured) -> Any:
     """The units of a dense leaf in row-major order, `[n]` or `[n, rows, cols]`; NumPy or traced."""
-    grid = pattern.grid(dense.shape)
-    if not isinstance(pattern, Block):
-        return dense.reshape(-1)
-    split = dense.reshape(*grid[:-1], pattern.rows, grid[-1], pattern.cols)
-    return split.swapaxes(-3, -2).reshape(-1, pattern.rows, pattern.cols)
+    return units_of(dense, pattern).reshape(-1, *unit_shape(pattern))
 
 
 def join_units(flat: Any, shape: tuple[int, ...], pattern: Block | Unstructured) -> Any:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from topkast_jax.always_sparse.compact import CompactKernel, unit_shape
+from topkast_jax.always_sparse.compact import CompactKernel, from_masks, unit_shape, units_of
 from topkast_jax.errors import SparsityError
-from topkast_jax.patterns import Block, Pattern, Unstructured, units_in
+from topkast_jax.patterns import Block, Unstructured, units_in
 from topkast_jax.rules import Leaf
 from topkast_jax.sets import BACKWARD, FORWARD, frozen_flags
 from topkast_jax.sparsify import Plan
@@ -88,19 +88,16 @@ def check(leaf: Leaf) -> None:
         )
 
 
-def unit_view(dense: np.ndarray, pattern: Pattern, grid: tuple[int, ...]) -> np.ndarray:
-    """A view of one layer, `[*grid, *unit]`: writing to it writes to the layer."""
-    if not isinstance(pattern, Block):
-        return dense
-    split = dense.reshape(*grid[:-1], pattern.rows, grid[-1], pattern.cols)
-    return np.moveaxis(split, -3, -2)
-
-
 @dataclasses.dataclass(frozen=True)
 class HostLeaf:
     """What the host does with one sparse leaf; layers are those of its stacked axes."""
 
     leaf: Leaf
+
+    @property
+    def pattern(self) -> Any:
+        """A `Block` or `Unstructured`: `check` saw to it."""
+        return self.leaf.pattern
 
     @functools.cached_property
     def grid(self) -> tuple[int, ...]:
@@ -113,7 +110,7 @@ class HostLeaf:
 
     def units(self, layer: np.ndarray) -> np.ndarray:
         """A view of one layer by units."""
-        return unit_view(layer, self.leaf.pattern, self.grid)
+        return units_of(layer, self.pattern)
 
     def index(self, flags: np.ndarray) -> tuple[np.ndarray, int]:
         """Units of B, those of A first, both ascending: int32 `[S, b]`, and the size of A."""
@@ -132,22 +129,17 @@ class HostLeaf:
 
     def scatter(self, dense: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
         """Writes units `values [S, m, *unit]` at `index [S, m]` into the dense leaf."""
-        values = values.reshape(*index.shape, *unit_shape(self.leaf.pattern))  # type: ignore[arg-type]
+        values = values.reshape(*index.shape, *unit_shape(self.pattern))
         for x, i, v in zip(self.layers(dense), index, values, strict=True):
             self.units(x)[np.unravel_index(i, self.grid)] = v
 
     def kernel(self, theta: np.ndarray, flags: np.ndarray) -> CompactKernel:
         """The backward set as the device will hold it, in NumPy arrays."""
-        index, forward = self.index(flags)
-        values = self.gather(theta, index)
-        stack = self.leaf.stack
-        return CompactKernel(
-            values.reshape(*stack, *values.shape[1:]),  # type: ignore[arg-type]
-            index.reshape(*stack, -1),  # type: ignore[arg-type]
-            self.leaf.shape,
-            self.leaf.pattern,  # type: ignore[arg-type]
-            forward,
+        layers = self.layers(flags)
+        made = from_masks(
+            self.layers(theta), layers & FORWARD != 0, layers & BACKWARD != 0, self.pattern, True
         )
+        return jax.tree.map(lambda x: x.reshape(*self.leaf.stack, *x.shape[1:]), made)
 
     def move(self, theta: np.ndarray, old: np.ndarray, new: np.ndarray) -> Move:
         """From old flags to new ones; `theta` must be current on the old backward set."""

@@ -73,4 +73,5 @@ def test_the_widest_published_layer_fits_vmem():
     """4096 → 16384 and back: v4's 16 MiB are the least."""
     mesh = mesh_of("v4:2x2x1", 1)
     for shape in ((4096, 16384), (16384, 4096)):
-        compiled_gradient(mesh, Block(128, 128), shape, 2048)
+        text = compiled_gradient(mesh, Block(128, 128), shape, 2048).as_text()
+        assert text.count('custom_call_target="tpu_custom_call"') == 3
