@@ -10,10 +10,8 @@ masked run may keep, are dropped on the way to always sparse.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -24,21 +22,16 @@ from experiments.errors import UserError
 from experiments.form import Compact
 from experiments.run import build
 from experiments.state import TrainState
-from topkast_jax import SparsityError
 
 FORMS = ("masked", "always_sparse")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        args = _parser().parse_args(argv)
-        step = convert(Path(args.workdir), Path(args.out), args.to)
-    except (UserError, SparsityError) as error:
-        return flags.fail(error)
+@flags.command
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    args = _parser().parse_args(argv)
+    step = convert(Path(args.workdir), Path(args.out), args.to)
     print(f"step {step} of {args.workdir} is in {args.out}, {args.to}")
-    return 0
 
 
 def convert(directory: Path, out: Path, to: str) -> int:

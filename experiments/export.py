@@ -13,9 +13,7 @@ the form, the config, and shape and pattern of each sparse leaf. `load` reads ev
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from jax.experimental.sparse import BCOO, BCSR
 from experiments import flags, saved, workdir
 from experiments.errors import UserError
 from experiments.optimizers import read_pattern
-from topkast_jax import Block, SparsityError
+from topkast_jax import Block
 from topkast_jax.always_sparse import FORMS, CompactKernel, export, is_compact
 from topkast_jax.trees import flatten_with_names
 
@@ -37,16 +35,12 @@ STATE = "model_state/"
 SUFFIXES = (".safetensors", ".npz")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        args = _parser().parse_args(argv)
-        size = write(Path(args.workdir), Path(args.out), args.form)
-    except (UserError, SparsityError) as error:
-        return flags.fail(error)
+@flags.command
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    args = _parser().parse_args(argv)
+    size = write(Path(args.workdir), Path(args.out), args.form)
     print(f"{args.out}: {args.form}, {size} bytes")
-    return 0
 
 
 def write(directory: Path, out: Path, form: str) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import logging
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, Protocol
 
 from experiments.errors import UserError
+from topkast_jax.errors import SparsityError
 
 _OVERRIDE = "--config."
 
@@ -33,11 +36,51 @@ def parse(
     return parser.parse_args([arg for arg in argv if not arg.startswith(_OVERRIDE)]), overrides
 
 
+class Main(Protocol):
+    """A command: arguments (None: those of the process) to the exit status."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Runs the command; returns the exit status."""
+        ...
+
+
+def command(body: Callable[[list[str]], int | None]) -> Main:
+    """Makes what a command does with its arguments its `main(argv=None)`, which returns the status.
+
+    The body may return a status of its own; its UserError or SparsityError is told by `fail`.
+    """
+
+    @functools.wraps(body)
+    def main(argv: Sequence[str] | None = None) -> int:
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        try:
+            return body(list(sys.argv[1:] if argv is None else argv)) or 0
+        except (UserError, SparsityError) as error:
+            return fail(error)
+
+    return main
+
+
 def positive(text: str) -> int:
     """An integer of at least 1."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; must be an integer of at least 1")
     return int(text)
+
+
+def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """A flag's type: a comma list of some of the names."""
+    allowed = list(names)
+
+    def read(text: str) -> list[str]:
+        found = text.split(",")
+        if not set(found) <= set(allowed):
+            raise argparse.ArgumentTypeError(
+                f"found {text!r}; must be a comma list of {', '.join(allowed)}"
+            )
+        return found
+
+    return read
 
 
 def fail(error: Exception) -> int:

@@ -5,18 +5,14 @@ python -m experiments.main --config=configs/NAME.py:VARIANT --workdir=DIR [--con
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from experiments import flags
 from experiments.config import resolve
-from experiments.errors import UserError
 from experiments.loop import train
-from topkast_jax import SparsityError
 
 ENDS = {
     "finished": "finished: {0}/final.json",
@@ -25,18 +21,14 @@ ENDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        args, overrides = flags.parse(_parser(), sys.argv[1:] if argv is None else argv)
-        if args.distributed:
-            jax.distributed.initialize()
-        outcome = train(resolve(args.config, overrides), Path(args.workdir), args.stop_at)
-    except (UserError, SparsityError) as error:
-        return flags.fail(error)
+@flags.command
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    args, overrides = flags.parse(_parser(), argv)
+    if args.distributed:
+        jax.distributed.initialize()
+    outcome = train(resolve(args.config, overrides), Path(args.workdir), args.stop_at)
     print(ENDS[outcome].format(args.workdir))
-    return 0
 
 
 def _parser() -> flags.Parser:

@@ -66,17 +66,14 @@ COLUMNS: dict[str, tuple[Callable[[Run], Any], str]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+@flags.command
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
     parser = flags.Parser(prog="experiments.report", description=__doc__)
     parser.add_argument("dirs", nargs="+", metavar="DIR", help="folders with runs, at any depth")
     parser.add_argument("--out", required=True, help="where table and figures go")
-    try:
-        args = parser.parse_args(argv)
-        print(report([Path(d) for d in args.dirs], Path(args.out)))
-    except UserError as error:
-        return flags.fail(error)
-    return 0
+    args = parser.parse_args(argv)
+    print(report([Path(d) for d in args.dirs], Path(args.out)))
 
 
 def report(dirs: Sequence[Path], out: Path) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import shlex
 import sys
 import traceback
@@ -40,28 +39,24 @@ class Planned:
         return " ".join([self.name, self.config, *(f"--config.{o}" for o in self.overrides)])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    given = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args, overrides = flags.parse(_parser(), given)
-        runs = plan(args.config, args.seeds, overrides)
-        chosen = _choose(args.only, len(runs))
-        if args.list:
-            print("\n".join(f"{i}  {runs[i].line()}" for i in chosen))
-            return 0
-        if args.slurm:
-            print(_slurm(given, Path(args.workdir), chosen))
-            return 0
-        for i in chosen:
-            resolve(runs[i].config, runs[i].overrides)  # every mistake before the first run
-        status = run_all([runs[i] for i in chosen], Path(args.workdir))
-        if args.only is None and status != STOPPED:
-            print(report([Path(args.workdir)], Path(args.workdir) / "report"))
-        return 0 if status == STOPPED else status
-    except (UserError, SparsityError) as error:
-        return flags.fail(error)
+@flags.command
+def main(argv: list[str]) -> int:
+    """Runs the command line."""
+    args, overrides = flags.parse(_parser(), argv)
+    runs = plan(args.config, args.seeds, overrides)
+    chosen = _choose(args.only, len(runs))
+    if args.list:
+        print("\n".join(f"{i}  {runs[i].line()}" for i in chosen))
+        return 0
+    if args.slurm:
+        print(_slurm(argv, Path(args.workdir), chosen))
+        return 0
+    for i in chosen:
+        resolve(runs[i].config, runs[i].overrides)  # every mistake before the first run
+    status = run_all([runs[i] for i in chosen], Path(args.workdir))
+    if args.only is None and status != STOPPED:
+        print(report([Path(args.workdir)], Path(args.workdir) / "report"))
+    return 0 if status == STOPPED else status
 
 
 STOPPED = -1

@@ -33,12 +33,10 @@ import jax
 
 from experiments import flags
 from experiments.config import resolve
-from experiments.errors import UserError
 from experiments.run import build
 from experiments.tpu import compiling, hlo, library
 from experiments.tpu.chips import Chip
 from experiments.tpu.cost import Cost, cost, dearest
-from topkast_jax import SparsityError
 
 
 def report(spec: str, overrides: Sequence[str], topology: str, count: int | None) -> dict[str, Any]:
@@ -98,21 +96,17 @@ def roofline(step: Cost, peaks: Chip) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+@flags.command
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
     parser = flags.Parser(prog="scripts/aot_tpu.py", description=__doc__)
     parser.add_argument("--config", required=True, help="path/to/NAME.py:VARIANT")
     parser.add_argument("--topology", required=True, help="CHIP:SHAPE, for example v5e:2x2")
     parser.add_argument("--devices", type=flags.positive, help="only the first so many")
-    try:
-        args, overrides = flags.parse(parser, sys.argv[1:] if argv is None else argv)
-        library.require()
-        jax.config.update("jax_platforms", "cpu")
-        record = report(args.config, overrides, args.topology, args.devices)
-    except (UserError, SparsityError) as error:
-        return flags.fail(error)
-    print(json.dumps(record))
-    return 0
+    args, overrides = flags.parse(parser, argv)
+    library.require()
+    jax.config.update("jax_platforms", "cpu")
+    print(json.dumps(report(args.config, overrides, args.topology, args.devices)))
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ the median over repeats of its time over the dense time of the same repeat. `lim
 counts of multiplications allow, (2D + D_B) / 3. Densities are named by their forward/backward
 sparsity in percent.
 
-    python scripts/bench_always_sparse.py [--repeats 9] [--patterns block128,unstructured]
+    .venv/bin/python scripts/bench_always_sparse.py [--repeats 9] [--patterns block128,unstructured]
 
 The last line is JSON. SparseLab (PyTorch, CPU) runs in the same repeats when it is installed.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import flags
 from topkast_jax import Block, Unstructured
 from topkast_jax.always_sparse import CompactKernel, matmul
 from topkast_jax.always_sparse.compact import unit_shape
@@ -199,14 +200,15 @@ def _add_sparselab(
     return densities
 
 
-def main() -> None:
+@flags.command
+def main(argv: list[str]) -> None:
     """Parses flags, prints the table and the JSON line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--patterns", default=",".join(PATTERNS))
-    parser.add_argument("--densities", default=",".join(DENSITIES))
-    args = parser.parse_args()
-    record = bench(args.patterns.split(","), args.densities.split(","), args.repeats)
+    parser = flags.Parser(prog="scripts/bench_always_sparse.py", description=__doc__)
+    parser.add_argument("--repeats", type=flags.positive, default=9)
+    parser.add_argument("--patterns", type=flags.some_of(PATTERNS), default=",".join(PATTERNS))
+    parser.add_argument("--densities", type=flags.some_of(DENSITIES), default=",".join(DENSITIES))
+    args = parser.parse_args(argv)
+    record = bench(args.patterns, args.densities, args.repeats)
     print(f"dense step {record['dense_ms']} ms on {record['device']}, {record['sizes']}")
     peer = record["sparselab"] if isinstance(record["sparselab"], list) else []
     for row in record["results"] + peer:
@@ -218,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

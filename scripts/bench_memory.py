@@ -34,11 +34,9 @@ from ml_collections import ConfigDict
 from experiments import flags
 from experiments import state as states
 from experiments.config import resolve
-from experiments.errors import UserError
 from experiments.run import Run, build
 from experiments.task import make_task
 from experiments.tpu import compiling, library
-from topkast_jax import SparsityError
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_large.py"
 TOPOLOGY = "v5e:2x2"
@@ -189,25 +187,22 @@ def _deepest(run: Variant, start: Measured, target: compiling.Target) -> Measure
     return deepest(start, memory, lambda layers: measure(run, target, layers))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a row for each compiled step, and the JSON line; returns the exit status."""
+@flags.command
+def main(argv: list[str]) -> None:
+    """Prints a row for each compiled step, and the JSON line."""
     parser = flags.Parser(prog="scripts/bench_memory.py", description=__doc__)
     parser.add_argument("--patterns", default=PATTERNS, help="comma list")
     parser.add_argument("--skip_largest", action="store_true", help="only at the config's depth")
     parser.add_argument("--masked", action="store_true", help="masks over dense arrays")
-    try:
-        args, overrides = flags.parse(parser, sys.argv[1:] if argv is None else argv)
-        library.require()
-        jax.config.update("jax_platforms", "cpu")
-        runs = variants(args.patterns.split(","), args.masked, overrides)
-        for run in runs:
-            run.config()
-        ratios = bench(runs, args.skip_largest)
-    except (UserError, SparsityError) as error:
-        return flags.fail(error)
+    args, overrides = flags.parse(parser, argv)
+    library.require()
+    jax.config.update("jax_platforms", "cpu")
+    runs = variants(args.patterns.split(","), args.masked, overrides)
+    for run in runs:
+        run.config()
+    ratios = bench(runs, args.skip_largest)
     first = next(iter(ratios.values()))
     print(json.dumps(first | {"patterns": ratios}))
-    return 0
 
 
 if __name__ == "__main__":

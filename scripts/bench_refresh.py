@@ -28,7 +28,6 @@ from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.form import Compact
 from experiments.run import Run, build
-from topkast_jax import SparsityError
 from topkast_jax.sets import BACKWARD
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_small.py"
@@ -36,15 +35,11 @@ EVERY = 100
 WARM = 3
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    try:
-        args, overrides = flags.parse(_parser(), sys.argv[1:] if argv is None else argv)
-        result = measure(args.variant, args.steps, args.repeats, overrides)
-    except (UserError, SparsityError) as error:
-        return flags.fail(error)
-    print(json.dumps(result))
-    return 0
+@flags.command
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    args, overrides = flags.parse(_parser(), argv)
+    print(json.dumps(measure(args.variant, args.steps, args.repeats, overrides)))
 
 
 def measure(variant: str, steps: int, repeats: int, overrides: Sequence[str]) -> dict[str, Any]:

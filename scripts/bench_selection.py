@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,15 +25,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import flags
 from topkast_jax import selection
 
 DENSITIES = (0.1, 0.2)
+COLUMNS = 2048  # of the matrix
 SLOW_REPEATS = 3  # of the sort
 
 
 def contestants(entries: int) -> dict[str, Callable[[], Any]]:
     """What to time, compiled and run once."""
-    x = jax.random.normal(jax.random.key(0), (entries // 2048, 2048))
+    x = jax.random.normal(jax.random.key(0), (entries // COLUMNS, COLUMNS))
     moved = x * (1 + 1e-3 * jax.random.normal(jax.random.key(1), x.shape))
     counts = tuple(selection.keep_count(entries, d) for d in DENSITIES)
     one_pass = jax.jit(lambda x, t: jnp.sum(jnp.abs(x) > t))
@@ -103,14 +106,15 @@ def ratios(seconds: Mapping[str, tuple[float, float]], clock: int) -> dict[str, 
     return {name: round(value, 2) for name, value in values.items()}
 
 
-def main() -> None:
+@flags.command
+def main(argv: list[str]) -> None:
     """Measures every size and prints a table and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--entries", default=f"{4 * 2**20},{16 * 2**20}")
-    parser.add_argument("--repeats", type=int, default=15)
-    args = parser.parse_args()
+    parser = flags.Parser(prog="scripts/bench_selection.py", description=__doc__)
+    parser.add_argument("--entries", type=_sizes, default=f"{4 * 2**20},{16 * 2**20}")
+    parser.add_argument("--repeats", type=flags.positive, default=15)
+    args = parser.parse_args(argv)
     results = []
-    for entries in (int(part) for part in args.entries.split(",")):
+    for entries in args.entries:
         seconds = measure(contestants(entries), args.repeats)
         for name, (wall, cpu) in seconds.items():
             print(f"{entries:>10} {name:10} wall {wall * 1e3:9.2f} ms  cpu {cpu * 1e3:9.2f} ms")
@@ -119,5 +123,14 @@ def main() -> None:
     print(json.dumps({"results": results}))
 
 
+def _sizes(text: str) -> list[int]:
+    sizes = [int(part) if part.isdigit() else 0 for part in text.split(",")]
+    if any(size < COLUMNS or size % COLUMNS for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}; must be a comma list of multiples of {COLUMNS}"
+        )
+    return sizes
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

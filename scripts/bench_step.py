@@ -13,11 +13,11 @@ temporaries) over the dense one's. The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 
 import topkast_jax as tk
+from experiments import flags
 
 Loss = Callable[[Any, Any], jax.Array]
 CONFIG = Path(__file__).parents[1] / "configs" / "enwik8_small.py"
@@ -172,25 +173,19 @@ def measure(case: Case, pairs: int) -> dict[str, float]:
     return {"step_ratio": round(statistics.median(ratios), 3), "memory_ratio": round(memory, 3)}
 
 
-def main() -> None:
+@flags.command
+def main(argv: list[str]) -> None:
     """Runs the chosen cases and prints the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--cases", default=",".join(CASES), help="comma list of cases")
-    parser.add_argument("--pairs", type=int, default=15, help="timed pairs a case")
-    arguments = parser.parse_args()
-    unknown = [name for name in arguments.cases.split(",") if name not in CASES]
-    if unknown or arguments.pairs < 1:
-        parser.exit(
-            2,
-            f"--cases={arguments.cases} --pairs={arguments.pairs}: cases are {', '.join(CASES)}, "
-            "pairs 1 or more\n",
-        )
+    parser = flags.Parser(prog="scripts/bench_step.py", description=__doc__)
+    parser.add_argument("--cases", type=flags.some_of(CASES), default=",".join(CASES))
+    parser.add_argument("--pairs", type=flags.positive, default=15, help="timed pairs a case")
+    args = parser.parse_args(argv)
     results = []
-    for name in arguments.cases.split(","):
-        results.append({"case": name, **measure(CASES[name], arguments.pairs)})
+    for name in args.cases:
+        results.append({"case": name, **measure(CASES[name], args.pairs)})
         print(results[-1], flush=True)
     print(json.dumps({"results": results}))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

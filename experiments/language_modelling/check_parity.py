@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import flags
 from experiments.errors import UserError
 from experiments.language_modelling.reference_weights import (
     from_reference,
@@ -195,21 +196,19 @@ def _max(a: float, b: float) -> float:
     return float(np.maximum(a, b))
 
 
-def main(arguments: list[str]) -> int:
-    """Checks one file; returns the exit status."""
-    if len(arguments) != 1:
-        print(
-            "usage: python -m experiments.language_modelling.check_parity FILE.npz", file=sys.stderr
-        )
-        return 2
+@flags.command
+def main(argv: list[str]) -> int:
+    """Checks one file; the status is 0 only within the bounds."""
+    parser = flags.Parser(prog="experiments.language_modelling.check_parity", description=__doc__)
+    parser.add_argument("file", metavar="FILE.npz")
+    args = parser.parse_args(argv)
     try:
-        found = differences(read_golden(arguments[0]))
+        found = differences(read_golden(args.file))
     except UserError as error:
-        print(f"{arguments[0]}: {error}", file=sys.stderr)
-        return 2
+        raise UserError(f"{args.file}: {error}") from error
     print(json.dumps(found))
     return 0 if all(found[kind] <= bound for kind, bound in BOUNDS.items()) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -9,9 +9,7 @@ It runs on the forward set alone, as training and evaluation do, with the memory
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +23,18 @@ from experiments.language_modelling import options
 from experiments.language_modelling.sampling import Sampling, generate
 from experiments.language_modelling.task import LanguageModelling
 from experiments.language_modelling.vocabulary import Vocabulary
-from topkast_jax import SparsityError
 from topkast_jax.always_sparse import is_compact
 from topkast_jax.trees import flatten_with_names
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        args = _parser().parse_args(argv)
-        sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        params = None if args.params is None else Path(args.params)
-        text = continuation(
-            Path(args.workdir), args.prompt, args.tokens, sampling, args.seed, params
-        )
-    except (UserError, SparsityError) as error:
-        return flags.fail(error)
+@flags.command
+def main(argv: list[str]) -> None:
+    """Runs the command line."""
+    args = _parser().parse_args(argv)
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    params = None if args.params is None else Path(args.params)
+    text = continuation(Path(args.workdir), args.prompt, args.tokens, sampling, args.seed, params)
     print(text)
-    return 0
 
 
 def continuation(

@@ -9,7 +9,6 @@ the host, what the masked path does inside them.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,8 @@ import optax
 
 from topkast_jax.always_sparse import reservoir as hosts
 from topkast_jax.always_sparse.compact import CompactKernel, is_compact, unit_shape, values_of
-from topkast_jax.always_sparse.reservoir import HostLeaf, Move, Reservoir
+from topkast_jax.always_sparse.moving import Mover, Place
+from topkast_jax.always_sparse.reservoir import HostLeaf, Reservoir
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.patterns import units_in
@@ -34,7 +34,6 @@ from topkast_jax.trees import flatten_with_names
 
 Tree = Any
 T = TypeVar("T")
-Place = Callable[[tuple[int, ...]], jax.sharding.Sharding]
 
 
 class AlwaysSparse:
@@ -278,7 +277,7 @@ class AlwaysSparse:
         for name, leaf in self._sparse.items():
             _check_sizes(leaf.leaf, moves[name].forward, moves[name].source.shape[-1])
         movers = [
-            None if leaf is None else _Mover(moves[name], leaf.leaf.stack, self._place)
+            None if leaf is None else Mover(moves[name], leaf.leaf.stack, self._place)
             for name, leaf in zip(self._names, self._leaves, strict=True)
         ]
         compact = find_compact(state)
@@ -369,52 +368,6 @@ class AlwaysSparse:
             state, SparsifyState, lambda m: CompactState(m.step, _places(kernels), m.inner_state)
         )
         return values_of(kernels), state, reservoir
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mover:
-    """Moves what the device holds of one leaf to the next backward set."""
-
-    move: Move
-    stack: tuple[int, ...]
-    place: Place | None
-
-    @functools.cached_property
-    def source(self) -> np.ndarray:
-        return self.move.source.reshape(*self.stack, -1)
-
-    def places(self, kernel: CompactKernel) -> CompactKernel:
-        """A kernel without values, at its new places."""
-        index = self._moved(kernel.index, self.move.index.reshape(*self.stack, -1))
-        return dataclasses.replace(kernel, index=index, forward=self.move.forward)
-
-    def values(self, values: jax.Array) -> jax.Array:
-        """Values that stay, and those of the fresh units."""
-        fresh = self.move.values
-        return self._moved(values, fresh.reshape(*self.stack, *fresh.shape[1:]))
-
-    def carry(self, moment: jax.Array) -> jax.Array:
-        """A moment: that of units that stay, zero for the fresh ones."""
-        return self._moved(moment, np.zeros((*self.stack, 1, *moment.shape[len(self.stack) + 1 :]),
-                                            moment.dtype))  # fmt: skip
-
-    def _moved(self, array: jax.Array, fresh: np.ndarray) -> jax.Array:
-        shape = (*self.source.shape, *array.shape[self.source.ndim :])
-        sharding = None if self.place is None else self.place(shape)
-        moved = _mover(len(self.stack), sharding, shape == array.shape)
-        return moved(array, self.source, fresh)
-
-
-@functools.lru_cache
-def _mover(stack: int, sharding: Any, donate: bool) -> Callable[..., jax.Array]:
-    def move(array: jax.Array, source: jax.Array, fresh: jax.Array) -> jax.Array:
-        stays = (source >= 0).reshape(-1, *(1,) * (array.ndim - 1))
-        old = array[jnp.maximum(source, 0)]
-        return jnp.where(stays, old, fresh[jnp.clip(-1 - source, 0, fresh.shape[0] - 1)])
-
-    for _ in range(stack):
-        move = jax.vmap(move)
-    return jax.jit(move, out_shardings=sharding, donate_argnums=0 if donate else ())
 
 
 def _places(params: Tree) -> Tree:
