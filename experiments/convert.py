@@ -20,6 +20,7 @@ from experiments import flags, saved, workdir
 from experiments.checkpoints import Checkpoints
 from experiments.errors import UserError
 from experiments.form import Compact
+from experiments.partition import all_devices
 from experiments.run import build
 from experiments.state import TrainState
 
@@ -43,7 +44,7 @@ def convert(directory: Path, out: Path, to: str) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: exists; must be a new or an empty folder")
     found = saved.read(directory)
-    twin = build(saved.on_one_device(twin_config), jax.devices()[:1])
+    twin = build(saved.on_one_device(twin_config), all_devices()[:1])
     state = _in_form_of(twin.form, found)
     _check_shapes(twin.form.abstract(int(state.step)), state)
     workdir.claim(out, twin_config)

@@ -18,6 +18,17 @@ BATCH = P(("data", "fsdp"))
 Tree = Any
 
 
+def all_devices() -> list[jax.Device]:
+    """All devices of all hosts; UserError if JAX was told to use some that are not here."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter from JAX 0.10 without CUDA
+        raise UserError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms!r}: no such devices here; must name "  # type: ignore[attr-defined, unused-ignore]
+            f"some that there are, or be unset {error}"
+        ) from error
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over devices; a size of -1 fills it.
 
@@ -29,7 +40,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         UserError: the sizes do not multiply to the number of devices.
     """
     shape = [sizes[axis] for axis in AXES]
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     known = math.prod(size for size in shape if size != -1)
     full = [len(devices) // known if size == -1 else size for size in shape]
     if math.prod(full) != len(devices):

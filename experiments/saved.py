@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from experiments import checkpoints, workdir
 from experiments.errors import UserError
 from experiments.form import Compact
+from experiments.partition import all_devices
 from experiments.run import Run, build
 from experiments.state import TrainState
 
@@ -52,7 +52,7 @@ def read_config(directory: Path, task: str | None = None) -> ConfigDict:
 def read(directory: Path, task: str | None = None) -> Saved:
     """A run and its newest state; `read_config`'s errors, and UserError without a checkpoint."""
     config = read_config(directory, task)
-    run = build(on_one_device(config), jax.devices()[:1])
+    run = build(on_one_device(config), all_devices()[:1])
     state, meta = checkpoints.load(directory / workdir.CHECKPOINTS, run.form.abstract)
     return Saved(config, run, state, meta)
 
@@ -95,7 +95,7 @@ def in_compact_form(saved: Saved) -> tuple[Any, Any]:
     state = saved.state
     if saved.config.method.name == "dense" or is_compact(saved.config):
         return state.params, state.opt_state
-    twin = build(on_one_device(other_form(saved.config)), jax.devices()[:1])
+    twin = build(on_one_device(other_form(saved.config)), all_devices()[:1])
     assert isinstance(twin.form, Compact)
     params, opt_state, _ = twin.form.sparse.from_masked(state.params, state.opt_state)
     return params, opt_state

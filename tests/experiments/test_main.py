@@ -168,6 +168,15 @@ def test_the_real_command(tmp_path):
     assert records(tmp_path / "run")[-1]["step"] == 10
 
 
+def test_devices_that_are_not_here(tmp_path):
+    line = [sys.executable, "-m", "experiments.main", *command(tmp_path / "run")]
+    environment = os.environ | {"JAX_PLATFORMS": "abacus"}
+    found = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: JAX_PLATFORMS='abacus': no such devices here")
+    assert len(found.stderr.splitlines()) == 1
+
+
 def test_a_folder_without_results_may_be_taken_over(tmp_path):
     """A run that failed before its first record left only its config: nothing is lost."""
     first = resolve(f"{CONFIG}:dense", [])

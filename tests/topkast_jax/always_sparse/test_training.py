@@ -241,3 +241,12 @@ def test_sets_of_another_size_than_the_densities_ask_for():
     sparse = AlwaysSparse(tx, {"w": jnp.ones((8, 8))})
     with pytest.raises(tk.SparsityError, match="w: always sparse needs sets of fixed size"):
         sparse.start({"w": jnp.ones((8, 8))})
+
+
+def test_a_host_without_jax_cpu_backend(monkeypatch):
+    def no_cpu(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", no_cpu)
+    with pytest.raises(tk.SparsityError, match="cpu backend, which JAX_PLATFORMS=.*: add ',cpu'"):
+        AlwaysSparse(tk.top_kast(optax.sgd(0.1), 0.25, 0.5, rules=ALL), parameters())
