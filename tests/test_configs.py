@@ -14,7 +14,7 @@ from experiments.task import make_task
 ROOT = pathlib.Path(__file__).parent.parent / "configs"
 IMAGE_CONFIGS = ("quickstart", "cifar10_resnet20", "imagenet_resnet50")
 VARIANTS = ("dense", "80/50", "80/80", "90/80", "95/90", "98/90", "static-90")
-SWEEPS = ("quickstart", "imagenet_resnet50")
+SWEEPS = ("quickstart", "imagenet_resnet50", "enwik8_small_blocks")
 
 
 def resolve(name, variant, *overrides):
