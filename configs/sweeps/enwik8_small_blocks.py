@@ -17,7 +17,12 @@ PATTERNS = {
     "blocks_32": "block:32x32",
     "blocks_128": "block:128x128",
 }
-SHORT = {"steps": 400, "method.refresh_every": 40, "checkpoint_every": 0, "log_every": 100}
+SHORT: dict[str, object] = {
+    "steps": 400,
+    "method.refresh_every": 40,
+    "checkpoint_every": 0,
+    "log_every": 100,
+}
 
 
 def get_sweep() -> Iterator[tuple[str, str, dict[str, object]]]:
