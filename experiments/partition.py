@@ -23,9 +23,10 @@ def all_devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter from JAX 0.10 without CUDA
+        found = jax.config.jax_platforms  # type: ignore[attr-defined, unused-ignore]
         raise UserError(
-            f"JAX_PLATFORMS={jax.config.jax_platforms!r}: no such devices here; must name "  # type: ignore[attr-defined, unused-ignore]
-            f"some that there are, or be unset {error}"
+            f"JAX_PLATFORMS={found!r}: no such devices here; must name some that there are, or be "
+            f"unset ({error or 'JAX says no more'})"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 Reproduces no row of the paper. Top-KAST 75/50, for a kernel of 256×256 has four blocks of 128, and
 90/80 without these; `configs/enwik8_small.py` cut to 400 steps, refresh every 40. Hardware: two CPU
-cores, about two minutes a run and as long again for a test over 5 MB.
+cores.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/enwik8_small_blocks.py --seeds=3 \
