@@ -117,11 +117,23 @@ def _cells(of: _Of, entries: jax.Array, index: jax.Array, parameters: _Parameter
 def _reduce_by_element(
     x: jax.Array, origin: jax.Array, parameters: _Parameters, of: _Of, combine: Callable
 ) -> jax.Array:
-    """One reduction for each element of the parameters: accelerators fuse them into one pass."""
+    """One reduction for each element of the parameters: accelerators fuse them into one pass.
+
+    One pass for each row, if they have rows: compilers take a time of the order of the square of
+    the reductions that they fuse.
+    """
     shape = jnp.broadcast_shapes(*(p.shape for p in parameters))
-    table = [jnp.broadcast_to(p, shape) for p in parameters]
+    table = tuple(jnp.broadcast_to(p, shape) for p in parameters)
+    if len(shape) > 1:
+
+        def one_row(row: _Parameters) -> jax.Array:
+            # The barrier as in _reduce.
+            here, start, row = lax.optimization_barrier((x, origin, row))
+            return _reduce_by_element(here, start, row, of, combine)
+
+        return lax.map(one_row, table)
     index, axes = _row_major(x.shape, origin), tuple(range(x.ndim))
-    cells = [of(x, index, *(p[cell] for p in table)) for cell in np.ndindex(shape)]
+    cells = [of(x, index, *(p[i] for p in table)) for i in range(math.prod(shape))]
     return jnp.stack([_WHOLE[combine](cell, axes=axes) for cell in cells]).reshape(shape)
 
 
@@ -309,7 +321,7 @@ def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket) -> jax.Array:
             lambda: _look_at_one_tie(x, wanted, ties.low, bracket),
             lambda: bracket,
         )
-    probes = _interpolate(bracket, wanted, 1 if _few_probes() else len(_FIRST))
+    probes = _interpolate(bracket, wanted, 1)  # ties lie evenly: more probes save few passes
     return x.size - _search(x, reached, wanted, bracket, probes, ties.low[:, None]).low
 
 
