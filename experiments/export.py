@@ -39,12 +39,12 @@ SUFFIXES = (".safetensors", ".npz")
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     args = _parser().parse_args(argv)
-    size = write(Path(args.workdir), Path(args.out), args.form)
-    print(f"{args.out}: {args.form}, {size} bytes")
+    form, size = write(Path(args.workdir), Path(args.out), args.form)
+    print(f"{args.out}: {form}, {size} bytes")
 
 
-def write(directory: Path, out: Path, form: str) -> int:
-    """Exports the newest state of a run; returns the size of the file."""
+def write(directory: Path, out: Path, form: str) -> tuple[str, int]:
+    """Exports the newest state of a run; returns the form (a dense run has one) and the size."""
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out={out}: must end in {' or '.join(SUFFIXES)}")
     if out.exists():
@@ -52,7 +52,7 @@ def write(directory: Path, out: Path, form: str) -> int:
     found = saved.read(directory)
     params, opt_state = saved.in_compact_form(found)
     if found.config.method.name == "dense":
-        tree = jax.tree.map(np.asarray, params)
+        form, tree = "dense", jax.tree.map(np.asarray, params)
     else:
         tree = export(params, opt_state, form)  # type: ignore[arg-type]
     arrays, leaves = _flat(tree)
@@ -62,7 +62,7 @@ def write(directory: Path, out: Path, form: str) -> int:
         arrays |= {STATE + n: np.asarray(v) for n, v in zip(names, values, strict=True)}
     metadata = {"form": form, "leaves": leaves, "config": workdir.as_json(found.config)}
     _save(out, arrays, json.dumps(metadata))
-    return out.stat().st_size
+    return form, out.stat().st_size
 
 
 def _flat(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -29,6 +29,7 @@ def conv(x: jax.Array, kernel: Kernel, strides: tuple[int, int], padding: Paddin
     dense tile, which exists for the moment it is used.
     """
     if isinstance(kernel, CompactKernel) and _is_block_matrix(kernel):
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         return matmul(x[:, :: strides[0], :: strides[1]], kernel)
 
     def convolve(tile: jax.Array, x: jax.Array) -> jax.Array:

@@ -39,7 +39,7 @@ _OWN = ("top_kast", "static_random")  # whose defaults come before those of meth
 # Whatever a method's own default: a seed of None is that of the config.
 _DEFAULTS = {"forward_density": 0.1, "backward_density": 0.2, "seed": None}
 # What a method holds of its leaves: all of them and masks, or their backward sets alone.
-_COMPACT = {"refresh_delay": 0, "backend": None}
+COMPACT = {"refresh_delay": 0, "backend": None}
 
 
 def optimizer_keys(optimizer: ConfigDict) -> tuple[str, ...]:
@@ -65,7 +65,8 @@ def method_keys(method: ConfigDict) -> tuple[str, ...]:
     keys = (*_arguments(method.name), "distribution", "always_sparse")
     if not method.always_sparse:
         return keys
-    return (*(key for key in keys if key != "inner_state"), *_COMPACT)
+    held = [key for key in COMPACT if key != "refresh_delay" or "refresh_every" in keys]
+    return (*(key for key in keys if key != "inner_state"), *held)
 
 
 def method_defaults() -> dict[str, Any]:
@@ -75,7 +76,7 @@ def method_defaults() -> dict[str, Any]:
         for key, argument in _arguments(name).items():
             empty = argument.default is inspect.Parameter.empty
             section.setdefault(key, _DEFAULTS.get(key, None if empty else argument.default))
-    return section | {"pattern": "unstructured", "always_sparse": False} | _COMPACT
+    return section | {"pattern": "unstructured", "always_sparse": False} | COMPACT
 
 
 def _arguments(name: str) -> dict[str, inspect.Parameter]:
@@ -130,7 +131,8 @@ def make_always_sparse(
         What starts and refreshes, and the optimizer.
     """
     tx = _sparsified(config, _inner(config, params), params)
-    sparse = AlwaysSparse(tx, params, delay=config.method.refresh_delay, place=place)
+    delay = config.method.get("refresh_delay", 0)
+    sparse = AlwaysSparse(tx, params, delay=delay, place=place)
     return sparse, _with_l2(config, sparse.transform, _penalised(config, tx, params))
 
 
@@ -191,7 +193,7 @@ def _inner(config: ConfigDict, params: Tree) -> Transform:
 
 def _sparsified(config: ConfigDict, inner: Transform, params: Tree) -> SparseTransform:
     method = config.method
-    own = ("name", "distribution", "always_sparse", *_COMPACT)
+    own = ("name", "distribution", "always_sparse", *COMPACT)
     options = {k: v for k, v in method.items() if k not in own}
     options["rules"] = _rules(method, params)
     options["pattern"] = read_pattern(method.pattern)
@@ -214,6 +216,13 @@ def read_pattern(text: str) -> tk.Pattern:
     if not match:
         raise UserError(f"pattern {text!r}: allowed: 'unstructured', 'block:RxC'")
     return tk.Block(int(match[1]), int(match[2]))
+
+
+def has_blocks(method: ConfigDict) -> bool:
+    """Whether a method's pattern, or that of one of its rules, is blocks."""
+    specs = [spec for _, spec in read_rules(method.rules) or ()]
+    patterns = [spec.pattern for spec in specs if isinstance(spec, tk.Sparse)]
+    return any(isinstance(p, tk.Block) for p in (read_pattern(method.pattern), *patterns))
 
 
 def read_rules(rules: Any, distribution: str = "uniform") -> list[tuple[str, Any]] | None:

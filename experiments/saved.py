@@ -8,12 +8,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments import checkpoints, workdir
+from experiments import checkpoints, optimizers, workdir
 from experiments.errors import UserError
 from experiments.form import Compact
 from experiments.partition import all_devices
 from experiments.run import Run, build
 from experiments.state import TrainState
+from topkast_jax import SparsityError
 
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
@@ -77,25 +78,23 @@ def other_form(config: ConfigDict) -> ConfigDict:
     """
     if config.method.name == "dense":
         raise UserError("the run is dense: it has no sets, and one form")
-    method = config.method.to_dict()
-    if is_compact(config):
-        method = {k: v for k, v in method.items() if k not in ("refresh_delay", "backend")}
-        if "stop_exploring_at" in method:  # of a method whose sets change
-            method["inner_state"] = "reset"
-    else:
-        method.pop("inner_state", None)
-        method |= {"refresh_delay": 0, "backend": None}
+    method = config.method.to_dict() | {"always_sparse": not is_compact(config)}
+    filled = {"inner_state": "reset"} | optimizers.COMPACT | method
+    keys = ("name", *optimizers.method_keys(ConfigDict(method)))
     copy = config.copy_and_resolve_references()
-    copy.method = ConfigDict(method | {"always_sparse": not is_compact(config)})
+    copy.method = ConfigDict({key: filled[key] for key in keys})
     return copy
 
 
 def in_compact_form(saved: Saved) -> tuple[Any, Any]:
-    """Parameters and optimizer state on the device, always sparse if the run has sets."""
+    """Parameters and optimizer state on the device, always sparse if the run has such a form."""
     state = saved.state
     if saved.config.method.name == "dense" or is_compact(saved.config):
         return state.params, state.opt_state
-    twin = build(on_one_device(other_form(saved.config)), all_devices()[:1])
+    try:
+        twin = build(on_one_device(other_form(saved.config)), all_devices()[:1])
+    except SparsityError:  # a method or a density that masks alone can have
+        return state.params, state.opt_state
     assert isinstance(twin.form, Compact)
     params, opt_state, _ = twin.form.sparse.from_masked(state.params, state.opt_state)
     return params, opt_state

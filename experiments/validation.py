@@ -171,6 +171,11 @@ def _check_together(config: ConfigDict) -> None:
             f"config.method.refresh_delay: found {delay}; must be below refresh_every={every}, so "
             "that one choice is in use before the next begins"
         )
+    if method.get("backend") and not optimizers.has_blocks(method):
+        raise UserError(
+            f"config.method.backend: found {method.backend!r} and no pattern of blocks; "
+            "must be None, for blocks alone have kernels"
+        )
     if schedule.name == "step" and not schedule.boundaries:
         raise UserError(
             "config.optimizer.schedule.boundaries: found none; 'step' needs one or more"

@@ -26,8 +26,10 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     """Makes the folder this run's, or checks that it is.
 
     Raises:
-        UserError: it is a file, cannot be written, or belongs to another config.
+        UserError: it is a file or an address, cannot be written, or belongs to another config.
     """
+    if ":/" in str(workdir):
+        raise UserError(f"--workdir={workdir}: is an address; must be a folder, mounted if need be")
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; must be a folder, or a new name")
     saved = workdir / CONFIG

@@ -6,7 +6,7 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "docs/adding_a_method.md"]
+DOCUMENTS = ["README.md", "docs/adding_a_method.md", "docs/always_sparse.md"]
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

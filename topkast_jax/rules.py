@@ -194,6 +194,9 @@ def _leaf(
     if spec.backward_density is not None:
         backward = spec.backward_density
     check_densities(forward, backward, f"{name}: ")
+    forward, backward = (
+        d if isinstance(d, jax.core.Tracer) else float(d) for d in (forward, backward)
+    )
     leaf = Leaf(
         path=name,
         shape=tuple(shape[spec.stacked :]),

@@ -108,10 +108,15 @@ def find_states(state: Any) -> list[SparsifyState]:
     """Every `SparsifyState` inside an optimizer state, wherever it sits.
 
     Raises:
-      SparsityError: there is none.
+      SparsityError: there is none, or an always-sparse one, whose sets are on the host.
     """
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, SparsifyState))
     found = [node for node in nodes if isinstance(node, SparsifyState)]
+    if not found and find_compact(state) is not None:
+        raise SparsityError(
+            "this optimizer state is always sparse, and its sets are on the host: take "
+            "AlwaysSparse.masks(reservoir), parameters and sets, in place of parameters and state"
+        )
     if not found:
         raise SparsityError(
             "this optimizer state holds no sparsity state: make it with top_kast(...).init or "
@@ -175,7 +180,8 @@ def keep_masks(params: Any, state: Any) -> tuple[Any, Any]:
       (forward, backward), each a tree like `params`.
 
     Raises:
-      SparsityError: `state` holds no sparsity state.
+      SparsityError: `state` holds no sparsity state, or an always-sparse one: there it is
+        ``keep_masks(*sparse.masks(reservoir))``.
     """
 
     def mask(bit: int) -> Any:

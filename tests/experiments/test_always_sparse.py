@@ -191,6 +191,11 @@ def test_a_delay_is_not_ignored():
         (("method.always_sparse=True", "method.refresh_delay=-1"), "integer of at least 0"),
         (("method.always_sparse=True", "method.refresh_delay=100"), "must be below refresh_every"),
         (("method.always_sparse=True", "method.backend=cuda"), "method.backend: found 'cuda'"),
+        (("method.always_sparse=True", "method.backend=xla"), "no pattern of blocks"),
+        (
+            ("method.name=static_random", "method.always_sparse=True", "method.refresh_delay=3"),
+            "refresh_delay: static_random does not read it",
+        ),
         (("method.always_sparse=yes",), "expected bool"),
     ],
 )

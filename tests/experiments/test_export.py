@@ -102,8 +102,18 @@ def test_a_converted_run_goes_on(runs, tmp_path, name, own, to, new):
 def test_a_dense_run_is_exported_as_it_is(runs, tmp_path):
     assert export.main([f"--workdir={runs / 'dense'}", f"--out={tmp_path / 'file.npz'}"]) == 0
     found, metadata = export.load(tmp_path / "file.npz")
-    assert metadata["leaves"] == {}
+    assert (metadata["form"], metadata["leaves"]) == ("dense", {})
     assert "in/kernel" in flatten_with_names(found)[0]
+
+
+def test_a_masked_run_that_has_no_compact_form_is_exported(tmp_path):
+    own = ("method.pattern=block:4x4", "method.forward_density=0.001", "method.always_sparse=False")
+    toy_runs.run(tmp_path / "run", "80/60", *own, stop_at=3)
+    out = tmp_path / "file.npz"
+    assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", "--form=bcoo"]) == 0
+    expected = view(tmp_path / "run", own)["in"]["kernel"]
+    assert np.count_nonzero(expected) == 16
+    np.testing.assert_array_equal(dense(export.load(out)[0]["in"]["kernel"]), expected)
 
 
 MISTAKES = {

@@ -28,6 +28,11 @@ CASES = {
     "3x3": ((3, 3, 4, 8), tk.Unstructured(), lambda x, w: layers.conv(x, w, (2, 2), SAME)),
     "3x3-block": ((3, 3, 4, 8), tk.Block(2, 4), lambda x, w: layers.conv(x, w, (1, 1), SAME)),
     "1x1-block": ((1, 1, 4, 8), tk.Block(2, 4), lambda x, w: layers.conv(x, w, (2, 2), NONE)),
+    "1x1-block-padded": (
+        (1, 1, 4, 8),
+        tk.Block(2, 4),
+        lambda x, w: layers.conv(x, w, (2, 1), SAME),
+    ),
     "matmul": ((4, 8), tk.Unstructured(), layers.matmul),
     "matmul-block": ((4, 8), tk.Block(2, 2), layers.matmul),
     "logits": ((6, 4), tk.Unstructured(), layers.matmul_transposed),

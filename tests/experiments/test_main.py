@@ -85,6 +85,11 @@ def test_workdir_that_is_a_file(capsys, tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+def test_workdir_that_is_an_address(capsys):
+    address = "gs://bucket/run"
+    assert_refused(call(capsys, *command(address)), "gs:/bucket/run: is an address")
+
+
 def test_unwritable_workdir(capsys, tmp_path):
     """Below a file and in /proc: root, who may run this, can write anywhere else."""
     (tmp_path / "file").write_text("precious")

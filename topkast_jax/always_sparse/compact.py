@@ -96,6 +96,15 @@ def matrix_shape(kernel: CompactKernel) -> tuple[int, int]:
     return kernel.shape[-2], kernel.shape[-1]
 
 
+def check_single(kernel: CompactKernel) -> None:
+    """Raises SparsityError if the kernel is a stack of layers."""
+    if kernel.index.ndim != 1:
+        raise SparsityError(
+            f"a stack of {kernel.index.shape[:-1]} kernels of shape {kernel.shape}: must be one of "
+            "them, as inside lax.scan or vmap"
+        )
+
+
 def units_of(dense: Any, pattern: Block | Unstructured) -> Any:
     """A dense leaf by units, `[*grid]` or `[*grid, rows, cols]`; of a NumPy array, a view of it."""
     if not isinstance(pattern, Block):
@@ -135,6 +144,10 @@ def from_masks(
 
     Returns:
       The kernel, A first; NumPy arrays inside.
+
+    Raises:
+      SparsityError: stacked layers keep different numbers, A is not inside B, or a mask keeps a
+        part of a block.
     """
     dense, forward, backward = (np.asarray(x) for x in (dense, forward, backward))
     if stacked:
@@ -190,7 +203,11 @@ def dense_tile(kernel: CompactKernel, forward_only: bool = True) -> jax.Array:
 
     Returns:
       An array `[*kernel.shape]`.
+
+    Raises:
+      SparsityError: it is a stack.
     """
+    check_single(kernel)
     layout = _with_arrays(kernel, None, None)  # hashable: the static fields alone
     return _tile(layout, forward_only, kernel.values, kernel.index)
 

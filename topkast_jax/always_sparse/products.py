@@ -26,7 +26,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from topkast_jax.always_sparse import pallas_gpu, pallas_tpu, xla
-from topkast_jax.always_sparse.compact import CompactKernel, matrix_shape, with_tile
+from topkast_jax.always_sparse.compact import (
+    CompactKernel,
+    check_single,
+    matrix_shape,
+    with_tile,
+)
 from topkast_jax.always_sparse.varying import varying_like
 from topkast_jax.errors import SparsityError
 from topkast_jax.patterns import Block
@@ -46,7 +51,8 @@ class Options:
       backend: one of `BACKENDS`; None: the platform's own kernels, or "xla" where it has none or
         they do not take this block.
       interpret: run the Pallas kernels in interpret mode, on any platform (tests).
-      mesh: devices to split the first axis of x over, in a `shard_map` around each product.
+      mesh: devices to split the first axis of x over, in a `shard_map` around each product; where
+        they do not divide it, and where x has no other axis, each computes the whole product.
         Pallas kernels need it on more than one device (the compiler does not split them), and it
         sums dW once a layer in place of once a block.
       axes: the mesh axes that x is split over.
@@ -60,6 +66,15 @@ class Options:
     def __post_init__(self) -> None:
         if self.backend is not None and self.backend not in BACKENDS:
             raise SparsityError(f"backend {self.backend!r}: must be one of {', '.join(BACKENDS)}")
+        if self.interpret and self.backend not in KERNELS:
+            raise SparsityError(
+                f"interpret=True with backend {self.backend!r}: must be with one of "
+                f"{', '.join(KERNELS)}"
+            )
+        strange = [axis for axis in self.axes if self.mesh is None or axis not in self.mesh.shape]
+        if strange:
+            found = "no mesh" if self.mesh is None else f"a mesh of {tuple(self.mesh.shape)}"
+            raise SparsityError(f"axes {self.axes!r} with {found}: must be axes of the mesh")
 
 
 _PLATFORM = Options()
@@ -77,6 +92,15 @@ def options(
     """Sets `Options` for every product traced inside.
 
     They act when a function is traced: a function that is compiled already keeps its own.
+
+    Args:
+      backend: see `Options`, as are the others.
+      interpret: needs a Pallas backend.
+      mesh: as around the step that is traced.
+      axes: names of axes of `mesh`.
+
+    Raises:
+      SparsityError: no such backend, or options that do not go together.
     """
     token = _OPTIONS.set(Options(backend, interpret, mesh, tuple(axes)))
     try:
@@ -98,18 +122,23 @@ def matmul(
 
     Returns:
       `[..., N]` in the dtype that x and the kernel promote to.
+
+    Raises:
+      SparsityError: x does not fit, the kernel is a stack or no matrix, its blocks do not divide
+        it, no such backend, or one that does not take these blocks or this platform.
     """
+    how = _OPTIONS.get()
+    if backend is not None:
+        how = dataclasses.replace(how, backend=backend)
     if not isinstance(kernel, CompactKernel):
         return jnp.matmul(x, kernel)
+    check_single(kernel)
     k, n = matrix_shape(kernel)
     if x.shape[-1] != k:
         raise SparsityError(f"x of shape {x.shape} does not fit a kernel of shape {(k, n)}")
     if not isinstance(kernel.pattern, Block):
         return with_tile(lambda w, x: jnp.matmul(x, w.reshape(k, n)), kernel, x)
     kernel.pattern.grid((k, n))  # refuses blocks that do not divide the shape
-    how = _OPTIONS.get()
-    if backend is not None:
-        how = dataclasses.replace(how, backend=backend)
     return _over_mesh(x, kernel, n, how)
 
 
@@ -133,7 +162,7 @@ def _over_mesh(x: jax.Array, kernel: CompactKernel, n: int, how: Options) -> jax
     if how.mesh is not None:
         # Interpreted kernels mix varying and unvarying values, which the check refuses.
         parts = math.prod(how.mesh.shape[axis] for axis in how.axes)
-        split = P(how.axes) if x.shape[0] % parts == 0 else P()
+        split = P(how.axes) if x.ndim > 1 and x.shape[0] % parts == 0 else P()
         product = jax.shard_map(
             product,
             mesh=how.mesh,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ def host_device() -> jax.Device:
     """
     try:
         return jax.local_devices(backend="cpu")[0]
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError):  # JAX asserts that a platform it was given has devices
         raise SparsityError(
             f"always sparse keeps θ in the host's memory through JAX's cpu backend, which "
             f"JAX_PLATFORMS={jax.config.jax_platforms!r} leaves out: add ',cpu' to it"  # type: ignore[attr-defined, unused-ignore]
@@ -181,7 +182,7 @@ def _padded(fresh: list[np.ndarray], most: int) -> np.ndarray:
 def start(plan: Plan, leaf: Leaf, theta: np.ndarray, frozen: bool) -> tuple[np.ndarray, Any]:
     """First flags and memory of a leaf, on the host."""
     with jax.default_device(host_device()):
-        flags, memory = _start(plan, _nameless(leaf), plan.keys(leaf, 0), theta)
+        flags, memory = _call(_start, plan, leaf, plan.keys(leaf, 0), theta)
         return np.asarray(frozen_flags(flags) if frozen else flags), jax.device_get(memory)
 
 
@@ -191,7 +192,7 @@ def choose(
     """Next flags and memory of a leaf from θ after `step` finished steps, on the host."""
     with jax.default_device(host_device()):
         keys = plan.keys(leaf, step)
-        new, memory = _change(plan, _nameless(leaf), keys, np.int32(step), theta, flags, memory)
+        new, memory = _call(_change, plan, leaf, keys, np.int32(step), theta, flags, memory)
         return np.asarray(new), jax.device_get(memory)
 
 
@@ -211,9 +212,43 @@ def in_parallel(function: Any, leaves: Mapping[str, HostLeaf], *columns: Any) ->
         return {name: future.result() for name, future in futures.items()}
 
 
-def _nameless(leaf: Leaf) -> Leaf:
-    """Leaves that differ in name alone share a compiled program."""
-    return dataclasses.replace(leaf, path="")
+class _NameRead(Exception):
+    """A method looks at a leaf's name."""
+
+
+class _Nameless(Leaf):
+    """Leaves that differ in name alone are equal, and so share a compiled program."""
+
+    def __getattribute__(self, attribute: str) -> Any:
+        if attribute == "path":
+            raise _NameRead
+        return super().__getattribute__(attribute)
+
+    def _rest(self) -> tuple[Any, ...]:
+        return tuple(vars(self).values())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Nameless) and self._rest() == other._rest()
+
+    def __hash__(self) -> int:
+        return hash(self._rest())
+
+
+def _nameless(leaf: Leaf) -> _Nameless:
+    return _Nameless(**(vars(leaf) | {"path": ""}))
+
+
+_reads_names: weakref.WeakSet[Plan] = weakref.WeakSet()
+
+
+def _call(function: Callable[..., Any], plan: Plan, leaf: Leaf, *arrays: Any) -> Any:
+    """A compiled function of a leaf, the same for leaves of any name unless the method asks."""
+    if plan not in _reads_names:
+        try:
+            return function(plan, _nameless(leaf), *arrays)
+        except _NameRead:
+            _reads_names.add(plan)
+    return function(plan, leaf, *arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

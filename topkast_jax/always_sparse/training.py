@@ -39,10 +39,16 @@ T = TypeVar("T")
 class AlwaysSparse:
     """The always-sparse form of a sparsity method for one tree of parameters.
 
+    Of each sparse leaf the device holds B and the host the rest: neither parameters nor gradients
+    are ever dense there (Jayakumar et al. 2020, abstract).
+
     Attributes:
       transform: gradient transformation over the tree of values; its `update` takes
         `values_of(gradients)`. With `forward_params` and `optax.apply_updates` it serves as any
-        other; its state comes from `start`.
+        other; its state comes from `start`, since its `init` alone does not know the places.
+
+    One object serves one run at a time. `inner_state` of the method is "reset" whatever it says:
+    of an entry that leaves B nothing is left on the device.
     """
 
     def __init__(
@@ -132,7 +138,11 @@ class AlwaysSparse:
 
         Returns:
           The tree of values and the optimizer state, on the device, and the reservoir.
+
+        Raises:
+          SparsityError: the method chose sets of another size than the densities say.
         """
+        self._ahead = None
         theta = {name: np.array(array) for name, array in self._values(params).items()}
         frozen = self.frozen(0)
         chosen = hosts.in_parallel(
@@ -183,7 +193,7 @@ class AlwaysSparse:
             raise SparsityError("update needs the values: transform.update(grads, state, values)")
         columns = (
             self._leaves,
-            self._treedef.flatten_up_to(grads),
+            self._treedef.flatten_up_to(values_of(grads)),
             self._treedef.flatten_up_to(params),
             self._treedef.flatten_up_to(state.kernels),
         )
@@ -210,6 +220,10 @@ class AlwaysSparse:
 
         Returns:
           The three as they are for the next step; the ones before are gone unless the same.
+
+        Raises:
+          SparsityError: a state that `start` did not return, or sets of another size than the
+            densities say.
         """
         every, stop = self.plan.refresh_every, self.plan.stop_exploring_at
         if stop is not None and step == int(stop):
@@ -281,7 +295,8 @@ class AlwaysSparse:
             for name, leaf in zip(self._names, self._leaves, strict=True)
         ]
         compact = find_compact(state)
-        assert compact is not None, "the optimizer state is of this transform"
+        if compact is None:
+            raise SparsityError("refresh: this optimizer state is not the one that start returned")
         old_kernels = self._treedef.flatten_up_to(compact.kernels)
         kernels = [
             old if mover is None else mover.places(old)
@@ -290,9 +305,7 @@ class AlwaysSparse:
         moved = map_parameter_shaped(
             lambda array, mover: mover.carry(array), state, params,
             self._treedef.unflatten(movers),
-            fits=lambda shape, of_values, mover: (
-                shape[: mover.source.ndim] == of_values[: mover.source.ndim]
-            ),
+            fits=self._holds_units(state, params),
         )  # fmt: skip
         values = [
             array if mover is None else mover.values(array)
@@ -303,8 +316,33 @@ class AlwaysSparse:
         )
         return self._treedef.unflatten(values), moved, new
 
+    def _holds_units(self, state: Any, params: Tree) -> Callable[..., bool]:
+        """`fits` of `map_parameter_shaped`: whether an array has a part for each unit.
+
+        One of the values' shape has. What the inner optimizer keeps in another shape (factored
+        moments) has if units come first and it would be smaller with one unit fewer.
+        """
+        fewer = [
+            x if leaf is None else _without_one_unit(x, len(leaf.leaf.stack))
+            for x, leaf in zip(self._treedef.flatten_up_to(params), self._leaves, strict=True)
+        ]
+        inner = jax.eval_shape(self.plan.inner.init, self._treedef.unflatten(fewer))
+        smaller = _replace(state, CompactState, lambda c: c._replace(inner_state=inner))
+        shapes = {path: jnp.shape(x) for path, x in jax.tree.leaves_with_path(smaller)}
+
+        def fits(path: Any, shape: tuple[int, ...], of_values: tuple[int, ...], m: Mover) -> bool:
+            axes = m.source.ndim
+            varies = shapes.get(path) != shape
+            return shape == of_values or (varies and shape[:axes] == of_values[:axes])
+
+        return fits
+
     def masks(self, reservoir: Reservoir) -> tuple[Tree, SparsifyState]:
-        """Abstract dense parameters and the sets, for `topkast_jax.statistics`, on the host."""
+        """Abstract dense parameters and the sets, on the host.
+
+        They serve wherever parameters and a masked run's state do, to look at sets:
+        ``keep_masks(*sparse.masks(reservoir))``, `topkast_jax.statistics`.
+        """
         sets = [reservoir.sets.get(name, optax.MaskedNode()) for name in self._names]
         state = SparsifyState(np.int32(0), self._treedef.unflatten(sets), {}, ())  # type: ignore[arg-type]
         return self._treedef.unflatten(self._dense), state
@@ -318,6 +356,10 @@ class AlwaysSparse:
           params: the tree of values.
           state: the optimizer state, which holds `transform`'s.
           reservoir: its θ is made current.
+
+        Returns:
+          Both as NumPy arrays. θ and the sets are the reservoir's own: copy what is to outlive the
+          next refresh.
         """
         self._write_back(params, reservoir)
         theta = self._treedef.unflatten(
@@ -346,7 +388,11 @@ class AlwaysSparse:
         """The inverse of `to_masked`: values, optimizer state and reservoir.
 
         Moments outside B, which the masked path may hold with `inner_state="keep"`, are dropped.
+
+        Raises:
+          SparsityError: `state` holds no masks, or sets of another size than the densities say.
         """
+        self._ahead = None
         (masked,) = find_states(state)
         names, flags, _ = flatten_with_names(masked.sets)
         chosen = {
@@ -393,6 +439,8 @@ def _check(plan: Plan, leaves: dict[str, HostLeaf], delay: int) -> None:
             raise SparsityError(f"{name} is traced: always sparse needs a plain number")
     if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
         raise SparsityError(f"delay={delay!r}: must be an integer of at least 0")
+    if delay and plan.refresh_every is None:
+        raise SparsityError(f"delay={delay}: must be 0 where sets never change")
     if delay and plan.refresh_every is not None and delay >= int(plan.refresh_every):
         raise SparsityError(
             f"delay={delay}: must be below refresh_every={plan.refresh_every}, so that one choice "
@@ -433,6 +481,11 @@ def _shape(
     in_a = in_a.reshape(-1, *(1,) * len(unit_shape(kernel.pattern)))
     sets = Sets(jnp.broadcast_to(in_a, values.shape), jnp.ones(values.shape, bool))
     return plan.shape_gradient(leaf, grad, values, sets)
+
+
+def _without_one_unit(values: jax.Array, stack: int) -> jax.ShapeDtypeStruct:
+    *layers, units = values.shape[: stack + 1]
+    return jax.ShapeDtypeStruct((*layers, units - 1, *values.shape[stack + 1 :]), values.dtype)
 
 
 def _whole(array: Any) -> Any:

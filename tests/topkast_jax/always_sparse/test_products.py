@@ -16,6 +16,7 @@ from products_oracle import assert_close, make_case, products, random_case
 from topkast_jax import Block, SparsityError, Unstructured
 from topkast_jax.always_sparse import (
     CompactKernel,
+    dense_tile,
     matmul,
     options,
     to_dense,
@@ -215,7 +216,16 @@ def test_over_a_mesh_sums_the_gradient_once(check_inside):
     for one, other in zip(grads, expected, strict=True):
         assert_close(one, other, 1e-5)
     if not check_inside:
-        assert step.lower(*arrays).compile().as_text().count("all-reduce(") <= 2
+        # Of dW; without the option there is one for each product.
+        assert step.lower(*arrays).compile().as_text().count("all-reduce(") == 1
+
+
+def test_one_vector_over_a_mesh_is_not_split():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    case = random_case((64, 96), Block(16, 16), 5, 12)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(64), jnp.float32)
+    with options(mesh=mesh, axes=("data",)):
+        assert_close(matmul(x, case.kernel), x @ np.where(case.forward, case.dense, 0), 1e-5)
 
 
 def test_mistakes_are_told_in_one_line():
@@ -228,6 +238,17 @@ def test_mistakes_are_told_in_one_line():
         "multiples of 128x128": lambda: matmul(x, kernel, backend="pallas_tpu"),
         "powers of 2 from 16": lambda: matmul(x, kernel, backend="pallas_gpu"),
         "needs a kernel": lambda: matmul(x, CompactKernel(*_args(kernel, shape=(3, 32, 32)))),
+        "must be one of xla": lambda: matmul(x, jnp.ones((32, 3)), backend="mosaic"),
+        "a stack of .2,. kernels": lambda: matmul(
+            x, jax.tree.map(lambda a: jnp.stack([a, a]), kernel)
+        ),
+        "a stack of .3,. kernels": lambda: dense_tile(
+            jax.tree.map(
+                lambda a: jnp.stack([a] * 3), random_case((4, 4), Unstructured(), 2, 4).kernel
+            )
+        ),
+        "interpret=True with backend None": lambda: options(interpret=True).__enter__(),
+        "axes .'data',. with no mesh": lambda: options(axes=("data",)).__enter__(),
     }
     for text, mistake in mistakes.items():
         with pytest.raises(SparsityError, match=text) as error:

@@ -198,6 +198,86 @@ def test_a_fixed_random_mask_and_multi_steps():
         assert state.acc_grads["first"]["kernel"].shape == mu.shape
 
 
+class ByName(tk.Method):
+    """Keeps the first or the last half of a leaf, as its name says; scales its gradient."""
+
+    def start(self, theta, leaf, key):
+        half = jnp.arange(theta.size).reshape(theta.shape) < theta.size // 2
+        mask = half if leaf.path.startswith("a") else ~half
+        return tk.Sets(mask, mask), ()
+
+    def gradient(self, grad, theta, sets, leaf):
+        return grad * 2 + jnp.sign(theta) * (1 if leaf.path.startswith("a") else 3)
+
+
+def test_a_method_that_reads_names_and_has_a_gradient_of_its_own():
+    params = {name: jnp.asarray(np.random.default_rng(1).normal(size=(4, 6))) for name in "ab"}
+    tx = tk.sparsify(optax.sgd(0.1), ByName(), forward_density=0.5, refresh_every=2)
+    sparse = AlwaysSparse(tx, params)
+    values, held, reservoir = sparse.start(params)
+    state = tx.init(params)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, state = tx.update(grads, state, params)
+    moved, held = sparse.transform.update(jax.tree.map(jnp.ones_like, values), held, values)
+    values, held, reservoir = sparse.refresh(2, optax.apply_updates(values, moved), held, reservoir)
+    assert_same(optax.apply_updates(params, updates), sparse.to_masked(values, held, reservoir)[0])
+    for ours, theirs in zip(
+        tk.keep_masks(*sparse.masks(reservoir)), tk.keep_masks(params, state), strict=True
+    ):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_factored_moments_of_units_move_and_others_stay():
+    """Adafactor's sums over 64 blocks of 64 rows and 2 columns: by block, and by row of a block."""
+    theta = jnp.asarray(np.random.default_rng(0).normal(size=(512, 16)), jnp.float32)
+    inner = optax.adafactor(0.5, min_dim_size_to_factor=2)
+    tx = tk.top_kast(inner, 0.5, 1.0, pattern=tk.Block(64, 2), refresh_every=1)
+    sparse = AlwaysSparse(tx, {"w": theta})
+    values, state, reservoir = sparse.start({"w": theta})
+    index = np.array(find_compact(state).kernels["w"].index)
+    scale = jax.random.normal(jax.random.key(0), (64, 1, 1))
+    updates, state = sparse.transform.update({"w": values["w"] * scale}, state, values)
+    values = optax.apply_updates(values, updates)
+    factored = lambda s: {  # noqa: E731
+        k: np.array(getattr(s.inner_state[0], k)["w"]) for k in ("v_row", "v_col")
+    }
+    before = factored(state)
+    assert before["v_row"].shape == before["v_col"].shape == (64, 2)
+    _, state, _ = sparse.refresh(1, values, state, reservoir)
+    moved = [list(index).index(i) for i in np.array(find_compact(state).kernels["w"].index)]
+    assert moved != sorted(moved)
+    np.testing.assert_array_equal(factored(state)["v_row"], before["v_row"][moved])
+    np.testing.assert_array_equal(factored(state)["v_col"], before["v_col"])
+
+
+def test_one_object_serves_one_run_after_another():
+    """A choice that is under way when another run starts is none of that run's."""
+    params = parameters()
+    tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=10, rules=ONE, inner_state="reset")
+    sparse = AlwaysSparse(tx, params, delay=4)
+    *_, _ = compact(sparse, sparse.transform, params, data(10))
+    _, _, reservoir = sparse.start(jax.tree.map(lambda x: -x[..., ::-1], params))
+    assert sparse.settled(reservoir) is reservoir
+
+
+def test_what_a_first_loop_gets_wrong():
+    params = parameters()
+    tx = tk.top_kast(optax.sgd(0.1), np.float32(0.2), jnp.float32(0.4), rules=ONE)
+    sparse = AlwaysSparse(tx, params)
+    values, state, reservoir = sparse.start(params)
+    for read in (tk.keep_masks, tk.statistics.mask_statistics):
+        with pytest.raises(tk.SparsityError, match="take AlwaysSparse.masks.reservoir."):
+            read(values, state)
+    with pytest.raises(tk.SparsityError, match="not the one that start returned"):
+        sparse.refresh(100, values, optax.sgd(0.1).init(values), reservoir)
+    grads = jax.grad(loss, allow_int=True)(tk.forward_params(values, state), *data(1)[0])
+    for found, expected in zip(
+        jax.tree.leaves(sparse.transform.update(grads, state, values)[0]),
+        jax.tree.leaves(sparse.transform.update(values_of(grads), state, values)[0]), strict=True,
+    ):  # fmt: skip
+        np.testing.assert_array_equal(found, expected)
+
+
 class ByGradient(tk.Method):
     needs_gradient = True
 
@@ -217,6 +297,7 @@ class Uneven(tk.Method):
         (lambda: optax.sgd(0.1), {}, "needs what top_kast"),
         (lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2), {"delay": 100}, "below refresh_every"),
         (lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2), {"delay": -1}, "delay=-1"),
+        (lambda: tk.static_random(optax.sgd(0.1), 0.1, seed=0), {"delay": 3}, "sets never change"),
         (lambda: tk.sparsify(optax.sgd(0.1), ByGradient(), forward_density=0.5), {}, "gradient"),
         (
             lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2, pattern=tk.Block(5, 5)),
