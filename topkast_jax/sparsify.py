@@ -58,7 +58,11 @@ class Method:
         raise TypeError(f"{type(self).__name__} must define start(theta, leaf, key)")
 
     def gradient(self, grad: jax.Array, theta: jax.Array, sets: Sets, leaf: Leaf) -> jax.Array:
-        """The gradient the inner optimizer gets; it is zeroed outside the backward set after."""
+        """The gradient the inner optimizer gets; it is zeroed outside the backward set after.
+
+        Must work entry by entry: always sparse, the arrays hold the backward set alone, `[b]` or
+        `[b, rows, cols]`, in place of the layer.
+        """
         del theta, sets, leaf
         return grad
 

@@ -23,12 +23,15 @@ ADAM = (  # Adam divides gradients of nearly nothing, all rounding error, by eps
     "optimizer.name=adam", "optimizer.learning_rate=0.001", "optimizer.eps=1e-5",
 )  # fmt: skip
 BLOCKS = ("method.pattern=block:8x8",)
-RESNET = ("steps=200", "optimizer.schedule.warmup_steps=5", "batch_size=16")
-SLOW = ("optimizer.learning_rate=0.02",)  # at the config's 0.2 rounding alone parts the two paths
+RESNET20 = (
+    "steps=200", "optimizer.schedule.reference_steps=0", "optimizer.schedule.warmup_steps=5",
+    "optimizer.schedule.boundaries=(100,150)", "batch_size=16", "model.width=1.0",
+)  # fmt: skip
+SLOW = ("optimizer.learning_rate=0.01",)  # at the config's 0.1 rounding alone parts the two paths
 CASES = {
-    "resnet": ("quickstart", (*RESNET, *SLOW)),
-    "resnet-adam": ("quickstart", (*RESNET, *ADAM)),
-    "resnet-block": ("quickstart", (*RESNET, *SLOW, "method.pattern=block:2x2")),
+    "resnet20": ("cifar10_resnet20", (*RESNET20, *SLOW)),
+    "resnet20-adam": ("cifar10_resnet20", (*RESNET20, *ADAM)),
+    "resnet20-block": ("cifar10_resnet20", (*RESNET20, *SLOW, "method.pattern=block:4x4")),
     "txl": ("enwik8_small", ("steps=200", *ADAM)),
     "txl-sgd": ("enwik8_small", ("steps=200", *SGD)),
     "txl-block": ("enwik8_small", ("steps=200", *ADAM, *BLOCKS)),
