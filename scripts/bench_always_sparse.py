@@ -31,6 +31,7 @@ from topkast_jax import Block, Unstructured
 from topkast_jax.always_sparse import CompactKernel, matmul
 from topkast_jax.always_sparse.compact import unit_shape
 from topkast_jax.patterns import units_in
+from topkast_jax.selection import keep_count
 
 DENSITIES = {"90/80": (0.1, 0.2), "95/90": (0.05, 0.1)}
 PATTERNS: dict[str, Block | Unstructured] = {
@@ -65,7 +66,7 @@ def random_kernel(
 ) -> CompactKernel:
     """A compact kernel with random values at random places, `densities` those of A and of B."""
     n = units_in(pattern, shape)
-    a, b = (max(1, int(d * n + 0.5)) for d in densities)
+    a, b = (keep_count(n, d) for d in densities)
     places = rng.choice(n, b, replace=False)
     index = np.concatenate([np.sort(places[:a]), np.sort(places[a:])])
     values = rng.standard_normal((b, *unit_shape(pattern)), np.float32) * shape[0] ** -0.5

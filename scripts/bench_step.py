@@ -29,6 +29,7 @@ import optax
 
 import topkast_jax as tk
 from experiments import flags
+from experiments.tpu import compiling
 
 Loss = Callable[[Any, Any], jax.Array]
 CONFIG = Path(__file__).parents[1] / "configs" / "enwik8_small.py"
@@ -125,17 +126,6 @@ def compile_step(
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, data).compile(), state
 
 
-def peak_bytes(compiled: Any) -> int:
-    """Arguments, outputs and temporaries of a compiled step, what is donated counted once."""
-    m = compiled.memory_analysis()
-    return int(
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        - m.alias_size_in_bytes
-        + m.temp_size_in_bytes
-    )
-
-
 def at_step(state: Any, step: int) -> Any:
     """The same Top-KAST state with another number of finished steps."""
     return state._replace(step=jnp.int32(step))
@@ -169,7 +159,8 @@ def measure(case: Case, pairs: int) -> dict[str, float]:
         plain = timed("sparse", sparse, 0) if r > 1 else 0.0
         if pair >= 2:
             ratios.append(((r - 1) * plain + refreshing) / r / base)
-    memory = peak_bytes(sparse) / peak_bytes(dense)
+    peak = [compiling.memory(step)["device_bytes"]["total"] for step in (sparse, dense)]
+    memory = peak[0] / peak[1]
     return {"step_ratio": round(statistics.median(ratios), 3), "memory_ratio": round(memory, 3)}
 
 

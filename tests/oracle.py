@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 
@@ -101,3 +102,9 @@ class TopKast:
             self.b = select(self.theta, self.backward, self.block)
         if self.reset:
             self.optimizer.reset(before & ~self.b)
+
+
+def buffer_sizes(compiled):
+    """How many entries each buffer of a compiled program has, of any type."""
+    shapes = re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", compiled.as_text())
+    return {math.prod(map(int, shape.split(","))) for shape in shapes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -200,103 +201,117 @@ def sparsify(
         rules, shape, seed,
     )  # fmt: skip
     log_once = _once(logger.info)
-
-    def first_sets(params: Any) -> tuple[Any, dict[str, Any]]:
-        memory: dict[str, Any] = {}
-
-        def start(leaf: Leaf | None, theta: jax.Array) -> Any:
-            if leaf is None:
-                return optax.MaskedNode()
-            flags, memory[leaf.path] = plan.start(leaf, plan.keys(leaf, 0), theta)
-            return flags
-
-        thetas, treedef = flatten(params)
-        sets = treedef.unflatten(_rows(start, plan.leaves(params), thetas))
-        if stop_exploring_at is not None:
-            at_once = jnp.asarray(stop_exploring_at) == 0
-            sets = jax.tree.map(lambda f: jnp.where(at_once, frozen_flags(f), f), sets)
-        return sets, memory
+    first_sets = jax.jit(functools.partial(_first_sets, plan))
 
     def init_fn(params: Any) -> SparsifyState:
         plan.leaves(params, log_once)
-        sets, memory = jax.jit(first_sets)(params)
+        sets, memory = first_sets(params)
         return SparsifyState(jnp.zeros([], jnp.int32), sets, memory, inner.init(params))
-
-    def refresh(step: jax.Array, theta: Any, grads: Any, sets: Any, memory: Any) -> Any:
-        memory = dict(memory)
-
-        def change(leaf: Leaf | None, theta: jax.Array, grad: Any, flags: Any) -> Any:
-            if leaf is None:
-                return flags
-            flags, memory[leaf.path] = plan.change(
-                leaf, plan.keys(leaf, step), step, theta, grad, flags, memory[leaf.path]
-            )
-            return flags
-
-        thetas, treedef = flatten(theta)
-        gradients = [None] * len(thetas) if grads is None else treedef.flatten_up_to(grads)
-        flags = treedef.flatten_up_to(sets)
-        changed = _rows(change, plan.leaves(theta), thetas, gradients, flags)
-        return treedef.unflatten(changed), memory
-
-    def evolve(step: jax.Array, theta: Any, grads: Any, old: SparsifyState, inner_new: Any) -> Any:
-        """Sets, memory and inner state after `step` finished steps."""
-
-        def finish(sets: Any, memory: Any) -> Any:
-            if inner_state == "reset":
-                return sets, memory, _reset_left(inner_new, theta, old.sets, sets)
-            return sets, memory, inner_new
-
-        def keep() -> Any:
-            return old.sets, old.memory, inner_new
-
-        def renew() -> Any:
-            return finish(*refresh(step, theta, grads, old.sets, old.memory))
-
-        def freeze() -> Any:
-            return finish(jax.tree.map(frozen_flags, old.sets), old.memory)
-
-        if stop_exploring_at is None and refresh_every is None:
-            return keep()
-        if stop_exploring_at is None and isinstance(refresh_every, int) and refresh_every == 1:
-            return renew()
-        due = jnp.asarray(False) if refresh_every is None else step % refresh_every == 0
-        if stop_exploring_at is None:
-            return jax.lax.cond(due, renew, keep)
-        choice = jnp.where(step < stop_exploring_at, due.astype(jnp.int32), 0)
-        choice = jnp.where(step == stop_exploring_at, 2, choice)
-        return jax.lax.switch(choice, [keep, renew, freeze])
 
     def update_fn(
         grads: Any, state: SparsifyState, params: Any = None, **extra: Any
     ) -> tuple[Any, SparsifyState]:
         if params is None:
             raise SparsityError("update needs the parameters: tx.update(grads, state, params)")
-
-        def restrict(leaf: Leaf | None, grad: jax.Array, theta: jax.Array, flags: Any) -> Any:
-            if leaf is None:
-                return grad
-            sets = unpack(flags)
-            shaped = plan.shape_gradient(leaf, grad, theta, sets)
-            return jnp.where(sets.backward, shaped, jnp.zeros_like(shaped))
-
-        thetas, treedef = flatten(params)
-        flags = treedef.flatten_up_to(state.sets)
-        rows = _rows(restrict, plan.leaves(params), treedef.flatten_up_to(grads), thetas, flags)
-        updates, inner_new = inner.update(
-            treedef.unflatten(rows), state.inner_state, params, **extra
-        )
-        rows = _rows(_zero_outside, flags, treedef.flatten_up_to(updates))
-        updates = treedef.unflatten(rows)
+        shaped = _restricted(plan, grads, params, state.sets)
+        updates, inner_new = inner.update(shaped, state.inner_state, params, **extra)
+        _, treedef = flatten(params)
+        columns = treedef.flatten_up_to(state.sets), treedef.flatten_up_to(updates)
+        updates = treedef.unflatten(_rows(_zero_outside, *columns))
         step = optax.safe_increment(state.step)
         theta = optax.apply_updates(params, updates)
         seen = grads if method.needs_gradient else None
-        sets, memory, inner_new = evolve(step, theta, seen, state, inner_new)
+        sets, memory, inner_new = _evolved(plan, step, theta, seen, state, inner_new)
         return updates, SparsifyState(step, sets, memory, inner_new)
 
     transform = SparseTransform(init_fn, update_fn)
     transform.plan = plan
     return transform
+
+
+def _first_sets(plan: Plan, params: Any) -> tuple[Any, dict[str, Any]]:
+    memory: dict[str, Any] = {}
+
+    def start(leaf: Leaf | None, theta: jax.Array) -> Any:
+        if leaf is None:
+            return optax.MaskedNode()
+        flags, memory[leaf.path] = plan.start(leaf, plan.keys(leaf, 0), theta)
+        return flags
+
+    thetas, treedef = flatten(params)
+    sets = treedef.unflatten(_rows(start, plan.leaves(params), thetas))
+    if plan.stop_exploring_at is not None:
+        at_once = jnp.asarray(plan.stop_exploring_at) == 0
+        sets = jax.tree.map(lambda f: jnp.where(at_once, frozen_flags(f), f), sets)
+    return sets, memory
+
+
+def _restricted(plan: Plan, grads: Any, params: Any, sets: Any) -> Any:
+    """The gradients as the method shapes them, zero outside B."""
+
+    def restrict(leaf: Leaf | None, grad: jax.Array, theta: jax.Array, flags: Any) -> Any:
+        if leaf is None:
+            return grad
+        sets = unpack(flags)
+        shaped = plan.shape_gradient(leaf, grad, theta, sets)
+        return jnp.where(sets.backward, shaped, jnp.zeros_like(shaped))
+
+    thetas, treedef = flatten(params)
+    columns = treedef.flatten_up_to(grads), thetas, treedef.flatten_up_to(sets)
+    return treedef.unflatten(_rows(restrict, plan.leaves(params), *columns))
+
+
+def _evolved(
+    plan: Plan, step: jax.Array, theta: Any, grads: Any, old: SparsifyState, inner_new: Any
+) -> Any:
+    """Sets, memory and inner state after `step` finished steps."""
+    every, stop = plan.refresh_every, plan.stop_exploring_at
+
+    def finish(sets: Any, memory: Any) -> Any:
+        if plan.inner_state == "reset":
+            return sets, memory, _reset_left(inner_new, theta, old.sets, sets)
+        return sets, memory, inner_new
+
+    def keep() -> Any:
+        return old.sets, old.memory, inner_new
+
+    def renew() -> Any:
+        return finish(*_refreshed(plan, step, theta, grads, old.sets, old.memory))
+
+    def freeze() -> Any:
+        return finish(jax.tree.map(frozen_flags, old.sets), old.memory)
+
+    if stop is None and every is None:
+        return keep()
+    if stop is None and isinstance(every, int) and every == 1:
+        return renew()
+    due = jnp.asarray(False) if every is None else step % every == 0
+    if stop is None:
+        return jax.lax.cond(due, renew, keep)
+    choice = jnp.where(step < stop, due.astype(jnp.int32), 0)
+    choice = jnp.where(step == stop, 2, choice)
+    return jax.lax.switch(choice, [keep, renew, freeze])
+
+
+def _refreshed(
+    plan: Plan, step: jax.Array, theta: Any, grads: Any, sets: Any, memory: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Sets and memory that the method chooses anew."""
+    memory = dict(memory)
+
+    def change(leaf: Leaf | None, theta: jax.Array, grad: Any, flags: Any) -> Any:
+        if leaf is None:
+            return flags
+        flags, memory[leaf.path] = plan.change(
+            leaf, plan.keys(leaf, step), step, theta, grad, flags, memory[leaf.path]
+        )
+        return flags
+
+    thetas, treedef = flatten(theta)
+    gradients = [None] * len(thetas) if grads is None else treedef.flatten_up_to(grads)
+    flags = treedef.flatten_up_to(sets)
+    changed = _rows(change, plan.leaves(theta), thetas, gradients, flags)
+    return treedef.unflatten(changed), memory
 
 
 def _check(

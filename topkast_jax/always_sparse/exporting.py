@@ -27,7 +27,7 @@ FORMS: tuple[str, ...] = get_args(Form)
 
 
 def export(params: Any, state: Any, form: Form = "compact") -> Any:
-    """What the network runs on (the paper's α), on the host.
+    """What the network runs on (the paper's α).
 
     Args:
       params: the tree that was trained: of values, or, of a masked run, of dense arrays.
@@ -42,7 +42,8 @@ def export(params: Any, state: Any, form: Form = "compact") -> Any:
           last are rows of one matrix.
 
     Returns:
-      A tree of the structure of `params`.
+      A tree of the structure of `params`: NumPy arrays on the host, and in "bcoo" and "bsr", which
+      hold JAX's, arrays on its default device.
 
     Raises:
       SparsityError: no such form, or `state` holds no sets.

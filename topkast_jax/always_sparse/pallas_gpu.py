@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from topkast_jax.always_sparse.varying import result_like
+from topkast_jax.always_sparse.xla import padded
 
 SMALLEST = 16
 PART = 128
@@ -30,10 +31,6 @@ def refuses(block: tuple[int, int]) -> str | None:
     if any(side < SMALLEST or side & (side - 1) for side in block):
         return f"blocks must be powers of 2 from {SMALLEST}, found {block[0]}x{block[1]}"
     return None
-
-
-def _pad(x_TxI: jax.Array, tile: int) -> jax.Array:
-    return jnp.pad(x_TxI, ((0, -x_TxI.shape[0] % tile), (0, 0)))
 
 
 def spread(
@@ -60,7 +57,7 @@ def spread(
       `[T, width]`, accumulated in float32, in the dtype of x; zero where no block writes.
     """
     tokens = x_TxI.shape[0]
-    x_TxI = _pad(x_TxI, TOKENS)
+    x_TxI = padded(x_TxI, TOKENS)
     rows, cols = values.shape[1:][::-1] if transposed else values.shape[1:]
     part = min(cols, PART)
     order = jnp.argsort(target).astype(jnp.int32)
@@ -132,7 +129,7 @@ def outer(
     Returns:
       float32 `[b, rows, cols]`.
     """
-    x_TxK, dy_TxN = _pad(x_TxK, STEP), _pad(dy_TxN, STEP)
+    x_TxK, dy_TxN = padded(x_TxK, STEP), padded(dy_TxN, STEP)
     rows, cols = (min(side, PART) for side in block)
     return pl.pallas_call(
         functools.partial(_outer_kernel, block=block, steps=x_TxK.shape[0] // STEP),

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from topkast_jax.always_sparse.varying import result_like
+from topkast_jax.always_sparse.xla import padded
 
 LANES = 128
 TILE_BYTES = 4 * 2**20
@@ -34,10 +35,6 @@ def _tile(tokens: int, width: int, itemsize: int) -> int:
     """Tokens of a tile: the most that `TILE_BYTES` hold, in 16s (a bf16 register's rows)."""
     most = max(16, TILE_BYTES // (width * itemsize) // 16 * 16)
     return min(most, -(-tokens // 16) * 16, 1024)
-
-
-def _pad(x_TxI: jax.Array, tile: int) -> jax.Array:
-    return jnp.pad(x_TxI, ((0, -x_TxI.shape[0] % tile), (0, 0)))
 
 
 def work_list(target: jax.Array, targets: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -90,7 +87,7 @@ def spread(
     size = values.shape[1:]
     rows, cols = size[::-1] if transposed else size
     tile = _tile(tokens, features, x_TxI.dtype.itemsize)
-    x_TxI = _pad(x_TxI, tile)
+    x_TxI = padded(x_TxI, tile)
     panel, block, counts = work_list(target, width // cols)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
@@ -176,7 +173,7 @@ def outer(
     """
     rows, cols = block
     tile = _outer_tile(x_TxK.shape[0], max(block), x_TxK.dtype.itemsize)
-    x_TxK, dy_TxN = _pad(x_TxK, tile), _pad(dy_TxN, tile)
+    x_TxK, dy_TxN = padded(x_TxK, tile), padded(dy_TxN, tile)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
         grid=(row.shape[0], x_TxK.shape[0] // tile),

@@ -88,3 +88,8 @@ def outer(
 def panels(x_TxI: jax.Array, size: int) -> jax.Array:
     """The features cut into panels: `[I / size, T, size]`."""
     return x_TxI.reshape(x_TxI.shape[0], -1, size).swapaxes(0, 1)
+
+
+def padded(x_TxI: jax.Array, tile: int) -> jax.Array:
+    """With zeros after the last token, up to a multiple of `tile` tokens."""
+    return jnp.pad(x_TxI, ((0, -x_TxI.shape[0] % tile), (0, 0)))

@@ -1,7 +1,6 @@
 """`matmul` of a dense or compact kernel on the XLA path, against NumPy."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from oracle import buffer_sizes
 from products_oracle import assert_close, make_case, products, random_case
 
 from topkast_jax import Block, SparsityError, Unstructured
@@ -171,8 +171,7 @@ def test_no_dense_buffer(pattern):
     dense = math.prod(shape)
     sizes = {math.prod(a.shape) for a in avals(jax.make_jaxpr(training_step)(params, x).jaxpr)}
     compiled = jax.jit(training_step).lower(params, x).compile()
-    shapes = re.findall(r"\b(?:f32|s32|pred|u32)\[([\d,]+)\]", compiled.as_text())
-    buffers = {math.prod(map(int, s.split(","))) for s in shapes}
+    buffers = buffer_sizes(compiled)
     if isinstance(pattern, Block):
         assert max(sizes) < dense
         assert max(buffers) < dense

@@ -134,26 +134,27 @@ def test_the_device_holds_nothing_dense():
 
 
 def test_a_delayed_choice_is_that_of_the_earlier_step():
-    """Sets in use from t + d on are those of θ after step t, with the values of step t + d."""
+    """Sets in use from t + d on are those of θ after step t, chosen while steps run or before."""
     params, batches, delay = parameters(), data(40), 4
     tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=10, rules=ALL, inner_state="reset")
     sparse = AlwaysSparse(tx, params, delay=delay)
-    seen, last = {}, None
-    for i, (values, state, reservoir) in enumerate(
-        compact(sparse, sparse.transform, params, batches), start=1
-    ):
-        sets = {k: np.array(v & 3) for k, v in reservoir.sets.items()}
-        if last is not None and i % 10 != delay:
-            for name in sets:
-                np.testing.assert_array_equal(sets[name], last[name])
+    in_use = [
+        {k: np.array(v & 3) for k, v in reservoir.sets.items()}
+        for _, _, reservoir in compact(sparse, sparse.transform, params, batches)
+    ]
+    chosen = {}
+    watched = compact(sparse, sparse.transform, params, batches)  # to_masked waits for the choice
+    for i, (values, state, reservoir) in enumerate(watched, start=1):
         if i % 10 == delay and i > 10:
-            for name, theta in seen.items():
-                np.testing.assert_array_equal(_oracle_sets(name, theta), sets[name])
-        last = sets
+            for name, theta in chosen.items():
+                np.testing.assert_array_equal(_oracle_sets(name, theta), in_use[i - 1][name])
+        elif i > 1:
+            for name, sets in in_use[i - 1].items():
+                np.testing.assert_array_equal(sets, in_use[i - 2][name])
         if i % 10 == 0:
             dense, _ = sparse.to_masked(values, state, reservoir)
-            seen = {n: np.array(dense[n.split("/")[0]]["kernel"]) for n in sets}
-    assert seen
+            chosen = {n: np.array(dense[n.split("/")[0]]["kernel"]) for n in in_use[0]}
+    assert chosen
 
 
 def _oracle_sets(name, theta):
