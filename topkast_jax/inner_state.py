@@ -16,7 +16,6 @@ def map_parameter_shaped(
     inner_state: Any,
     params: Any,
     *others: Any,
-    fits: Callable[..., bool] = lambda path, shape, of_parameter, *_: shape == of_parameter,
 ) -> Any:
     """Maps over the arrays of an optimizer state that are shaped like a parameter.
 
@@ -29,8 +28,6 @@ def map_parameter_shaped(
       inner_state: any optimizer's state.
       params: the tree of parameters that the optimizer sees.
       *others: trees of the structure of `params` (None leaves allowed: those are passed over).
-      fits: (array's path, its shape, parameter's shape, leaf of each of `others`) → whether to map
-        it.
 
     Returns:
       The state with those arrays replaced.
@@ -48,8 +45,7 @@ def map_parameter_shaped(
                 shape, arguments = by_path[names[start:]]
                 if any(a is None for a in arguments):
                     return array
-                like = fits(path, jnp.shape(array), shape, *arguments)
-                return function(array, *arguments) if like else array
+                return function(array, *arguments) if jnp.shape(array) == shape else array
         return array
 
     return jax.tree_util.tree_map_with_path(replace, inner_state)

@@ -7,6 +7,7 @@ import logging
 import math
 import numbers
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -100,9 +101,11 @@ def resolve(
       log: called with a line for each leaf.
 
     Raises:
-      SparsityError: a leaf no rule covers, a rule no leaf matches, a spec that does not fit.
+      SparsityError: a leaf no rule covers, a rule no leaf matches, a spec that does not fit, two
+        leaves of one name.
     """
     names, arrays, _ = flatten_with_names(params)
+    _refuse_duplicates(names)
     specs = _default_specs(arrays) if rules is None else _match(names, rules)
     leaves = [
         _leaf(name, array, spec, forward_density, backward_density, pattern)
@@ -115,6 +118,12 @@ def resolve(
         if log:
             log(f"{name} {jnp.shape(array)}: {_describe(leaf)}")
     return leaves
+
+
+def _refuse_duplicates(names: Sequence[str]) -> None:
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        raise SparsityError(f"{times} leaves are named {name!r}: keys joined by '/' must differ")
 
 
 def _describe(leaf: Leaf | None) -> str:

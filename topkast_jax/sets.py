@@ -150,16 +150,12 @@ def forward_params(params: Any, state: Any) -> Any:
       compact kernels, whose products run over the forward set.
 
     Raises:
-      SparsityError: `state` holds no sparsity state.
+      SparsityError: `state` holds no sparsity state, or `params` are not the values that an
+        always-sparse one belongs to.
     """
     compact = find_compact(state)
     if compact is not None:
-        return jax.tree.map(
-            lambda kernel, values: values if is_dense(kernel) else kernel.with_values(values),
-            compact.kernels,
-            params,
-            is_leaf=lambda node: is_dense(node) or hasattr(node, "with_values"),
-        )
+        return _with_kernels(params, compact.kernels)
 
     def view(flags: Any, theta: jax.Array) -> jax.Array:
         if flags is None:
@@ -167,6 +163,24 @@ def forward_params(params: Any, state: Any) -> Any:
         return jnp.where(flags & FORWARD, theta, jnp.zeros_like(theta))
 
     return map_flags(view, params, state)
+
+
+def _with_kernels(params: Any, kernels: Any) -> Any:
+    names, values, treedef = flatten_with_names(params)
+    rows = zip(names, values, treedef.flatten_up_to(kernels), strict=True)
+    return treedef.unflatten(
+        x if is_dense(kernel) else kernel.with_values(_fitting(name, x, kernel.index))
+        for name, x, kernel in rows
+    )
+
+
+def _fitting(name: str, values: Any, index: Any) -> Any:
+    if jnp.shape(values)[: index.ndim] != index.shape:
+        raise SparsityError(
+            f"{name} has shape {jnp.shape(values)} and this always-sparse state is of values "
+            f"{index.shape}: take the tree of values that came with the state"
+        )
+    return values
 
 
 def keep_masks(params: Any, state: Any) -> tuple[Any, Any]:

@@ -180,7 +180,8 @@ def sparsify(
       refresh_every: steps between two choices of the sets, at least 1; None: never.
       stop_exploring_at: when so many steps are finished, B becomes the A in use and neither changes
         again; 0 means from the start, None never.
-      inner_state: "keep" or "reset" (to zero) the inner state of entries that leave B.
+      inner_state: "keep" or "reset" the inner state of entries that leave B, to what `inner.init`
+        gives them: moments to zero. With "reset", what enters B starts from there as well.
       rules: see `topkast_jax.rules.resolve`.
       pattern: what is kept together, `Unstructured()` if None.
       seed: of the random numbers a method draws.
@@ -269,7 +270,7 @@ def _evolved(
 
     def finish(sets: Any, memory: Any) -> Any:
         if plan.inner_state == "reset":
-            return sets, memory, _reset_left(inner_new, theta, old.sets, sets)
+            return sets, memory, _reset_moved(plan, inner_new, theta, old.sets, sets)
         return sets, memory, inner_new
 
     def keep() -> Any:
@@ -357,15 +358,29 @@ def _zero_outside(flags: Any, update: jax.Array) -> jax.Array:
     return jnp.where(unpack(flags).backward, update, jnp.full_like(update, -0.0))
 
 
-def _reset_left(inner_state: Any, params: Any, old: Any, new: Any) -> Any:
-    def left(old: Any, new: Any) -> Any:
-        return None if is_dense(old) else unpack(old).backward & ~unpack(new).backward
+def _reset_moved(plan: Plan, inner_state: Any, params: Any, old: Any, new: Any) -> Any:
+    """The inner state as `init` makes it, moments zero, but for entries that stay in B.
+
+    Also of entries that stay outside B: an optimizer may give those a state too.
+    """
+
+    def stays(old: Any, new: Any) -> Any:
+        return None if is_dense(old) else unpack(old).backward & unpack(new).backward
 
     _, treedef = flatten(params)
-    rows = _rows(left, treedef.flatten_up_to(old), treedef.flatten_up_to(new))
-    return map_parameter_shaped(
-        lambda array, left: jnp.where(left, jnp.zeros_like(array), array),
-        inner_state,
-        params,
-        treedef.unflatten(rows),
+    rows = _rows(stays, treedef.flatten_up_to(old), treedef.flatten_up_to(new))
+    marked = map_parameter_shaped(
+        lambda _, stays: _Kept(stays), inner_state, params, treedef.unflatten(rows)
     )
+    return jax.tree.map(
+        lambda mark, now, first: mark.of(now, first) if isinstance(mark, _Kept) else now,
+        marked, inner_state, plan.inner.init(params),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    mask: jax.Array
+
+    def of(self, now: jax.Array, first: jax.Array) -> jax.Array:
+        return jnp.where(self.mask, now, first.astype(now.dtype))

@@ -126,7 +126,8 @@ def top_kast(
       rules: ordered (regular expression → `Sparse(...)` or `Dense()`) over parameter paths; None:
         floating leaves with two or more axes are sparse.
       pattern: what is kept together, `Unstructured()` if None.
-      inner_state: "keep" or "reset" (to zero) the inner state of entries that leave B.
+      inner_state: "keep" or "reset" the inner state of entries that leave B, to what `inner.init`
+        gives them: moments to zero. With "reset", what enters B starts from there as well.
 
     Returns:
       A gradient transformation whose update needs `params` and takes gradients at

@@ -15,7 +15,8 @@ def path_name(path: Sequence[Any]) -> str:
     one of optimizer variables that `nnx.Optimizer` makes.
     """
     names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    if len(names) > 1 and names[-1] in ("value", "raw_value"):
+    is_attribute = isinstance(path[-1], jax.tree_util.GetAttrKey) if path else False
+    if len(names) > 1 and is_attribute and names[-1] in ("value", "raw_value"):
         names.pop()
     return "/".join(name.lstrip(".") for name in names)
 

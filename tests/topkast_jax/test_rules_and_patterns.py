@@ -152,3 +152,12 @@ def test_a_traced_density_counts_like_a_plain_one(n, parts):
     exact = max(1, (2 * parts * n + 1_000_000) // 2_000_000)
     traced = jax.jit(lambda d: count_of(n, d))(jnp.float32(parts / 1_000_000))
     assert int(traced) == exact
+
+
+def test_two_leaves_of_one_name():
+    twins = {"a/b": jnp.ones((2, 2)), "a": {"b": jnp.ones((2, 2))}}
+    with pytest.raises(tk.SparsityError, match="2 leaves are named 'a/b'"):
+        tk.top_kast(optax.sgd(0.1), 0.5, 0.5).init(twins)
+    apart = {"value": jnp.ones((2, 2)), "raw_value": jnp.zeros((2, 2))}
+    state = tk.top_kast(optax.sgd(0.1), 0.5, 0.5).init({"a": apart})
+    assert set(state.memory) == {"a/value", "a/raw_value"}

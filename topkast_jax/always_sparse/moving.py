@@ -1,10 +1,13 @@
-"""What the device does at a refresh: a gather brings each array to the next backward set."""
+"""What the device does at a refresh: a gather brings each array to the next backward set.
+
+`unit_axes` says which arrays of an optimizer's state those are, whatever the optimizer.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,22 +16,119 @@ import numpy as np
 
 from topkast_jax.always_sparse.compact import CompactKernel
 from topkast_jax.always_sparse.reservoir import Move
+from topkast_jax.errors import SparsityError
+from topkast_jax.rules import Leaf
+from topkast_jax.trees import flatten
 
+Path = tuple[Any, ...]
 Place = Callable[[tuple[int, ...]], jax.sharding.Sharding]
+
+
+def unit_axes(
+    init: Callable[[Any], Any], values: Any, leaves: Sequence[Leaf | None]
+) -> dict[Path, tuple[int, int]]:
+    """Which axis of which array of an optimizer's state numbers the units of which leaf.
+
+    An array does if with one unit fewer it would be shorter by one along one axis. Nothing asks
+    which optimizer it is, nor where in its state the array lies.
+
+    Args:
+      init: of the optimizer.
+      values: abstract tree of values.
+      leaves: in flattening order; None where a leaf is dense.
+
+    Returns:
+      Path in the state → (number of the leaf, axis).
+
+    Raises:
+      SparsityError: an array depends on the units in a way that a refresh cannot follow.
+    """
+    shapes = _shapes_of(init, values)
+    arrays, treedef = flatten(values)
+    axes = {}
+    for number, leaf in enumerate(leaves):
+        if leaf is None:
+            continue
+        fewer = list(arrays)
+        fewer[number] = _without_one_unit(arrays[number], len(leaf.stack))
+        others = _shapes_of(init, treedef.unflatten(fewer))
+        for path, shape in shapes.items():
+            if others.get(path) != shape:
+                units = arrays[number].shape[len(leaf.stack)]
+                axes[path] = number, _unit_axis(path, shape, others.get(path), leaf, units)
+    return axes
+
+
+def _shapes_of(init: Callable[[Any], Any], values: Any) -> dict[Path, tuple[int, ...]]:
+    state = jax.eval_shape(init, values)
+    return {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _without_one_unit(values: jax.ShapeDtypeStruct, stack: int) -> jax.ShapeDtypeStruct:
+    *layers, units = values.shape[: stack + 1]
+    return jax.ShapeDtypeStruct((*layers, units - 1, *values.shape[stack + 1 :]), values.dtype)
+
+
+def _unit_axis(
+    path: Path, shape: tuple[int, ...], fewer: tuple[int, ...] | None, leaf: Leaf, units: int
+) -> int:
+    differ = [i for i, pair in enumerate(zip(shape, fewer or (), strict=False)) if len({*pair}) > 1]
+    if fewer and len(fewer) == len(shape) and len(differ) == 1:
+        (axis,) = differ
+        first = axis - len(leaf.stack)
+        if (
+            first >= 0
+            and shape[first:axis] == leaf.stack
+            and shape[axis] == units == fewer[axis] + 1
+        ):
+            return axis
+    raise SparsityError(
+        f"the inner optimizer's state{jax.tree_util.keystr(path)} {shape} depends on the units of "
+        f"{leaf.path} in a way that a refresh cannot follow: take another optimizer, or pattern"
+    )
+
+
+def first_arrays(
+    init: Callable[[Any], Any], axes: dict[Path, tuple[int, int]], number: int
+) -> Callable[[Any], dict[str, jax.Array]]:
+    """What an optimizer's `init` makes of one leaf: values → arrays by `keystr` of their paths.
+
+    Compiled for this leaf alone, so that no others take memory.
+    """
+
+    def first(values: Any) -> dict[str, jax.Array]:
+        state = jax.tree_util.tree_leaves_with_path(init(values))
+        mine = {path for path, (of, _) in axes.items() if of == number}
+        return {jax.tree_util.keystr(path): x for path, x in state if path in mine}
+
+    return jax.jit(first)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mover:
-    """Moves what the device holds of one leaf to the next backward set."""
+    """Moves what the device holds of one leaf to the next backward set.
+
+    Attributes:
+      move: from the last set to the next.
+      stack: the leaf's stacked axes.
+      place: shape → sharding, or None.
+      like: an array on the devices that all of it is on.
+      keeps: whether an array must outlive its move: somebody else holds it too.
+    """
 
     move: Move
     stack: tuple[int, ...]
     place: Place | None
+    like: jax.Array
+    keeps: Callable[[jax.Array], bool]
 
     @functools.cached_property
-    def source(self) -> np.ndarray:
-        """`Move.source` with a layer axis only if the leaf is stacked."""
-        return self.move.source.reshape(*self.stack, -1)
+    def source(self) -> jax.Array:
+        """`Move.source`, sent once; with a layer axis only if the leaf is stacked."""
+        source, sharding = self.move.source.reshape(*self.stack, -1), self.like.sharding
+        if isinstance(sharding, jax.sharding.NamedSharding):
+            sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return jax.make_array_from_callback(source.shape, sharding, source.__getitem__)
 
     def places(self, kernel: CompactKernel) -> CompactKernel:
         """A kernel without values, at its new places."""
@@ -40,25 +140,43 @@ class Mover:
         fresh = self.move.values
         return self._moved(values, fresh.reshape(*self.stack, *fresh.shape[1:]))
 
-    def carry(self, moment: jax.Array) -> jax.Array:
-        """A moment: that of units that stay, zero for the fresh ones."""
-        return self._moved(moment, np.zeros((*self.stack, 1, *moment.shape[len(self.stack) + 1 :]),
-                                            moment.dtype))  # fmt: skip
+    def moment(self, moment: jax.Array, first: jax.Array, axis: int) -> jax.Array:
+        """A moment with units along `axis`: for fresh ones what `first` holds in their places."""
+        return self._moved(moment, first, axis, True)
 
-    def _moved(self, array: jax.Array, fresh: np.ndarray) -> jax.Array:
-        shape = (*self.source.shape, *array.shape[self.source.ndim :])
+    def carry(self, array: jax.Array) -> jax.Array:
+        """An array of the values' shape: zero for the fresh ones."""
+        rest = array.shape[len(self.stack) + 1 :]
+        return self._moved(array, np.zeros((*self.stack, 1, *rest), array.dtype))
+
+    def _moved(
+        self, array: jax.Array, fresh: Any, axis: int | None = None, in_place: bool = False
+    ) -> jax.Array:
+        axis = len(self.stack) if axis is None else axis
+        shape = (*array.shape[:axis], self.source.shape[-1], *array.shape[axis + 1 :])
         sharding = None if self.place is None else self.place(shape)
-        moved = _compiled(len(self.stack), sharding, shape == array.shape)
+        donate = shape == array.shape and not self.keeps(array)
+        moved = _compiled(len(self.stack), axis - len(self.stack), in_place, sharding, donate)
         return moved(array, self.source, fresh)
 
 
 @functools.lru_cache
-def _compiled(stack: int, sharding: Any, donate: bool) -> Callable[..., jax.Array]:
+def _compiled(
+    stack: int, above: int, in_place: bool, sharding: Any, donate: bool
+) -> Callable[..., jax.Array]:
+    """The move of an array `[*above axes, *stack axes, units, …]`.
+
+    `fresh` holds the fresh units in their places, or in the order in which `source` numbers them.
+    """
+
     def move(array: jax.Array, source: jax.Array, fresh: jax.Array) -> jax.Array:
         stays = (source >= 0).reshape(-1, *(1,) * (array.ndim - 1))
         old = array[jnp.maximum(source, 0)]
-        return jnp.where(stays, old, fresh[jnp.clip(-1 - source, 0, fresh.shape[0] - 1)])
+        new = fresh if in_place else fresh[jnp.clip(-1 - source, 0, fresh.shape[0] - 1)]
+        return jnp.where(stays, old, new)
 
     for _ in range(stack):
         move = jax.vmap(move)
+    for _ in range(above):
+        move = jax.vmap(move, in_axes=(0, None, 0 if in_place else None))
     return jax.jit(move, out_shardings=sharding, donate_argnums=0 if donate else ())

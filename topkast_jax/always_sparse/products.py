@@ -19,10 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from topkast_jax.always_sparse import pallas_gpu, pallas_tpu, xla
@@ -134,7 +135,9 @@ def matmul(
         return jnp.matmul(x, kernel)
     check_single(kernel)
     k, n = matrix_shape(kernel)
-    if x.shape[-1] != k:
+    if not isinstance(x, jax.Array):
+        x = jnp.asarray(x)
+    if x.shape[-1:] != (k,):
         raise SparsityError(f"x of shape {x.shape} does not fit a kernel of shape {(k, n)}")
     if not isinstance(kernel.pattern, Block):
         return with_tile(lambda w, x: jnp.matmul(x, w.reshape(k, n)), kernel, x)
@@ -157,20 +160,37 @@ def _over_mesh(x: jax.Array, kernel: CompactKernel, n: int, how: Options) -> jax
     block = (kernel.pattern.rows, kernel.pattern.cols)  # type: ignore[union-attr]
     static = _Static(n, kernel.forward, block, how.backend, how.interpret)
     dtype = jnp.result_type(x, kernel.values)
-    x, values = jnp.asarray(x, dtype), jnp.asarray(kernel.values, dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise SparsityError(f"a product of {x.dtype} and {kernel.dtype} blocks: must be floating")
+    arrays = jnp.asarray(x, dtype), jnp.asarray(kernel.values, dtype), jnp.asarray(kernel.index)
     product = functools.partial(_any_axes, static)
     if how.mesh is not None:
-        # Interpreted kernels mix varying and unvarying values, which the check refuses.
         parts = math.prod(how.mesh.shape[axis] for axis in how.axes)
         split = P(how.axes) if x.ndim > 1 and x.shape[0] % parts == 0 else P()
-        product = jax.shard_map(
-            product,
-            mesh=how.mesh,
-            in_specs=(split, P(), P()),
-            out_specs=split,
-            check_vma=not how.interpret,
+        return _split(product, how.mesh, None, split, how)(*arrays)
+    spec, mesh = jax.typeof(arrays[0]).sharding.spec, jax.typeof(arrays[0]).sharding.mesh
+    axes = {name for entry in spec if entry for name in np.atleast_1d(entry)}
+    if not axes:
+        return product(*arrays)
+    if spec[-1] is not None:
+        raise SparsityError(
+            f"x of sharding {spec}: its last axis must be whole, blocks read all of it"
         )
-    return product(x, values, jnp.asarray(kernel.index))
+    everywhere = NamedSharding(mesh, P())
+    whole = [jax.sharding.reshard(array, everywhere) for array in arrays[1:]]
+    return _split(product, mesh, axes, P(*spec[:-1]), how)(arrays[0], *whole)
+
+
+def _split(
+    product: Any, mesh: Mesh | AbstractMesh, axes: set[str] | None, split: P, how: Options
+) -> Any:
+    """The product on each device's part of x; over `axes` of the mesh, all if None."""
+    names = {} if axes is None else {"axis_names": axes}
+    # Interpreted kernels mix varying and unvarying values, which the check refuses.
+    return jax.shard_map(
+        product, mesh=mesh, in_specs=(split, P(), P()), out_specs=split,
+        check_vma=not how.interpret, **names,
+    )  # fmt: skip
 
 
 def _any_axes(static: _Static, x: jax.Array, values: jax.Array, index: jax.Array) -> jax.Array:

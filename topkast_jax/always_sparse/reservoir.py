@@ -12,7 +12,7 @@ import functools
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +23,8 @@ from topkast_jax.patterns import Block, Unstructured, units_in
 from topkast_jax.rules import Leaf
 from topkast_jax.sets import BACKWARD, FORWARD, frozen_flags
 from topkast_jax.sparsify import Plan
+
+T = TypeVar("T")
 
 
 class Reservoir(NamedTuple):
@@ -80,6 +82,8 @@ def check(leaf: Leaf) -> None:
             f"{leaf.path}: pattern {leaf.pattern} has no compact form; allowed: Unstructured(), "
             "Block(rows, cols)"
         )
+    if not leaf.shape:
+        raise SparsityError(f"{leaf.path} is a scalar, which has no compact form: must be dense")
     units = units_in(leaf.pattern, leaf.shape)
     if isinstance(leaf.pattern, Block) and leaf.forward_density * units < 0.5:
         raise SparsityError(
@@ -202,8 +206,26 @@ def freeze(flags: np.ndarray) -> np.ndarray:
         return np.asarray(frozen_flags(flags))  # type: ignore[arg-type]
 
 
+def writable(reservoir: Reservoir) -> Reservoir:
+    """The same, in arrays that may be written to: those of a file may not."""
+    own = lambda x: np.require(x, requirements=["C", "W"])  # noqa: E731
+    return reservoir._replace(theta={name: own(x) for name, x in reservoir.theta.items()})
+
+
+def as_precise_as_here(function: Callable[..., T]) -> Callable[..., T]:
+    """`function` for another thread, with this thread's answer to whether 64 bits are on."""
+    enabled = jax.config.jax_enable_x64  # type: ignore[attr-defined, unused-ignore]
+
+    def there(*args: Any) -> T:
+        with jax.enable_x64(enabled):
+            return function(*args)
+
+    return there
+
+
 def in_parallel(function: Any, leaves: Mapping[str, HostLeaf], *columns: Any) -> dict[str, Any]:
     """`function(leaf, *what each column has of it)` for all leaves, by name, in threads."""
+    function = as_precise_as_here(function)
     with ThreadPoolExecutor() as pool:
         futures = {
             name: pool.submit(function, leaf, *(column[name] for column in columns))

@@ -34,25 +34,26 @@ def spread(
       transposed: multiply by each block's transpose.
 
     Returns:
-      `[T, width]`, accumulated in float32, in the dtype of x; zero where no block writes.
+      `[T, width]`, accumulated in float32 or wider, in the dtype of x; zero where no block writes.
     """
     rows, cols = values.shape[1:][::-1] if transposed else values.shape[1:]
+    sums = sums_in(x_TxI.dtype)
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
     x_PxTxR = panels(x_TxI, rows)
 
     def add_block(i: jax.Array, y: jax.Array) -> jax.Array:
         product = lax.dot_general(
-            x_PxTxR[source[i]], values[i], contract, preferred_element_type=jnp.float32
+            x_PxTxR[source[i]], values[i], contract, preferred_element_type=sums
         )
         return y.at[target[i]].add(product)
 
     # The loop writes in place. A constant zero, shared with the other products of a step, would be
     # copied for each of them; a zero that the compiler cannot see through is not.
-    zero = jnp.minimum(source[0], 0).astype(jnp.float32)
+    zero = jnp.minimum(source[0], 0).astype(sums)
     y_PxTxC = jnp.full((width // cols, x_TxI.shape[0], cols), zero)
     (y_PxTxC,) = varying_like((y_PxTxC,), x_TxI)
     y_PxTxC = lax.fori_loop(0, source.shape[0], add_block, y_PxTxC)
-    return y_PxTxC.swapaxes(0, 1).reshape(-1, width).astype(x_TxI.dtype)
+    return y_PxTxC.swapaxes(0, 1).reshape(x_TxI.shape[0], width).astype(x_TxI.dtype)
 
 
 def outer(
@@ -68,28 +69,35 @@ def outer(
       block: rows and columns of a block.
 
     Returns:
-      float32 `[b, rows, cols]`.
+      `[b, rows, cols]`, float32 or wider.
     """
     rows, cols = block
     # Transposed once, each dot is a plain [rows, T] @ [T, cols]: Eigen's fastest form. The
     # narrower of the two is the cheaper one to transpose.
     if x_TxK.shape[1] > dy_TxN.shape[1]:
         return outer(dy_TxN, x_TxK, col, row, (cols, rows)).swapaxes(1, 2)
-    x_PxRxT = x_TxK.T.reshape(-1, rows, x_TxK.shape[0])
+    sums = sums_in(x_TxK.dtype)
+    x_PxRxT = x_TxK.T.reshape(x_TxK.shape[1] // rows, rows, x_TxK.shape[0])
     dy_PxTxC = panels(dy_TxN, cols)
 
     def one_block(where: tuple[jax.Array, jax.Array]) -> jax.Array:
         r, c = where
-        return jnp.matmul(x_PxRxT[r], dy_PxTxC[c], preferred_element_type=jnp.float32)
+        return jnp.matmul(x_PxRxT[r], dy_PxTxC[c], preferred_element_type=sums)
 
     return lax.map(one_block, (row, col))
 
 
 def panels(x_TxI: jax.Array, size: int) -> jax.Array:
     """The features cut into panels: `[I / size, T, size]`."""
-    return x_TxI.reshape(x_TxI.shape[0], -1, size).swapaxes(0, 1)
+    tokens, features = x_TxI.shape
+    return x_TxI.reshape(tokens, features // size, size).swapaxes(0, 1)
 
 
 def padded(x_TxI: jax.Array, tile: int) -> jax.Array:
     """With zeros after the last token, up to a multiple of `tile` tokens."""
     return jnp.pad(x_TxI, ((0, -x_TxI.shape[0] % tile), (0, 0)))
+
+
+def sums_in(dtype: jnp.dtype) -> jnp.dtype:
+    """The type in which products of this type are summed: float32, or the type itself if wider."""
+    return jnp.promote_types(dtype, jnp.float32)

@@ -17,6 +17,7 @@ from topkast_jax import Block, SparsityError, Unstructured
 from topkast_jax.always_sparse import (
     CompactKernel,
     dense_tile,
+    from_masks,
     matmul,
     options,
     to_dense,
@@ -272,3 +273,56 @@ def test_a_kernel_on_the_wrong_platform(backend, platform):
         matmul(jnp.ones((2, 256)), kernel, backend=backend)
     with options(backend), pytest.raises(SparsityError, match="use backend 'xla'"):
         jax.jit(matmul)(jnp.ones((2, 256)), kernel)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (0, 3, 8)])
+def test_no_tokens(shape):
+    kernel = random_case((8, 12), Block(4, 4), 3, 5).kernel
+    assert matmul(jnp.ones(shape), kernel).shape == (*shape[:-1], 12)
+    grads = jax.grad(lambda v: jnp.sum(matmul(jnp.ones(shape), kernel.with_values(v))))
+    np.testing.assert_array_equal(grads(kernel.values), jnp.zeros_like(kernel.values))
+
+
+def test_sixty_four_bits_are_summed_in_sixty_four():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        dense, mask = rng.normal(size=(8, 12)), np.ones((8, 12), bool)
+        kernel = jax.tree.map(jnp.asarray, from_masks(dense, mask, mask, Block(4, 4)))
+        x = rng.normal(size=(5, 8))
+        value, pull = jax.vjp(lambda v, x: matmul(x, kernel.with_values(v)), kernel.values, x)
+        dvalues, dx = pull(jnp.ones((5, 12)))
+        assert dvalues.dtype == dx.dtype == value.dtype == jnp.float64
+        np.testing.assert_allclose(value, x @ dense, rtol=1e-14)
+        np.testing.assert_allclose(dx, np.ones((5, 12)) @ dense.T, rtol=1e-14)
+        found = to_dense(kernel.with_values(dvalues))
+        np.testing.assert_allclose(found, x.T @ np.ones((5, 12)), rtol=1e-14)
+
+
+@pytest.mark.parametrize("split", [P("data"), P("data", "model"), P(("data", "model"))])
+def test_an_explicitly_sharded_x(split):
+    """The mesh is that of x's type: nothing is to be said of it."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    kernel = random_case((8, 12), Block(4, 4), 3, 5).kernel
+    x = np.random.default_rng(1).normal(size=(4, 2, 8)).astype(np.float32)
+    there = jax.device_put(x, NamedSharding(mesh, split))
+
+    def loss(values, x):
+        return jnp.sum(matmul(x, kernel.with_values(values)) ** 2)
+
+    y = jax.jit(matmul)(there, kernel)
+    assert jax.typeof(y).sharding.spec == P(*split, *(None,) * (3 - len(split)))
+    assert_close(y, matmul(x, kernel), 1e-6)
+    found = jax.jit(jax.grad(loss, (0, 1)))(kernel.values, there)
+    for one, expected in zip(found, jax.grad(loss, (0, 1))(kernel.values, x), strict=True):
+        assert_close(one, expected, 1e-6)
+    whole = jax.device_put(x, NamedSharding(mesh, P(None, None, "data")))
+    with pytest.raises(SparsityError, match="its last axis must be whole"):
+        jax.jit(matmul)(whole, kernel)
+
+
+def test_numbers_that_are_not_real():
+    kernel = random_case((8, 12), Block(4, 4), 3, 5).kernel
+    with pytest.raises(SparsityError, match="complex64 and float32 blocks: must be floating"):
+        matmul(jnp.ones((2, 8), jnp.complex64), kernel)
+    with pytest.raises(SparsityError, match=r"x of shape \(\) does not fit"):
+        matmul(1.0, kernel)

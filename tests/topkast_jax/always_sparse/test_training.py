@@ -1,5 +1,7 @@
 """Always-sparse training against the masked path with its inner state reset."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import topkast_jax as tk
 from topkast_jax.always_sparse import AlwaysSparse, matmul, values_of, with_tile
+from topkast_jax.always_sparse import reservoir as hosts
 from topkast_jax.sets import find_compact
 
 ALL = [("stack/.*", tk.Sparse(stacked=1)), (".*kernel", tk.Sparse()), (".*", tk.Dense())]
@@ -74,6 +77,19 @@ def assert_same(dense, other, rtol=1e-5):
         assert np.max(np.abs(a - b)) <= rtol * max(np.max(np.abs(a)), 1e-3)
 
 
+def on_b(inner_state, sets):
+    """An inner state's arrays of a sparse leaf's shape, 0 outside B."""
+    flags = [f for f in jax.tree.leaves(sets) if np.ndim(f)]
+
+    def inside(array):
+        for f in flags:
+            if np.shape(array) == f.shape:
+                return np.where(np.asarray(f) & 2, array, 0)
+        return array
+
+    return jax.tree.map(inside, inner_state)
+
+
 INNER = {
     "momentum": lambda: optax.sgd(0.01, momentum=0.9),
     "adam": lambda: optax.adam(1e-2),
@@ -81,6 +97,10 @@ INNER = {
     "rmsprop": lambda: optax.rmsprop(1e-3, momentum=0.9),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, momentum=0.9)),
     "inject": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
+    # Entries outside B have a state of their own: what init gives, or decay that gathers.
+    "adagrad": lambda: optax.adagrad(0.1),
+    "schedule_free": lambda: optax.contrib.schedule_free_sgd(0.1, weight_decay=0.01),
+    "decayed": lambda: optax.chain(optax.add_decayed_weights(0.05), optax.sgd(0.01, momentum=0.9)),
 }
 
 
@@ -92,6 +112,10 @@ INNER = {
         ("adam", ONE, tk.Unstructured(), 100),
         ("momentum", ONE, tk.Unstructured(), 0),
         *[(inner, ONE, tk.Unstructured(), None) for inner in ("adamw", "rmsprop", "inject")],
+        *[
+            (inner, ONE, tk.Unstructured(), 100)
+            for inner in ("adagrad", "schedule_free", "decayed")
+        ],
         ("clipped", ONE, tk.Block(3, 2), None),
     ],
 )
@@ -116,7 +140,8 @@ def test_follows_the_masked_path(inner, rules, pattern, stop):
         for name, flags in reservoir.sets.items():
             section, leaf = name.split("/")
             np.testing.assert_array_equal(state.sets[section][leaf], flags, err_msg=f"{name} {i}")
-        assert_same(state.inner_state, found_state.inner_state, 1e-4)
+        inner_b = on_b(state.inner_state, state.sets)
+        assert_same(inner_b, on_b(found_state.inner_state, state.sets), 1e-4)
         changed += float(tk.statistics.churn_since_last_refresh(dense, state))
     assert changed > 0.05 or stop == 0
 
@@ -251,6 +276,149 @@ def test_factored_moments_of_units_move_and_others_stay():
     np.testing.assert_array_equal(factored(state)["v_col"], before["v_col"])
 
 
+def grid(*shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+
+
+def refreshed(tx, params, move=1.0, **options):
+    """An object with its state, places, and values of which some have changed their rank."""
+    sparse = AlwaysSparse(tx, params, **options)
+    values, state, reservoir = sparse.start(params)
+    scale = jax.random.uniform(jax.random.key(0), (128,), minval=0.1, maxval=3.0)
+    scaled = jax.tree.map(
+        lambda x: x * scale[: len(x)].reshape(-1, *(1,) * (x.ndim - 1)) * move, values
+    )
+    before = find_compact(state)
+    index = jax.tree.map(np.array, before.kernels)
+    return sparse, index, scaled, state, reservoir
+
+
+def test_accumulators_that_lie_below_a_parameter_s_path_move_too():
+    """SM3 keeps one accumulator an axis, in a list: that of the units moves, others stay."""
+    tx = tk.top_kast(optax.sm3(0.1), 0.25, 0.5, pattern=tk.Block(2, 3), refresh_every=1)
+    sparse, index, values, state, reservoir = refreshed(tx, {"w": grid(16, 12)})
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), values)
+    updates, state = sparse.transform.update(grads, state, values)
+    before = [np.array(x) for x in state.inner_state[0].mu["w"]]
+    assert [x.shape for x in before] == [(16,), (2,), (3,)]
+    values = optax.apply_updates(values, updates)
+    _, state, _ = sparse.refresh(1, values, state, reservoir)
+    after, places = state.inner_state[0].mu["w"], find_compact(state).kernels["w"].index
+    where = [list(index["w"].index).index(i) if i in index["w"].index else -1 for i in places]
+    assert where != sorted(where) or -1 in where
+    np.testing.assert_array_equal(after[0], [before[0][j] if j >= 0 else 0 for j in where])
+    for stays in (1, 2):
+        np.testing.assert_array_equal(after[stays], before[stays])
+
+
+@pytest.mark.parametrize(
+    ("inner", "pattern", "where"),
+    [
+        (optax.flatten(optax.adam(0.1)), tk.Unstructured(), r"state\[0\].mu"),
+        (optax.adafactor(0.1, min_dim_size_to_factor=8), tk.Block(8, 1), r"v_row\['w'\]"),
+    ],
+)
+def test_a_state_that_mixes_units_is_refused(inner, pattern, where):
+    """A vector of all parameters; sums that factor the units only just."""
+    tx = tk.top_kast(inner, 0.25, 0.5, pattern=pattern)
+    with pytest.raises(tk.SparsityError, match=f"{where}.* in a way that a refresh cannot follow"):
+        AlwaysSparse(tx, {"w": grid(8, 16), "b": jnp.ones(3)})
+
+
+def test_a_state_without_a_dense_form_is_not_converted():
+    tx = tk.top_kast(optax.sm3(0.1), 0.25, 0.5, refresh_every=1)
+    sparse = AlwaysSparse(tx, {"w": grid(8, 8)})
+    with pytest.raises(tk.SparsityError, match=r"to_masked: .*mu\['w'\]\[0\] would have to turn"):
+        sparse.to_masked(*sparse.start({"w": grid(8, 8)}))
+    dense = optax.sm3(0.1).init({"w": grid(8, 8)})
+    masked = tx.init({"w": grid(8, 8)})
+    assert len(dense[0].mu["w"]) == 2
+    with pytest.raises(tk.SparsityError, match="from_masked: "):
+        sparse.from_masked({"w": grid(8, 8)}, masked)
+
+
+@pytest.mark.parametrize("tree", [grid(16, 16), {"index": grid(16, 16)}, [grid(16, 16)]])
+def test_any_tree_and_arrays_that_stand_in_two_places(tree):
+    """A bare array, an entry named like the kernel's; a copy of the values in the state."""
+    tx = tk.top_kast(optax.contrib.prodigy(0.5), 0.2, 0.4, refresh_every=1)
+    sparse = AlwaysSparse(tx, tree)
+    values, state, reservoir = sparse.start(tree)
+    (held,) = jax.tree.leaves(values)
+    values, (state, best), reservoir = sparse.refresh(1, values, (state, values), reservoir)
+    assert not held.is_deleted()
+    (now,), (kept,) = jax.tree.leaves(values), jax.tree.leaves(best)
+    np.testing.assert_array_equal(now, kept)
+    np.testing.assert_array_equal(now, jax.tree.leaves(state.inner_state.params0)[0])
+
+
+def test_what_stays_is_moved_in_place():
+    """No second copy of values and moments on the device while a refresh runs."""
+    tx = tk.top_kast(optax.adam(0.1), 0.2, 0.4, refresh_every=1)
+    sparse, _, values, state, reservoir = refreshed(tx, {"w": grid(16, 16)})
+    gone = [values["w"], state.inner_state[0].mu["w"], find_compact(state).kernels["w"].index]
+    sparse.refresh(1, values, state, reservoir)
+    assert all(array.is_deleted() for array in gone)
+
+
+def test_theta_in_another_order_of_memory_is_written_to():
+    theta = np.asfortranarray(np.random.default_rng(0).normal(size=(2, 3, 8, 8)), np.float32)
+    rules = [(".*", tk.Sparse(stacked=2))]
+    tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=1, rules=rules)
+    sparse = AlwaysSparse(tx, {"w": theta})
+    values, state, reservoir = sparse.start({"w": theta})
+    doubled = {"w": values["w"] * 2}
+    dense, _ = sparse.to_masked(doubled, state, reservoir)
+    kept = np.asarray(reservoir.sets["w"] & 2 != 0)
+    np.testing.assert_allclose(dense["w"], np.where(kept, 2 * theta, theta), rtol=1e-6)
+    read_only = jax.tree.map(lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
+                             reservoir)  # fmt: skip
+    values, state, again = sparse.refresh(1, doubled, state, read_only)
+    np.testing.assert_allclose(again.theta["w"], dense["w"])
+
+
+def test_sixty_four_bits_of_one_thread_reach_the_choice():
+    """θ whose entries differ beyond float32 alone, all larger than the next."""
+    with jax.enable_x64(True):
+        theta = np.ones((8, 8)) + np.random.default_rng(0).permutation(64).reshape(8, 8) * 1e-12
+        tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=1)
+        sparse = AlwaysSparse(tx, {"w": theta})
+        _, _, reservoir = sparse.start({"w": theta})
+        np.testing.assert_array_equal(reservoir.sets["w"] & 3, _oracle_sets("w", theta))
+
+
+def test_a_choice_under_way_is_waited_for_before_theta_is_written(monkeypatch):
+    """Exploring stops while a thread chooses: θ stays as it was until the thread is done."""
+    tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=4, stop_exploring_at=5)
+    params = {"w": grid(16, 16)}
+    sparse = AlwaysSparse(tx, params, delay=2)
+    values, state, reservoir = sparse.start(params)
+    choose, seen, hold = hosts.choose, [], threading.Event()
+
+    def slow(plan, leaf, step, theta, *rest):
+        seen.append(theta.copy())
+        hold.wait(0.3)
+        seen.append(theta.copy())
+        return choose(plan, leaf, step, theta, *rest)
+
+    monkeypatch.setattr(hosts, "choose", slow)
+    values, state, reservoir = sparse.refresh(4, values, state, reservoir)
+    sparse.refresh(5, jax.tree.map(lambda x: x * 2, values), state, reservoir)
+    np.testing.assert_array_equal(*seen)
+
+
+def test_a_reservoir_saved_without_its_choice():
+    tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=4)
+    params = {"w": grid(16, 16)}
+    sparse = AlwaysSparse(tx, params, delay=2)
+    values, state, reservoir = sparse.start(params)
+    values, state, reservoir = sparse.refresh(4, values, state, reservoir)
+    later = AlwaysSparse(tx, params, delay=2)
+    with pytest.raises(tk.SparsityError, match="step 4 is not in this reservoir.*settled"):
+        later.refresh(6, values, state, reservoir)
+    expected = sparse.refresh(6, jax.tree.map(jnp.copy, values), state, reservoir)
+    assert expected[2].chosen.keys() == {"w"}
+
+
 def test_one_object_serves_one_run_after_another():
     """A choice that is under way when another run starts is none of that run's."""
     params = parameters()
@@ -269,8 +437,37 @@ def test_what_a_first_loop_gets_wrong():
     for read in (tk.keep_masks, tk.statistics.mask_statistics):
         with pytest.raises(tk.SparsityError, match="take AlwaysSparse.masks.reservoir."):
             read(values, state)
-    with pytest.raises(tk.SparsityError, match="not the one that start returned"):
-        sparse.refresh(100, values, optax.sgd(0.1).init(values), reservoir)
+    other = optax.sgd(0.1).init(values)
+    short = jax.tree.map(lambda x: x[:-1], values)
+    kernels = tk.forward_params(values, state)
+    for words, call in {
+        "not the one that start returned": lambda: sparse.refresh(100, values, other, reservoir),
+        "refresh: first/kernel must be an array float32.38., found float32.12, 8.":
+            lambda: sparse.refresh(100, params, state, reservoir),
+        "a compact kernel: take values_of": lambda: sparse.refresh(100, kernels, state, reservoir),
+        "refresh: first/bias .*found float32.7.":
+            lambda: sparse.refresh(100, values | {"first": short["first"] | {
+                "kernel": values["first"]["kernel"]}}, state, reservoir),
+        "step=1.5: must be an integer": lambda: sparse.refresh(1.5, values, state, reservoir),
+        "traced one: call it outside jit": lambda: jax.jit(
+            lambda v: sparse.refresh(100, v, state, reservoir))(values),
+        "start: stack/kernel must be .*float32.3, 8, 8., found": lambda: sparse.start(
+            params | {"stack": {"kernel": params["stack"]["kernel"].T[:, :3]}}),
+        "start: not a tree of the parameters' structure": lambda: sparse.start(params["first"]),
+        "an abstract one": lambda: sparse.start(jax.eval_shape(lambda: params)),
+        "found bfloat16": lambda: sparse.start(
+            jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)),
+        "transform is no part of the tx": lambda: sparse.start(params, optax.sgd(0.1)),
+        "init does not know where": lambda: sparse.transform.init(values),
+        "take the tree of values that came with the state":
+            lambda: tk.forward_params(params, state),
+        "update: gradient of first/kernel": lambda: sparse.transform.update(params, state, values),
+        "update: values of first/kernel": lambda: sparse.transform.update(values, state, params),
+        "to_masked: this optimizer state": lambda: sparse.to_masked(values, other, reservoir),
+    }.items():  # fmt: skip
+        with pytest.raises(tk.SparsityError, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
     grads = jax.grad(loss, allow_int=True)(tk.forward_params(values, state), *data(1)[0])
     for found, expected in zip(
         jax.tree.leaves(sparse.transform.update(grads, state, values)[0]),
@@ -295,7 +492,13 @@ class Uneven(tk.Method):
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
-        (lambda: optax.sgd(0.1), {}, "needs what top_kast"),
+        (lambda: optax.sgd(0.1), {}, "needs what top_kast.*found a GradientTransformation"),
+        (lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2), {"delay": 1.5}, "delay=1.5"),
+        (
+            lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2, rules=[(".*", tk.Sparse())]),
+            {},
+            "s is a scalar",
+        ),
         (lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2), {"delay": 100}, "below refresh_every"),
         (lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2), {"delay": -1}, "delay=-1"),
         (lambda: tk.static_random(optax.sgd(0.1), 0.1, seed=0), {"delay": 3}, "sets never change"),
@@ -314,7 +517,7 @@ class Uneven(tk.Method):
 )
 def test_what_cannot_be_is_said_in_one_line(make, options, words):
     with pytest.raises(tk.SparsityError, match=words) as caught:
-        AlwaysSparse(make(), {"w": jnp.ones((8, 8))}, **options)
+        AlwaysSparse(make(), {"w": jnp.ones((8, 8)), "s": 1.0}, **options)
     assert "\n" not in str(caught.value)
 
 

@@ -1,0 +1,115 @@
+"""What always-sparse training refuses, each in one line that names it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topkast_jax.always_sparse import reservoir as hosts
+from topkast_jax.always_sparse.compact import is_compact
+from topkast_jax.always_sparse.reservoir import HostLeaf
+from topkast_jax.errors import SparsityError
+from topkast_jax.patterns import units_in
+from topkast_jax.rules import Leaf
+from topkast_jax.selection import keep_count
+from topkast_jax.sparsify import Plan
+
+
+def check_plan(plan: Plan, leaves: dict[str, HostLeaf], delay: int) -> None:
+    """Raises SparsityError unless the method and its leaves have an always-sparse form."""
+    if plan.method.needs_gradient:
+        raise SparsityError(
+            f"{type(plan.method).__name__} chooses by the dense gradient, which always sparse "
+            "never makes: use it on dense arrays"
+        )
+    for name, value in (
+        ("forward_density", plan.forward_density), ("backward_density", plan.backward_density),
+        ("refresh_every", plan.refresh_every), ("stop_exploring_at", plan.stop_exploring_at),
+    ):  # fmt: skip
+        if isinstance(value, jax.core.Tracer):
+            raise SparsityError(f"{name} is traced: always sparse needs a plain number")
+    if delay and plan.refresh_every is None:
+        raise SparsityError(f"delay={delay}: must be 0 where sets never change")
+    if delay and plan.refresh_every is not None and delay >= int(plan.refresh_every):
+        raise SparsityError(
+            f"delay={delay}: must be below refresh_every={plan.refresh_every}, so that one choice "
+            "is in use before the next begins"
+        )
+    for leaf in leaves.values():
+        hosts.check(leaf.leaf)
+    hosts.host_device()
+
+
+def unit_counts(leaf: Leaf, frozen: bool) -> tuple[int, int]:
+    """Units in A and in B."""
+    units = units_in(leaf.pattern, leaf.shape)
+    forward = keep_count(units, float(leaf.forward_density))
+    return forward, forward if frozen else keep_count(units, float(leaf.backward_density))
+
+
+def check_sizes(leaf: Leaf, forward: int, backward: int) -> None:
+    """Raises SparsityError unless these are the units in A and B that the densities say."""
+    expected = {unit_counts(leaf, frozen) for frozen in (False, True)}
+    if (forward, backward) not in expected:
+        raise SparsityError(
+            f"{leaf.path}: always sparse needs sets of fixed size; densities ask for "
+            f"{sorted(expected)} units in A and B, the method chose {(forward, backward)}"
+        )
+
+
+def whole_number(name: str, value: Any) -> int:
+    """The value as an int; SparsityError unless it is one, not traced, and at least 0."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or number < 0:
+        raise SparsityError(f"{name}={value!r}: must be an integer of at least 0, outside jit")
+    return number
+
+
+def leaves_like(
+    what: str, tree: Any, treedef: Any, names: Sequence[str], expected: Sequence[Any]
+) -> list[Any]:
+    """The leaves of a tree that must hold arrays of the expected shapes and types.
+
+    Args:
+      what: is being called.
+      tree: what it was given.
+      treedef: the structure of the parameters.
+      names: of their leaves.
+      expected: abstract arrays.
+
+    Raises:
+      SparsityError: another structure, shape or type, or no arrays.
+    """
+    try:
+        leaves: list[Any] = treedef.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise SparsityError(f"{what}: not a tree of the parameters' structure: {reason}") from None
+    for name, leaf, like in zip(names, leaves, expected, strict=True):
+        found = _describe(leaf)
+        if found != f"{like.dtype}{list(like.shape)}":
+            raise SparsityError(
+                f"{what}: {name} must be an array {like.dtype}{list(like.shape)}, found {found}"
+            )
+    return leaves
+
+
+def _describe(leaf: Any) -> str:
+    if is_compact(leaf):
+        return "a compact kernel: take values_of(...)"
+    if isinstance(leaf, jax.core.Tracer):
+        return "a traced one: call it outside jit"
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return f"an abstract one: {leaf}"
+    try:
+        return f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
+    except (TypeError, ValueError):
+        return f"a {type(leaf).__name__}"
