@@ -2,10 +2,12 @@
 
 python -m experiments.convert --workdir=DIR --out=NEW_DIR --to=always_sparse|masked
 
-The new folder holds the newest checkpoint, the records and the config in the other form; the
-command that made the first run goes on with it, with `--config.method.always_sparse=True`, or with
-`--config.method.inner_state=reset` in place of that. Moments outside the backward set, which a
-masked run may keep, are dropped on the way to always sparse.
+The new folder, which appears whole or not at all, holds the newest checkpoint, the records and the
+config in the other form. The command that made the first run goes on with it: to always sparse with
+`--config.method.always_sparse=True` and without `--config.method.inner_state`, which masks alone
+have; back with `--config.method.inner_state=reset` and without what always sparse alone reads
+(`always_sparse`, `refresh_delay`, `backend`). Moments outside the backward set, which a masked run
+may keep, are dropped on the way to always sparse.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from experiments import flags, saved, workdir
 from experiments.checkpoints import Checkpoints
@@ -41,21 +45,28 @@ def convert(directory: Path, out: Path, to: str) -> int:
     twin_config = saved.other_form(config)
     if saved.is_compact(twin_config) != (to == "always_sparse"):
         raise UserError(f"--to={to}: the run in {directory} is that already")
+    workdir.check_no_address("--out", out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: exists; must be a new or an empty folder")
     found = saved.read(directory)
     twin = build(saved.on_one_device(twin_config), all_devices()[:1])
     state = _in_form_of(twin.form, found)
     _check_shapes(twin.form.abstract(int(state.step)), state)
-    workdir.claim(out, twin_config)
-    store = Checkpoints(out / workdir.CHECKPOINTS, config.keep_checkpoints)
+    with workdir.whole(out) as unfinished:
+        unfinished.mkdir(parents=True)
+        _write(unfinished, twin_config, state, found.meta)
+        if (directory / workdir.METRICS).exists():
+            shutil.copy(directory / workdir.METRICS, unfinished / workdir.METRICS)
+    return int(state.step)
+
+
+def _write(directory: Path, config: ConfigDict, state: TrainState, meta: dict[str, Any]) -> None:
+    workdir.write_json(directory / workdir.CONFIG, workdir.as_json(config))
+    store = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
     try:
-        store.save(int(state.step), state, found.meta)
+        store.save(int(state.step), state, meta)
     finally:
         store.close()
-    if (directory / workdir.METRICS).exists():
-        shutil.copy(directory / workdir.METRICS, out / workdir.METRICS)
-    return int(state.step)
 
 
 def _in_form_of(form: object, found: saved.Saved) -> TrainState:

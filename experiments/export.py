@@ -49,6 +49,8 @@ def write(directory: Path, out: Path, form: str) -> tuple[str, int]:
         raise UserError(f"--out={out}: must end in {' or '.join(SUFFIXES)}")
     if out.exists():
         raise UserError(f"--out={out}: exists; nothing is written over")
+    if not out.parent.is_dir():
+        raise UserError(f"--out={out}: cannot be written: there is no folder {out.parent}")
     found = saved.read(directory)
     params, opt_state = saved.in_compact_form(found)
     if found.config.method.name == "dense":
@@ -95,12 +97,13 @@ def _pattern(kernel: CompactKernel) -> str:
 
 def _save(out: Path, arrays: dict[str, np.ndarray], metadata: str) -> None:
     try:
-        if out.suffix == ".npz":
-            np.savez(out, **{METADATA: np.array(metadata)}, **arrays)  # type: ignore[arg-type]
-        else:
-            safetensors.numpy.save_file(arrays, out, {METADATA: metadata})
-    except OSError as error:
-        raise UserError(f"--out={out}: cannot be written: {error.strerror or error}") from error
+        with workdir.whole(out) as unfinished:
+            if out.suffix == ".npz":
+                np.savez(unfinished, **{METADATA: np.array(metadata)}, **arrays)  # type: ignore[arg-type]
+            else:
+                safetensors.numpy.save_file(arrays, unfinished, {METADATA: metadata})
+    except safetensors.SafetensorError as error:
+        raise UserError(f"--out={out}: cannot be written: {error}") from error
 
 
 def load(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -116,6 +119,8 @@ def load(path: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: it cannot be read, or is no such file.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; must be a file from experiments.export")
     arrays, text = _read(path)
     if text is None:
         raise UserError(f"{path}: was not written by experiments.export: no {METADATA!r} in it")

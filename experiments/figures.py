@@ -43,7 +43,8 @@ def _against_density(groups: Sequence[Group], metric: str) -> Any:
         values = group.values(lambda run: run["test"].get(metric))
         density = group.mean(lambda run: run["densities"]["forward"])
         if values and density is not None:
-            label = f"{_stem(group)}, {group.method}" if several else group.method
+            parts = (_stem(group) if several else "", group.settings, group.method)
+            label = ", ".join(filter(None, parts))
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             lines[label].append((density, statistics.fmean(values), spread))
     for i, (label, points) in enumerate(lines.items()):
@@ -77,7 +78,8 @@ def _churn_figure(groups: Sequence[Group]) -> Any:
             if by_step:
                 steps = sorted(by_step)
                 means = [statistics.fmean(by_step[step]) for step in steps]
-                axes.plot(steps, means, color=f"C{i}", label=f"{group.name} ({group.method})")
+                about = ", ".join(filter(None, (group.method, group.settings)))
+                axes.plot(steps, means, color=f"C{i}", label=f"{group.name} ({about})")
         axes.set_title(f"share of the forward set that is new {title}", fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

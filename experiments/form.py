@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from math import prod
 from typing import Any, Protocol
 
 import jax
@@ -18,15 +19,21 @@ from ml_collections import ConfigDict
 import topkast_jax as tk
 from experiments import optimizers, partition
 from experiments import state as states
+from experiments.errors import UserError
 from experiments.optimizers import Transform
 from experiments.state import TrainState
 from experiments.task import Task
 from topkast_jax import always_sparse
-from topkast_jax.always_sparse import AlwaysSparse
+from topkast_jax.always_sparse import AlwaysSparse, is_compact
+from topkast_jax.always_sparse.products import KERNELS
 from topkast_jax.always_sparse.reservoir import host_device
+from topkast_jax.patterns import Block
+from topkast_jax.trees import flatten_with_names
 
 Tree = Any
 Products = Callable[[], AbstractContextManager[None]]
+_statistics = jax.jit(tk.statistics.mask_statistics)
+_DEVICES = {"tpu": "tpu", "cuda": "gpu"}  # platforms as JAX lowers for them and as devices say it
 
 
 class Form(Protocol):
@@ -52,6 +59,9 @@ class Form(Protocol):
 
     def masks(self, state: TrainState) -> tuple[Tree, Tree]:
         """Dense parameters (perhaps abstract) and the sets over them, for statistics."""
+
+    def mask_statistics(self, state: TrainState) -> dict[str, jax.Array]:
+        """`topkast_jax.statistics.mask_statistics`, compiled once."""
 
 
 class Masked:
@@ -84,6 +94,10 @@ class Masked:
         """The state's own."""
         return state.params, state.opt_state
 
+    def mask_statistics(self, state: TrainState) -> dict[str, jax.Array]:
+        """On the devices."""
+        return _statistics(state.params, state.opt_state)
+
 
 class Compact:
     """Always sparse: the devices hold backward sets, the host all else."""
@@ -94,7 +108,10 @@ class Compact:
         self.sparse, self.tx = optimizers.make_always_sparse(
             config, states.abstract_params(task), self._place
         )
+        _check_backend(config.method.get("backend"), mesh, self.sparse.abstract())
         self._first = self._abstract(0)
+        params = self.sparse.masks(self._first.reservoir)[0]
+        self._statistics = jax.jit(lambda sets: tk.statistics.mask_statistics(params, sets))
 
     def _place(self, shape: tuple[int, ...]) -> NamedSharding:
         return NamedSharding(self._mesh, partition.spec(shape, self._mesh))
@@ -143,11 +160,45 @@ class Compact:
         """The reservoir's."""
         return self.sparse.masks(state.reservoir)
 
+    def mask_statistics(self, state: TrainState) -> dict[str, jax.Array]:
+        """On the host."""
+        with jax.default_device(host_device()):
+            return self._statistics(self.masks(state)[1])
+
 
 def make_form(config: ConfigDict, task: Task, mesh: Mesh) -> Masked | Compact:
     """The form that a validated config asks for."""
     compact = config.method.get("always_sparse", False)
     return Compact(config, task, mesh) if compact else Masked(config, task, mesh)
+
+
+def _check_backend(backend: str | None, mesh: Mesh, kernels: Tree) -> None:
+    """Raises UserError unless a backend takes the mesh's devices and the blocks of the kernels."""
+    if backend not in KERNELS:
+        return
+    found = mesh.devices.flat[0].platform
+    own = [name for name, (platform, _) in KERNELS.items() if _DEVICES[platform] == found]
+    allowed = " or ".join(map(repr, (None, "xla", *own)))
+    if backend not in own:
+        raise UserError(
+            f"config.method.backend: found {backend!r}; must be {allowed} on devices of {found}"
+        )
+    for name, block in _product_blocks(kernels).items():
+        if reason := KERNELS[backend][1].refuses(block):
+            raise UserError(
+                f"config.method.backend: found {backend!r}, and {name} refused: {reason}; "
+                "must be None or 'xla' with these"
+            )
+
+
+def _product_blocks(kernels: Tree) -> dict[str, tuple[int, int]]:
+    """Blocks of the compact matrices, by name: those of a convolution's window go another way."""
+    names, leaves, _ = flatten_with_names(kernels, is_leaf=is_compact)
+    return {
+        name: (leaf.pattern.rows, leaf.pattern.cols)
+        for name, leaf in zip(names, leaves, strict=True)
+        if is_compact(leaf) and isinstance(leaf.pattern, Block) and prod(leaf.shape[:-2]) == 1
+    }
 
 
 def product_options(config: ConfigDict, mesh: Mesh) -> Products:
@@ -158,13 +209,7 @@ def product_options(config: ConfigDict, mesh: Mesh) -> Products:
 
 def mask_statistics(form: Form, state: TrainState) -> dict[str, float]:
     """`topkast_jax.statistics.mask_statistics`, where the sets are."""
-    params, sets = form.masks(state)
-    if state.reservoir == ():
-        found = _statistics(params, sets)
-    else:
-        with jax.default_device(host_device()):
-            found = jax.jit(lambda s: tk.statistics.mask_statistics(params, s))(sets)
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in form.mask_statistics(state).items()}
 
 
 def leaf_counts(form: Form, state: TrainState, dense: bool) -> dict[str, tk.statistics.LeafCounts]:
@@ -174,6 +219,3 @@ def leaf_counts(form: Form, state: TrainState, dense: bool) -> dict[str, tk.stat
         return tk.statistics.leaf_counts(params, None if dense else sets)
     with jax.default_device(host_device()):
         return tk.statistics.leaf_counts(params, sets)
-
-
-_statistics = jax.jit(tk.statistics.mask_statistics)

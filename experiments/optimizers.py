@@ -58,12 +58,17 @@ def method_names() -> tuple[str, ...]:
     return ("dense", *tk.methods.names())
 
 
-def method_keys(method: ConfigDict) -> tuple[str, ...]:
-    """What a method reads of `config.method`: the arguments of its factory, and how it is held."""
+def method_keys(method: ConfigDict, compact: bool | None = None) -> tuple[str, ...]:
+    """What a method reads of `config.method`: the arguments of its factory, and how it is held.
+
+    Args:
+        method: the section.
+        compact: as if it were always sparse, or not; None: as it is.
+    """
     if method.name == "dense":
         return ()
     keys = (*_arguments(method.name), "distribution", "always_sparse")
-    if not method.always_sparse:
+    if not (method.always_sparse if compact is None else compact):
         return keys
     held = [key for key in COMPACT if key != "refresh_delay" or "refresh_every" in keys]
     return (*(key for key in keys if key != "inner_state"), *held)
@@ -205,7 +210,20 @@ def _sparsified(config: ConfigDict, inner: Transform, params: Tree) -> SparseTra
             f"config.method.name: {method.name!r} makes a {type(tx).__name__}; its factory must "
             "return what topkast_jax.sparsify returns"
         )
+    _check_blocks(tx, params)
     return tx
+
+
+def _check_blocks(tx: SparseTransform, params: Tree) -> None:
+    try:
+        tx.plan.leaves(params)
+    except tk.SparsityError as error:
+        if ": Block(" not in str(error):
+            raise
+        raise UserError(
+            f"{error}; choose another config.method.pattern, or leave that leaf dense by "
+            "config.method.rules"
+        ) from error
 
 
 def read_pattern(text: str) -> tk.Pattern:

@@ -26,7 +26,7 @@ def all_devices() -> list[jax.Device]:
         found = jax.config.jax_platforms  # type: ignore[attr-defined, unused-ignore]
         raise UserError(
             f"JAX_PLATFORMS={found!r}: no such devices here; must name some that there are, or be "
-            f"unset ({error or 'JAX says no more'})"
+            f"unset ({str(error) or 'JAX says no more'})"
         ) from error
 
 
@@ -38,7 +38,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         devices: all devices of all hosts if None.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the sizes do not multiply to the number of devices, or do not fit where these
+            are.
     """
     shape = [sizes[axis] for axis in AXES]
     devices = all_devices() if devices is None else devices
@@ -49,7 +50,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise UserError(
             f"config.mesh: found {found}; must multiply to the {len(devices)} devices there are"
         )
-    return jax.make_mesh(full, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    try:
+        return jax.make_mesh(full, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    except (AssertionError, NotImplementedError) as error:  # how JAX says so of TPUs
+        raise UserError(
+            f"config.mesh: found {dict(zip(AXES, full, strict=True))}; must fit the places of the "
+            f"{len(devices)} devices: {str(error)[:200]}"
+        ) from error
 
 
 def batch_shards(mesh: Mesh) -> int:

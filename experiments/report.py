@@ -10,6 +10,7 @@ import dataclasses
 import json
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from experiments import figures, flags
 from experiments.errors import UserError
 from experiments.metrics import read_records
-from experiments.workdir import CONFIG, FINAL, METRICS, read_json
+from experiments.workdir import CONFIG, FINAL, METRICS, flat, read_json
 
 Run = dict[str, Any]
 
@@ -31,12 +32,14 @@ class Group:
         method: the sparsity method's name.
         runs: their `final.json`s.
         records: their `metrics.jsonl`s, in the same order.
+        settings: what tells them from other groups of the same name and method; empty without.
     """
 
     name: str
     method: str
     runs: list[Run]
     records: list[list[dict[str, Any]]]
+    settings: str = ""
 
     def values(self, read: Callable[[Run], Any]) -> list[float]:
         """One number a run, of those that have it."""
@@ -110,7 +113,43 @@ def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
         group.runs.append(run)
         group.records.append(read_records(path.with_name(METRICS)))
     unfinished = [path for path in configs if not (path / FINAL).exists()]
-    return sorted(groups.values(), key=lambda g: (g.name.partition(":")[0], *_order(g))), unfinished
+    told = _told_apart(list(groups.values()))
+    return sorted(told, key=lambda g: (g.name.partition(":")[0], *_order(g))), unfinished
+
+
+def _told_apart(groups: Sequence[Group]) -> list[Group]:
+    """The groups, those of one name and method with the settings in which they differ."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for group in groups:
+        alike[group.name, group.method].append(_config(group))
+    return [
+        dataclasses.replace(group, settings=_own(_config(group), alike[group.name, group.method]))
+        for group in groups
+    ]
+
+
+def _config(group: Group) -> dict[str, Any]:
+    values = flat(group.runs[0]["config"])
+    return {k: v for k, v in values.items() if k != "seed" and not k.startswith("derived.")}
+
+
+def _own(config: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
+    """A config's own values, among some configs: of what all that have it do not agree on."""
+    keys = [k for k in sorted(config) if _differ([c[k] for c in alike if k in c])]
+    # What only some have mostly follows from those; where it does not, it is told too.
+    same = [c for c in alike if all(c.get(k) == config[k] for k in keys)]
+    keys += [k for k in sorted(config) if k not in keys and _differ([c.get(k) for c in same])]
+    return ", ".join(_setting(key, config[key]) for key in keys)
+
+
+def _differ(values: Sequence[Any]) -> bool:
+    return any(value != values[0] for value in values)
+
+
+def _setting(key: str, value: Any) -> str:
+    if key == "method.always_sparse":
+        return "always sparse" if value else "masks"
+    return str(value) if key == "method.pattern" else f"{key.rpartition('.')[2]} {value}"
 
 
 def metric_names(groups: Sequence[Group]) -> list[str]:
@@ -120,7 +159,8 @@ def metric_names(groups: Sequence[Group]) -> list[str]:
 
 def _order(group: Group) -> tuple[Any, ...]:
     forward, _ = COLUMNS["forward density"]
-    return group.method != "dense", group.method, -(group.mean(forward) or 0), group.name
+    density = -(group.mean(forward) or 0)
+    return group.method != "dense", group.method, density, group.name, group.settings
 
 
 def _read_final(path: Path) -> Run:
@@ -152,13 +192,24 @@ def _context(group: Group) -> str:
     )
 
 
+def _first_heads(groups: Sequence[Group]) -> list[str]:
+    told = any(group.settings for group in groups)
+    return ["config", "method", "seeds", *(["settings"] if told else [])]
+
+
+def _first(group: Group, groups: Sequence[Group]) -> list[Any]:
+    """The cells under `_first_heads`."""
+    cells = [group.name, group.method, len(group.runs), group.settings]
+    return cells[: len(_first_heads(groups))]
+
+
 def _markdown(groups: Sequence[Group]) -> str:
     columns = _columns(groups)
-    rows = [["config", "method", "seeds", *columns, "evaluated on"]]
+    rows = [[*_first_heads(groups), *columns, "evaluated on"]]
     rows.append(["---"] * len(rows[0]))
     for group in groups:
         cells = [_cell(group.values(read), form) for read, form in columns.values()]
-        rows.append([group.name, group.method, str(len(group.runs)), *cells, _context(group)])
+        rows.append([*map(str, _first(group, groups)), *cells, _context(group)])
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
@@ -167,9 +218,9 @@ def _write_csv(groups: Sequence[Group], path: Path) -> None:
     heads = [head for column in columns for head in (column, f"{column} spread")]
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["config", "method", "seeds", *heads, "evaluated on"])
+        writer.writerow([*_first_heads(groups), *heads, "evaluated on"])
         for group in groups:
-            row: list[Any] = [group.name, group.method, len(group.runs)]
+            row = _first(group, groups)
             for read, _ in columns.values():
                 values = group.values(read)
                 row += [group.mean(read), statistics.stdev(values) if len(values) > 1 else None]

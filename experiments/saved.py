@@ -59,9 +59,11 @@ def read(directory: Path, task: str | None = None) -> Saved:
 
 
 def on_one_device(config: ConfigDict) -> ConfigDict:
-    """A copy for a process that reads alone."""
+    """A copy for a process that reads alone, on whatever platform."""
     copy = config.copy_and_resolve_references()
     copy.mesh = ONE_DEVICE
+    if "backend" in copy.method:
+        copy.method.backend = None
     return copy
 
 
@@ -93,8 +95,8 @@ def in_compact_form(saved: Saved) -> tuple[Any, Any]:
         return state.params, state.opt_state
     try:
         twin = build(on_one_device(other_form(saved.config)), all_devices()[:1])
-    except SparsityError:  # a method or a density that masks alone can have
+        assert isinstance(twin.form, Compact)
+        params, opt_state, _ = twin.form.sparse.from_masked(state.params, state.opt_state)
+    except SparsityError:  # a method, density or optimizer that masks alone can have
         return state.params, state.opt_state
-    assert isinstance(twin.form, Compact)
-    params, opt_state, _ = twin.form.sparse.from_masked(state.params, state.opt_state)
     return params, opt_state

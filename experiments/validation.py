@@ -136,11 +136,17 @@ def _drop_unread(config: ConfigDict, overridden: frozenset[str]) -> None:
             )
         for key in sorted(set(part) - {"name", *read(part)}):
             if f"{section}.{key}" in overridden:
-                raise UserError(
-                    f"config.{section}.{key}: {part.name} does not read it; "
-                    f"it reads {', '.join(read(part)) or 'nothing'}"
-                )
+                raise UserError(f"config.{section}.{key}: {_why_unread(part, key, read(part))}")
             del part[key]
+
+
+def _why_unread(part: ConfigDict, key: str, read: Iterable[str]) -> str:
+    compact = part.get("always_sparse")
+    if compact is not None and key in optimizers.method_keys(part, not compact):
+        if compact:
+            return f"always sparse always resets; leave {key} out"
+        return "is read only with config.method.always_sparse=True"
+    return f"{part.name} does not read it; it reads {', '.join(read) or 'nothing'}"
 
 
 def _get(config: Any, key: str) -> Any:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from experiments.errors import UserError
 
 CONFIG, METRICS, FINAL, CHECKPOINTS = "config.json", "metrics.jsonl", "final.json", "checkpoints"
 # May differ when a run goes on: where it runs and how it is kept, not what it computes.
-FREE = ("name", "mesh", "checkpoint_every", "keep_checkpoints")
+FREE = ("name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints")
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
@@ -28,8 +32,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     Raises:
         UserError: it is a file or an address, cannot be written, or belongs to another config.
     """
-    if ":/" in str(workdir):
-        raise UserError(f"--workdir={workdir}: is an address; must be a folder, mounted if need be")
+    check_no_address("--workdir", workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; must be a folder, or a new name")
     saved = workdir / CONFIG
@@ -44,6 +47,12 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     _check_writable(workdir)
     if jax.process_index() == 0:
         write_json(saved, as_json(config))
+
+
+def check_no_address(flag: str, path: Path) -> None:
+    """Raises UserError for what only looks like a path."""
+    if ":/" in str(path):
+        raise UserError(f"{flag}={path}: is an address; must be a path, mounted if need be")
 
 
 def _holds_results(workdir: Path) -> bool:
@@ -79,6 +88,28 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     unfinished.rename(path)
 
 
+@contextlib.contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """A place beside `out` for a new file or folder, which is `out` at the end, or gone.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    at = out.resolve()
+    unfinished = at.with_name(f"{at.stem}.unfinished.{os.getpid()}{at.suffix}")
+    try:
+        yield unfinished
+        unfinished.rename(at)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+
+
 def _check_writable(workdir: Path) -> None:
     trial = workdir / f".writable.{jax.process_index()}"
     try:
@@ -90,7 +121,9 @@ def _check_writable(workdir: Path) -> None:
 
 
 def _check_same(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    before, now = (_flat({k: v for k, v in c.items() if k not in FREE}) for c in (old, new))
+    before, now = (
+        {key: value for key, value in flat(c).items() if not _is_free(key)} for c in (old, new)
+    )
     missing = "nothing"
     different = [
         f"{key} is {before.get(key, missing)!r} there and {now.get(key, missing)!r} here"
@@ -104,10 +137,15 @@ def _check_same(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> None
         )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's values by key, dots between the levels."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
-    return flat
+    return found

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,12 +23,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments import flags
 from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.form import Compact
 from experiments.run import Run, build
+from experiments.totals import LOSS
 from topkast_jax.sets import BACKWARD
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_small.py"
@@ -48,14 +51,16 @@ def measure(variant: str, steps: int, repeats: int, overrides: Sequence[str]) ->
         f"{CONFIG}:{variant}",
         ("method.always_sparse=True", f"method.refresh_every={steps}", *overrides),
     )
+    _check_refreshes(config.method, steps, (repeats + WARM) * steps)
     run = build(config)
     if not isinstance(run.form, Compact):
-        raise UserError(f"--variant={variant}: must be sparse")
+        raise UserError("config.method.always_sparse: found False; must be True")
     state, batch = run.init(), _batch(run)
     step_seconds, refresh_seconds, entering = [], [], []
     for i in range(1, (repeats + WARM) * steps + 1):
-        seconds, (state, _) = _timed(run.step, state, batch)
+        seconds, (state, sums) = _timed(run.step, state, batch)
         step_seconds.append(seconds)
+        _check_finite(i, float(sums[LOSS]))
         if i % steps == 0:
             before = {k: v & BACKWARD for k, v in state.reservoir.sets.items()}
             seconds, state = _timed(run.form.between_steps, state, i)
@@ -73,10 +78,33 @@ def measure(variant: str, steps: int, repeats: int, overrides: Sequence[str]) ->
     }
 
 
+def _check_refreshes(method: ConfigDict, steps: int, last: int) -> None:
+    """Raises UserError unless each refresh falls between the steps where it is timed."""
+    stop = method.get("stop_exploring_at")
+    for key, fits, rule in (
+        ("refresh_every", method.get("refresh_every") == steps, f"--steps={steps}"),
+        ("refresh_delay", not method.get("refresh_delay"), "0"),
+        ("stop_exploring_at", stop is None or stop > last, f"None or above the last step, {last}"),
+    ):
+        if not fits:
+            raise UserError(
+                f"config.method.{key}: found {method.get(key)!r}; must be {rule}, for a refresh "
+                "to be measured"
+            )
+
+
+def _check_finite(step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"step {step}: the loss is {loss}, with which no refresh is as in training; "
+            "try a smaller config.optimizer.learning_rate"
+        )
+
+
 def _batch(run: Run) -> Any:
     rng = np.random.default_rng(0)
     tokens = {
-        name: rng.integers(0, 200, x.shape).astype(x.dtype)
+        name: rng.integers(0, run.config.data.vocabulary_size, x.shape).astype(x.dtype)
         for name, x in run.task.example_batch().items()
     }
     return run.put(tokens)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import flags
+from experiments.partition import all_devices
 from topkast_jax import selection
 
 DENSITIES = (0.1, 0.2)
@@ -113,6 +114,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--entries", type=_sizes, default=f"{4 * 2**20},{16 * 2**20}")
     parser.add_argument("--repeats", type=flags.positive, default=15)
     args = parser.parse_args(argv)
+    all_devices()  # says so, where JAX was told to use some that are not here
     results = []
     for entries in args.entries:
         seconds = measure(contestants(entries), args.repeats)

@@ -29,6 +29,7 @@ import optax
 
 import topkast_jax as tk
 from experiments import flags
+from experiments.partition import all_devices
 from experiments.tpu import compiling
 
 Loss = Callable[[Any, Any], jax.Array]
@@ -171,6 +172,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--cases", type=flags.some_of(CASES), default=",".join(CASES))
     parser.add_argument("--pairs", type=flags.positive, default=15, help="timed pairs a case")
     args = parser.parse_args(argv)
+    all_devices()  # says so, where JAX was told to use some that are not here
     results = []
     for name in args.cases:
         results.append({"case": name, **measure(CASES[name], args.pairs)})

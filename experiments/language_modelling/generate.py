@@ -9,6 +9,7 @@ It runs on the forward set alone, as training and evaluation do, with the memory
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from experiments.language_modelling.task import LanguageModelling
 from experiments.language_modelling.vocabulary import Vocabulary
 from topkast_jax.always_sparse import is_compact
 from topkast_jax.trees import flatten_with_names
+
+# May differ between a model and the one that its parameters are from.
+FREE = ("dropout", "dropatt", "dtype", "remat")
 
 
 @flags.command
@@ -61,7 +65,7 @@ def continuation(
     if params is None:
         alpha = run.view(state.params, state.opt_state)
     else:
-        alpha = exported(params, run.abstract.params)
+        alpha = exported(params, found.config, run.task.model.abstract_params)
     vocabulary = _vocabulary(found.config, found.meta["data"]["text"])
     numbers = encode_prompt(vocabulary, prompt)
     lengths = options.lengths(found.config, "evaluation")
@@ -69,20 +73,56 @@ def continuation(
     return vocabulary.decode([*numbers, *drawn])
 
 
-def exported(path: Path, like: Any) -> Any:
-    """The parameters in an exported file, for a run whose parameters have the names of `like`."""
-    tree, metadata = export.load(path)
+def exported(path: Path, config: ConfigDict, like: Any) -> Any:
+    """The parameters in an exported file.
+
+    Args:
+      path: of the file.
+      config: of the run whose model is to run on them.
+      like: that model's parameters, perhaps abstract.
+
+    Raises:
+      UserError: it cannot be read, holds another form, or parameters of another model.
+    """
+    try:
+        tree, metadata = export.load(path)
+    except UserError as error:
+        raise UserError(f"--params={error}") from error
     if metadata["form"] not in ("dense", "compact"):
         raise UserError(
             f"--params={path}: holds form {metadata['form']!r}; must be 'dense' or 'compact'"
         )
-    names = [set(flatten_with_names(t, is_leaf=is_compact)[0]) for t in (tree, like)]
-    if names[0] != names[1]:
-        raise UserError(
-            f"--params={path}: of another model: {', '.join(sorted(names[0] ^ names[1])[:3])} "
-            "is in one of the two only"
-        )
+    for found, needed in (
+        (_what_fits(metadata["config"]), _what_fits(config)),
+        (_shapes(tree), _shapes(like)),
+    ):
+        different = [k for k in needed | found if found.get(k) != needed.get(k)]
+        if different:
+            key = different[0]
+            raise UserError(
+                f"--params={path}: of another model: {key} is {found.get(key)!r} there and "
+                f"{needed.get(key)!r} in the run"
+            )
     return jax.tree.map(jnp.asarray, tree)
+
+
+def _what_fits(config: Any) -> dict[str, Any]:
+    """What must be the same of two configs for one to run on the other's parameters."""
+    config = ConfigDict(config)
+    if config.task != "language_modelling":
+        return {"task": config.task}
+    model = dataclasses.asdict(options.transformer_config(config))
+    fits = {key: value for key, value in model.items() if key not in FREE}
+    return {"task": config.task, "vocabulary": config.data.vocabulary} | fits
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """Dense shapes by name."""
+    names, leaves, _ = flatten_with_names(params, is_leaf=is_compact)
+    return {
+        name: (*leaf.index.shape[:-1], *leaf.shape) if is_compact(leaf) else leaf.shape
+        for name, leaf in zip(names, leaves, strict=True)
+    }
 
 
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> list[int]:

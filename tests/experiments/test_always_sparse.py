@@ -9,10 +9,11 @@ import toy_runs
 from oracle import buffer_sizes
 
 import topkast_jax as tk
-from experiments import main
+from experiments import form, main
 from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.run import build
+from topkast_jax.always_sparse import products
 from topkast_jax.sets import find_compact
 
 ROOT = Path(__file__).parents[2]
@@ -184,8 +185,12 @@ def test_a_delay_is_not_ignored():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("method.refresh_delay=2",), "refresh_delay: top_kast does not read it"),
-        (("method.always_sparse=True", "method.inner_state=keep"), "inner_state: top_kast does"),
+        (
+            ("method.refresh_delay=2",),
+            "refresh_delay: is read only with config.method.always_sparse=True",
+        ),
+        (("method.always_sparse=True", "method.inner_state=keep"), "always sparse always resets"),
+        (("method.pattern=block:8x8", "method.backend=xla"), "backend: is read only with"),
         (("method.always_sparse=True", "method.refresh_delay=-1"), "integer of at least 0"),
         (("method.always_sparse=True", "method.refresh_delay=100"), "must be below refresh_every"),
         (("method.always_sparse=True", "method.backend=cuda"), "method.backend: found 'cuda'"),
@@ -208,9 +213,12 @@ def test_mistakes(overrides, words):
     ("overrides", "words"),
     [
         (["method.pattern=block:7x7"], "does not divide the last two axes"),
-        (["method.pattern=block:8x8", "method.backend=pallas_gpu"], "backend 'pallas_gpu'"),
-        (["method.pattern=block:8x8", "method.backend=pallas_tpu"], "backend 'pallas_tpu'"),
-        (["method.pattern=block:16x16", "method.backend=pallas_gpu"], "runs on cuda and this is"),
+        (["method.pattern=block:7x7"], "or leave that leaf dense by config.method.rules"),
+        (
+            ["method.pattern=block:16x16", "method.backend=pallas_gpu"],
+            "config.method.backend: found 'pallas_gpu'; must be None or 'xla' on devices of cpu",
+        ),
+        (["method.pattern=block:16x16", "method.backend=pallas_tpu"], "must be None or 'xla' on"),
     ],
 )
 def test_mistakes_that_need_the_model_are_one_line(tmp_path, capsys, overrides, words):
@@ -219,3 +227,19 @@ def test_mistakes_that_need_the_model_are_one_line(tmp_path, capsys, overrides, 
     assert main.main([f"--config={spec}", f"--workdir={tmp_path / 'run'}", *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert words in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("blocks", ["8x8", "16x16"])
+def test_a_backend_for_these_devices_must_take_the_blocks(monkeypatch, blocks):
+    monkeypatch.setitem(products.KERNELS, "pallas_gpu", ("cpu", products.pallas_gpu))
+    monkeypatch.setitem(form._DEVICES, "cpu", "cpu")
+    config = toy_runs.config(
+        "80/60", "method.always_sparse=True", f"method.pattern=block:{blocks}", "model.hidden=64",
+        "method.backend=pallas_gpu", """method.rules=(("in/kernel", "sparse"), (".*", "dense"))""",
+    )  # fmt: skip
+    if blocks == "16x16":
+        assert build(config).config.method.backend == "pallas_gpu"
+        return
+    with pytest.raises(UserError, match="in/kernel refused: blocks must be powers of 2"):
+        build(config)

@@ -1,7 +1,13 @@
 """A mistake on a bench script's command line is one line that says what is wrong, and status 2."""
 
-import pytest
+from types import SimpleNamespace
 
+import jax
+import pytest
+import toy_runs
+
+from experiments.config import resolve
+from experiments.task import make_task
 from scripts import bench_always_sparse, bench_refresh, bench_selection, bench_step
 
 
@@ -13,6 +19,10 @@ from scripts import bench_always_sparse, bench_refresh, bench_selection, bench_s
         (bench_always_sparse, "--repeats=0", "--repeats", "at least 1"),
         (bench_refresh, "--variant=nope", "'nope'", "small-dense-F"),
         (bench_refresh, "--config.method.patern=block:16x16", "method.patern", "pattern"),
+        (bench_refresh, "--config.method.refresh_delay=1", "refresh_delay: found 1", "must be 0"),
+        (bench_refresh, "--config.method.refresh_every=3", "found 3", "--steps=10"),
+        (bench_refresh, "--config.method.stop_exploring_at=100", "found 100", "None or above"),
+        (bench_refresh, "--config.method.always_sparse=False", "found False", "must be True"),
         (bench_selection, "--entries=4194304,abc", "abc", "multiples of 2048"),
         (bench_selection, "--entries=100", "'100'", "multiples of 2048"),
         (bench_step, "--cases=mlp", "'mlp'", "mlp_b128_r100"),
@@ -27,3 +37,35 @@ def test_wrong_flag(script, flag, found, allowed, capsys):
     assert err.count("\n") == 1
     assert found in err
     assert allowed in err
+
+
+@pytest.mark.parametrize("script", [bench_always_sparse, bench_selection, bench_step])
+def test_devices_that_are_not_here(script, monkeypatch, capsys):
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert script.main([]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "no such devices here" in err
+    assert "(JAX says no more)" in err
+
+
+def test_tokens_are_those_of_the_vocabulary():
+    config = resolve(f"{bench_refresh.CONFIG}:90/80,smoke")
+    run = SimpleNamespace(config=config, task=make_task(config), put=lambda batch: batch)
+    for tokens in bench_refresh._batch(run).values():
+        assert 0.9 * config.data.vocabulary_size < tokens.max() < config.data.vocabulary_size
+
+
+def test_a_loss_that_is_not_finite_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(bench_refresh, "CONFIG", toy_runs.CONFIG)
+    monkeypatch.setattr(bench_refresh, "_batch", lambda run: run.put(next(run.task.train_data())))
+    flags = ["--variant=80/60", "--steps=2", "--repeats=1"]
+    assert bench_refresh.main(flags) == 0
+    capsys.readouterr()
+    assert bench_refresh.main([*flags, "--config.optimizer.learning_rate=1e30"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: step 2: the loss is ")
+    assert err.count("\n") == 1

@@ -1,6 +1,7 @@
 """A run's forward set in a file, and a run in its other form."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import toy_runs
 
 import topkast_jax as tk
-from experiments import convert, export, workdir
+from experiments import convert, export, saved, workdir
+from experiments.checkpoints import Checkpoints
 from experiments.run import build
 from topkast_jax.always_sparse import FORMS, to_dense
 from topkast_jax.trees import flatten_with_names
@@ -124,7 +126,10 @@ MISTAKES = {
     "convert RUNS/none NEW --to=masked": "must be a run's folder",
     "export RUNS/none NEW.npz": "must be a run's folder",
     "export RUNS/compact NEW.bin": "must end in .safetensors or .npz",
-    "export RUNS/compact NEW/no/o.npz": "cannot be written",
+    "convert RUNS/compact /proc/x --to=masked": "--out=/proc/x: cannot be written",
+    "convert RUNS/compact gs://bucket/x --to=masked": "--out=gs:/bucket/x: is an address",
+    "export RUNS/none NEW/no/o.npz": "cannot be written: there is no folder",
+    "export RUNS/compact /proc/o.safetensors": "--out=/proc/o.safetensors: cannot be written",
     "export RUNS/compact NEW.npz --form=csr": "invalid choice: 'csr'",
 }
 
@@ -139,6 +144,54 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys, command, words):
     assert words in line
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_conversion_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch, error):
+    def save(store, *_):
+        (store.directory / "half").write_text("a part of it")
+        raise error
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "new", tmp_path / "empty"):
+        flags = [f"--workdir={runs / 'compact'}", f"--out={out}", "--to=masked"]
+        if isinstance(error, OSError):
+            assert convert.main(flags) == 2
+            expected = f"error: --out={out}: cannot be written: No space left on device\n"
+            assert capsys.readouterr().err == expected
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                convert.main(flags)
+    assert [p.name for p in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_an_empty_folder_is_converted_into(runs, tmp_path):
+    assert convert.main([f"--workdir={runs / 'compact'}", f"--out={tmp_path}", "--to=masked"]) == 0
+    assert (tmp_path / workdir.CONFIG).exists()
+    assert not list(tmp_path.parent.glob("*unfinished*"))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_a_file_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch, suffix):
+    def save(*args, **_):
+        path = next(arg for arg in args if isinstance(arg, Path))
+        path.write_bytes(b"a part of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", save)
+    monkeypatch.setattr(export.safetensors.numpy, "save_file", save)
+    out = tmp_path / f"file{suffix}"
+    assert export.main([f"--workdir={runs / 'compact'}", f"--out={out}"]) == 2
+    assert capsys.readouterr().err.endswith("cannot be written: No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_read_on_any_platform():
+    blocks = (*COMPACT, "method.pattern=block:4x4", "method.backend=pallas_gpu")
+    config = toy_runs.config("80/60", *blocks)
+    build(saved.on_one_device(config), jax.devices()[:1])
+    assert config.method.backend == "pallas_gpu"
+
+
 def test_other_files_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", x=1)
     (tmp_path / "b.safetensors").write_bytes(b"no")
@@ -147,6 +200,8 @@ def test_other_files_are_refused(tmp_path):
     for name in ("b.safetensors", "c.npz"):
         with pytest.raises(export.UserError, match="cannot be read"):
             export.load(tmp_path / name)
+    with pytest.raises(export.UserError, match="is a folder; must be a file"):
+        export.load(tmp_path)
 
 
 def test_the_converted_config_is_that_of_a_run_made_so(runs, tmp_path):

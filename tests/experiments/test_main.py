@@ -182,6 +182,16 @@ def test_devices_that_are_not_here(tmp_path):
     assert len(found.stderr.splitlines()) == 1
 
 
+def test_a_run_may_go_on_with_another_backend(tmp_path):
+    """Which says where products run, as the mesh does."""
+    blocks = ("method.always_sparse=True", "method.pattern=block:4x4")
+    workdir.claim(tmp_path, resolve(f"{CONFIG}:80/60", blocks))
+    (tmp_path / workdir.METRICS).write_text('{"step": 1, "split": "train"}\n')
+    workdir.claim(tmp_path, resolve(f"{CONFIG}:80/60", (*blocks, "method.backend=xla")))
+    with pytest.raises(UserError, match="refresh_delay is 0 there and 1 here"):
+        workdir.claim(tmp_path, resolve(f"{CONFIG}:80/60", (*blocks, "method.refresh_delay=1")))
+
+
 def test_a_folder_without_results_may_be_taken_over(tmp_path):
     """A run that failed before its first record left only its config: nothing is lost."""
     first = resolve(f"{CONFIG}:dense", [])

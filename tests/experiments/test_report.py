@@ -67,6 +67,7 @@ def test_table_and_figures(runs, tmp_path, capsys):
     assert seeds["seconds"] == "11 ± 1"
     assert seeds["evaluated on"] == "examples 77"
     assert table["c:90/80", "1"]["test accuracy"] == "0.6000"
+    assert (seeds["settings"], table["c:90/80", "1"]["settings"]) == ("", "steps 7")
     assert f"not finished: {runs}/running" in text
     for name in ("table.md", "table.csv", "accuracy_against_density.png", "churn.png"):
         assert f"wrote {out}/{name}" in text
@@ -81,6 +82,33 @@ def test_table_and_figures(runs, tmp_path, capsys):
 def test_same_run_named_twice_counts_once(runs, tmp_path, capsys):
     assert main([str(runs), str(runs / "deep"), f"--out={tmp_path}/out"]) == 0
     assert "| c:90/80 | top_kast | 3 |" in capsys.readouterr().out
+
+
+ALIKE = {  # settings → accuracy
+    "masks, unstructured": 0.1,
+    "always sparse, unstructured, refresh_delay 0": 0.2,
+    "always sparse, block:16x16, refresh_delay 0": 0.3,
+    "always sparse, unstructured, refresh_delay 3": 0.4,
+}
+
+
+def test_rows_of_one_name_say_how_they_differ(tmp_path, capsys):
+    """Keys that only one form has, and what is derived, are not told."""
+    for settings, accuracy in ALIKE.items():
+        form, pattern, *delay = settings.split(", ")
+        run = final("c:90/80", "top_kast", 0, accuracy, 0.1, derived={"x": accuracy}, lr=0.1)
+        method = run["config"]["method"]
+        method |= {"always_sparse": form == "always sparse", "pattern": pattern}
+        method |= {"refresh_delay": int(delay[0][-1])} if delay else {"inner_state": "keep"}
+        put(tmp_path / "runs" / str(accuracy), run)
+    put(tmp_path / "runs" / "dense", final("c:dense", "dense", 0, 0.95))
+    assert main([str(tmp_path / "runs"), f"--out={tmp_path}/out"]) == 0
+    with open(tmp_path / "out" / "table.csv") as file:
+        found = {row["settings"]: float(row["test accuracy"]) for row in csv.DictReader(file)}
+    assert found == ALIKE | {"": 0.95}
+    table = capsys.readouterr().out
+    assert "| c:90/80 | top_kast | 1 | masks, unstructured | 0.1000 |" in table
+    assert "| c:dense | dense | 1 |  | 0.9500 |" in table
 
 
 def spoil(runs, text):

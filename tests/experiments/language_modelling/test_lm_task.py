@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import topkast_jax as tk
-from experiments import main, workdir
+from experiments import export, main, workdir
 from experiments.checkpoints import load
 from experiments.config import resolve
+from experiments.errors import UserError
 from experiments.evaluation import evaluate
 from experiments.language_modelling import generate, narrow, options, sampling
 from experiments.metrics import read_records
@@ -342,6 +343,65 @@ def test_bad_flags_of_generation_are_one_line(runs, flags, message, capsys):
     assert not out
     assert len(error.splitlines()) == 1
     assert message in error
+
+
+def rewrite(path, out, change):
+    """An exported file with another config or other arrays."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    metadata = json.loads(str(arrays.pop(export.METADATA)))
+    change(metadata["config"], arrays)
+    np.savez(out, **{export.METADATA: np.array(json.dumps(metadata))}, **arrays)
+
+
+def set_sizes(**sizes):
+    return lambda config, arrays: config["model"].update(sizes)
+
+
+def cut(config, arrays):
+    name = next(name for name in arrays if arrays[name].ndim == 2)
+    arrays[name] = arrays[name][:1]
+
+
+OTHER_FILES = {
+    "d_model": (set_sizes(d_model=16), "d_model is 16 there and 64 in the run"),
+    "n_layer": (set_sizes(n_layer=7), "n_layer is 7 there and 2 in the run"),
+    "heads": (set_sizes(n_head=1), "n_head is 1 there and 2 in the run"),
+    "vocabulary": (lambda c, _: c["data"].update(vocabulary="x"), "vocabulary is 'x' there"),
+    "tokens": (lambda c, _: c["data"].update(vocabulary_size=99), "n_token is 99 there"),
+    "task": (lambda c, _: c.update(task="toy"), "task is 'toy' there"),
+    "array": (cut, "is (1, "),
+    "name": (lambda _, arrays: arrays.update(new=np.zeros(3)), "new is (3,) there and None"),
+    "dropout": (set_sizes(dropout=0.5), None),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "file.npz"
+    assert export.main([f"--workdir={runs[0]}", f"--out={path}"]) == 0
+    return path
+
+
+@pytest.mark.parametrize(("change", "told"), OTHER_FILES.values(), ids=OTHER_FILES.keys())
+def test_parameters_of_another_model_are_one_line(runs, exported, tmp_path, change, told):
+    rewrite(exported, tmp_path / "other.npz", change)
+    config, run = config_of(runs[2]), make_task(config_of(runs[2]))
+    like = run.model.abstract_params
+    if told is None:
+        generate.exported(tmp_path / "other.npz", config, like)
+        return
+    with pytest.raises(UserError, match="^--params=.*other.npz: of another model: ") as error:
+        generate.exported(tmp_path / "other.npz", config, like)
+    assert told in str(error.value)
+
+
+def test_parameters_that_cannot_be_read_are_one_line(runs, tmp_path, capsys):
+    for path, told in ((tmp_path, "is a folder"), (tmp_path / "no.npz", "cannot be read")):
+        flags = [f"--workdir={runs[0]}", "--prompt=so", "--tokens=3", f"--params={path}"]
+        assert generate.main(flags) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: --params={path}: {told}")
 
 
 @pytest.mark.parametrize("change", ["vocabulary_size", "task", "checkpoints"])
