@@ -20,23 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from topkast_jax.always_sparse import converting
 from topkast_jax.always_sparse import reservoir as hosts
-from topkast_jax.always_sparse.checks import (
-    check_plan,
-    check_sizes,
-    leaves_like,
-    unit_counts,
-    whole_number,
-)
-from topkast_jax.always_sparse.compact import CompactKernel, is_compact, unit_shape, values_of
+from topkast_jax.always_sparse.checks import check_plan, check_sizes, whole_number
+from topkast_jax.always_sparse.compact import CompactKernel, unit_shape, values_of
+from topkast_jax.always_sparse.converting import replace_nodes
+from topkast_jax.always_sparse.layout import Layout, is_here, on_host, places_of
 from topkast_jax.always_sparse.moving import Mover, Place, first_arrays, unit_axes
 from topkast_jax.always_sparse.reservoir import HostLeaf, Reservoir
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.rules import Leaf
-from topkast_jax.sets import CompactState, Sets, SparsifyState, find_compact, find_states
+from topkast_jax.sets import CompactState, Sets, SparsifyState, find_compact
 from topkast_jax.sparsify import Plan, SparseTransform
-from topkast_jax.trees import flatten, flatten_with_names
+from topkast_jax.trees import flatten
 
 Tree = Any
 T = TypeVar("T")
@@ -86,16 +83,11 @@ class AlwaysSparse:
             )
         self.plan: Plan = tx.plan
         self.delay, self._place = whole_number("delay", delay), place
-        self._names, arrays, self._treedef = flatten_with_names(params)
-        self._dense = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays]
-        leaves = self.plan.leaves(params)
-        self._leaves = [None if leaf is None else HostLeaf(leaf) for leaf in leaves]
-        self._sparse = {leaf.leaf.path: leaf for leaf in self._leaves if leaf}
-        check_plan(self.plan, self._sparse, self.delay)
-        self._axes = unit_axes(self.plan.inner.init, values_of(self.abstract()), leaves)
-        self._firsts = [
-            first_arrays(self.plan.inner.init, self._axes, number) for number in range(len(leaves))
-        ]
+        layout = self._layout = Layout(self.plan, params)
+        check_plan(self.plan, layout.sparse, self.delay)
+        init, leaves = self.plan.inner.init, self.plan.leaves(params)
+        self._axes = unit_axes(init, values_of(self.abstract()), leaves)
+        self._firsts = [first_arrays(init, self._axes, number) for number in range(len(leaves))]
         self.transform = optax.GradientTransformationExtraArgs(self._init, self._update)
         self._is_starting = False
         self._chooser = ThreadPoolExecutor(1)
@@ -108,10 +100,7 @@ class AlwaysSparse:
 
     def abstract(self, step: int = 0) -> Tree:
         """Shapes and types of the tree with compact kernels after so many finished steps."""
-        return self._treedef.unflatten(
-            dense if leaf is None else _abstract_kernel(leaf.leaf, dense.dtype, self.frozen(step))
-            for leaf, dense in zip(self._leaves, self._dense, strict=True)
-        )
+        return self._layout.abstract(self.frozen(step))
 
     def abstract_start(
         self, tx: optax.GradientTransformation | None = None, step: int = 0
@@ -129,21 +118,23 @@ class AlwaysSparse:
             self._is_starting = False
         if find_compact(state) is None:
             raise SparsityError("start: AlwaysSparse.transform is no part of the tx it was given")
-        return _replace(state, CompactState, lambda c: c._replace(kernels=_places(kernels)))
+        return replace_nodes(state, CompactState, lambda c: c._replace(kernels=places_of(kernels)))
 
     def abstract_reservoir(self) -> Reservoir:
         """Empty arrays of the reservoir's shapes; they take no memory before they are written."""
-        rows = zip(self._names, self._dense, strict=True)
-        theta = {k: np.empty(x.shape, x.dtype) for k, x in rows if k in self._sparse}
+        dense = self._layout.of_sparse(self._layout.dense)
+        theta = {name: np.empty(x.shape, x.dtype) for name, x in dense.items()}
         sets = {name: np.empty(x.shape, np.uint8) for name, x in theta.items()}
         memory = {
             leaf.leaf.path: jax.tree.map(
                 lambda x: np.empty(x.shape, x.dtype),
                 jax.eval_shape(functools.partial(self._first_memory, leaf.leaf), theta[name]),
             )
-            for name, leaf in self._sparse.items()
+            for name, leaf in self._layout.sparse.items()
         }
-        chosen = {name: (sets[name], memory[name]) for name in self._sparse} if self.delay else {}
+        chosen = (
+            {name: (sets[name], memory[name]) for name in self._layout.sparse} if self.delay else {}
+        )
         return Reservoir(theta, sets, memory, chosen)
 
     def _first_memory(self, leaf: Leaf, theta: Any) -> Any:
@@ -166,41 +157,21 @@ class AlwaysSparse:
             it, or sets of another size than the densities say.
         """
         self._ahead = None
-        theta = self._theta("start", params)
+        theta = self._layout.theta("start", params)
         frozen = self.frozen(0)
         chosen = hosts.in_parallel(
             lambda leaf, theta: hosts.start(self.plan, leaf.leaf, theta, frozen),
-            self._sparse, theta,
+            self._layout.sparse, theta,
         )  # fmt: skip
         reservoir = self._reservoir(theta, chosen)
         kernels = self._kernels(params, reservoir)
         state = self._first_state((self.transform if tx is None else tx).init, kernels)
         return values_of(kernels), state, reservoir
 
-    def _theta(self, what: str, params: Tree) -> dict[str, np.ndarray]:
-        """A copy of the sparse leaves of dense parameters, in the host's memory."""
-        leaves = leaves_like(what, params, self._treedef, self._names, self._dense)
-        rows = zip(self._names, leaves, self._dense, strict=True)
-        return {k: np.array(x, s.dtype, order="C") for k, x, s in rows if k in self._sparse}
-
     def _reservoir(self, theta: dict[str, np.ndarray], chosen: dict[str, Any]) -> Reservoir:
         sets = {name: flags for name, (flags, _) in chosen.items()}
         memory = {name: memory for name, (_, memory) in chosen.items()}
         return Reservoir(theta, sets, memory, chosen if self.delay else {})
-
-    def _kernels(self, params: Tree, reservoir: Reservoir) -> Tree:
-        """The tree with compact kernels, from a reservoir and dense parameters' dense leaves."""
-
-        def kernel(name: str, leaf: HostLeaf | None, array: Any) -> Any:
-            if leaf is None:
-                return self._put(array)
-            made = leaf.kernel(reservoir.theta[name], reservoir.sets[name])
-            check_sizes(leaf.leaf, made.forward, made.backward)
-            return jax.tree.map(self._put, made)
-
-        arrays = self._treedef.flatten_up_to(params)
-        rows = zip(self._names, self._leaves, arrays, strict=True)
-        return self._treedef.unflatten(kernel(*row) for row in rows)
 
     def _put(self, array: Any) -> jax.Array:
         host = np.array(array)
@@ -215,7 +186,7 @@ class AlwaysSparse:
                 "transform.init does not know where the units sit: take the state that "
                 "AlwaysSparse.start returns, or abstract_start for its shapes"
             )
-        places = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _places(self.abstract(0)))
+        places = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), places_of(self.abstract(0)))
         return CompactState(jnp.zeros([], jnp.int32), places, self.plan.inner.init(values))
 
     def _update(
@@ -224,24 +195,24 @@ class AlwaysSparse:
         if params is None:
             raise SparsityError("update needs the values: transform.update(grads, state, values)")
         columns = (
-            self._leaves,
-            self._treedef.flatten_up_to(values_of(grads)),
-            self._treedef.flatten_up_to(params),
-            self._treedef.flatten_up_to(state.kernels),
+            self._layout.leaves,
+            self._layout.flatten(values_of(grads)),
+            self._layout.flatten(params),
+            self._layout.flatten(state.kernels),
         )
         shaped = [
             grad if leaf is None else _shaped(self.plan, leaf.leaf, grad, values, kernel)
             for leaf, grad, values, kernel in zip(*columns, strict=True)
         ]
         updates, inner_state = self.plan.inner.update(
-            self._treedef.unflatten(shaped), state.inner_state, params, **extra
+            self._layout.unflatten(shaped), state.inner_state, params, **extra
         )
         rounded = [
             update if leaf is None else _rounded(update, state.step)
-            for leaf, update in zip(self._leaves, self._treedef.flatten_up_to(updates), strict=True)
+            for leaf, update in zip(self._layout.leaves, self._layout.flatten(updates), strict=True)
         ]
         step = optax.safe_increment(state.step)
-        return self._treedef.unflatten(rounded), CompactState(step, state.kernels, inner_state)
+        return self._layout.unflatten(rounded), CompactState(step, state.kernels, inner_state)
 
     def refresh(
         self, step: int, params: Tree, state: T, reservoir: Reservoir
@@ -299,7 +270,7 @@ class AlwaysSparse:
     def _choose(self, step: int, reservoir: Reservoir) -> dict[str, Any]:
         return hosts.in_parallel(
             lambda leaf, *of_leaf: hosts.choose(self.plan, leaf.leaf, step, *of_leaf),
-            self._sparse, reservoir.theta, reservoir.sets, reservoir.memory,
+            self._layout.sparse, reservoir.theta, reservoir.sets, reservoir.memory,
         )  # fmt: skip
 
     def _choose_ahead(self, step: int, params: Tree, state: Any, reservoir: Reservoir) -> Reservoir:
@@ -307,8 +278,8 @@ class AlwaysSparse:
 
         The reservoir that comes back holds no choice until the thread is done.
         """
-        values = self._checked_values("refresh", params, state)
-        copies = {name: jnp.copy(x) if _is_here(x) else _on_host(x) for name, x in values.items()}
+        values = self._layout.values("refresh", params, state)
+        copies = {name: jnp.copy(x) if is_here(x) else on_host(x) for name, x in values.items()}
         reservoir = hosts.writable(reservoir)._replace(chosen={})
 
         def choose() -> dict[str, Any]:
@@ -318,26 +289,12 @@ class AlwaysSparse:
         self._ahead = self._chooser.submit(hosts.as_precise_as_here(choose))
         return reservoir
 
-    def _checked_values(self, what: str, params: Tree, state: Any) -> dict[str, Any]:
-        """What a tree of values that belongs to an optimizer state holds of the sparse leaves."""
-        compact = find_compact(state)
-        if compact is None:
-            raise SparsityError(f"{what}: this optimizer state is not the one that start returned")
-        expected = [
-            dense if leaf is None else _abstract_values(kernel, dense.dtype)
-            for leaf, dense, kernel in zip(
-                self._leaves, self._dense, self._treedef.flatten_up_to(compact.kernels), strict=True
-            )
-        ]
-        leaves = leaves_like(what, params, self._treedef, self._names, expected)
-        return {k: x for k, x in zip(self._names, leaves, strict=True) if k in self._sparse}
-
     def _current(self, what: str, params: Tree, state: Any, reservoir: Reservoir) -> Reservoir:
         """With θ made current, and the choice that was under way, which reads it, in it."""
-        values = self._checked_values(what, params, state)
+        values = self._layout.values(what, params, state)
         reservoir = hosts.writable(self.settled(reservoir))
         # What others hold a part of is a collective: one at a time, the same order everywhere.
-        here = {name: x if _is_here(x) else _on_host(x) for name, x in values.items()}
+        here = {name: x if is_here(x) else on_host(x) for name, x in values.items()}
         self._scatter(here, reservoir)
         return reservoir
 
@@ -345,27 +302,30 @@ class AlwaysSparse:
         def write(leaf: HostLeaf, values: Any, theta: np.ndarray, flags: np.ndarray) -> None:
             leaf.scatter(theta, leaf.index(flags)[0], np.asarray(values))
 
-        hosts.in_parallel(write, self._sparse, values, reservoir.theta, reservoir.sets)
+        hosts.in_parallel(write, self._layout.sparse, values, reservoir.theta, reservoir.sets)
 
     def _apply(
         self, params: Tree, state: T, old: Reservoir, new: Reservoir
     ) -> tuple[Tree, T, Reservoir]:
         """Brings new sets to the device: only what is new of them is sent."""
         self._ahead = None
-        moves = hosts.in_parallel(HostLeaf.move, self._sparse, new.theta, old.sets, new.sets)
-        for name, leaf in self._sparse.items():
+        moves = hosts.in_parallel(HostLeaf.move, self._layout.sparse, new.theta, old.sets, new.sets)
+        for name, leaf in self._layout.sparse.items():
             check_sizes(leaf.leaf, moves[name].forward, moves[name].source.shape[-1])
-        arrays = self._treedef.flatten_up_to(params)
+        arrays = self._layout.flatten(params)
         twice = _held_twice((params, state))
+        columns = self._layout.names, self._layout.leaves, arrays
         movers = [
             None if leaf is None else Mover(moves[name], leaf.leaf.stack, self._place, array, twice)
-            for name, leaf, array in zip(self._names, self._leaves, arrays, strict=True)
+            for name, leaf, array in zip(*columns, strict=True)
         ]
         outside = map_parameter_shaped(
             lambda array, mover: mover.carry(array),
-            _replace(state, CompactState, lambda _: None), params, self._treedef.unflatten(movers),
-        )  # fmt: skip
-        values = self._treedef.unflatten(
+            replace_nodes(state, CompactState, lambda _: None),
+            params,
+            self._layout.unflatten(movers),
+        )
+        values = self._layout.unflatten(
             array if mover is None else mover.values(array)
             for mover, array in zip(movers, arrays, strict=True)
         )
@@ -382,7 +342,7 @@ class AlwaysSparse:
         """Places and moments; those of fresh units are what `init` makes of the new values."""
         kernels = [
             old if mover is None else mover.places(old)
-            for mover, old in zip(movers, self._treedef.flatten_up_to(compact.kernels), strict=True)
+            for mover, old in zip(movers, self._layout.flatten(compact.kernels), strict=True)
         ]
         by_path = jax.tree_util.tree_leaves_with_path(compact.inner_state)
         moved = dict(by_path)
@@ -396,7 +356,7 @@ class AlwaysSparse:
                         array, first[jax.tree_util.keystr(path)], self._axes[path][1]
                     )
         inner = flatten(compact.inner_state)[1].unflatten(moved.values())
-        return CompactState(compact.step, self._treedef.unflatten(kernels), inner)
+        return CompactState(compact.step, self._layout.unflatten(kernels), inner)
 
     def masks(self, reservoir: Reservoir) -> tuple[Tree, SparsifyState]:
         """Abstract dense parameters and the sets, on the host.
@@ -404,9 +364,7 @@ class AlwaysSparse:
         They serve wherever parameters and a masked run's state do, to look at sets:
         ``keep_masks(*sparse.masks(reservoir))``, `topkast_jax.statistics`.
         """
-        sets = [reservoir.sets.get(name, optax.MaskedNode()) for name in self._names]
-        state = SparsifyState(np.int32(0), self._treedef.unflatten(sets), {}, ())  # type: ignore[arg-type]
-        return self._treedef.unflatten(self._dense), state
+        return self._layout.masks(reservoir)
 
     def to_masked(self, params: Tree, state: T, reservoir: Reservoir) -> tuple[Tree, T]:
         """Dense parameters, and the optimizer state as the masked path would hold it.
@@ -427,31 +385,7 @@ class AlwaysSparse:
             dense form.
         """
         reservoir = self._current("to_masked", params, state, reservoir)
-        theta = self._treedef.unflatten(
-            reservoir.theta[name] if leaf else _on_host(array)
-            for name, leaf, array in zip(
-                self._names, self._leaves, self._treedef.flatten_up_to(params), strict=True
-            )
-        )
-
-        def spread(array: jax.Array, leaf: HostLeaf) -> np.ndarray:
-            dense = np.zeros((*leaf.leaf.stack, *leaf.leaf.shape), array.dtype)
-            flags = reservoir.sets[leaf.leaf.path]
-            leaf.scatter(dense, leaf.index(flags)[0], _on_host(array))
-            return dense
-
-        sets = self.masks(reservoir)[1].sets
-
-        def masked(compact: CompactState) -> SparsifyState:
-            inner = compact.inner_state
-            self._check_inner("to_masked", inner, self._treedef.unflatten(self._dense))
-            return SparsifyState(compact.step, sets, dict(reservoir.memory), inner)
-
-        bare = _replace(state, CompactState, lambda c: c._replace(kernels=None))
-        leaves = self._treedef.unflatten(self._leaves)
-        return theta, _replace(
-            map_parameter_shaped(spread, bare, params, leaves), CompactState, masked
-        )
+        return converting.to_masked(self._layout, self.plan.inner, params, state, reservoir)
 
     def from_masked(self, params: Tree, state: T) -> tuple[Tree, T, Reservoir]:
         """The inverse of `to_masked`: values, optimizer state and reservoir.
@@ -464,70 +398,22 @@ class AlwaysSparse:
             form.
         """
         self._ahead = None
-        theta = self._theta("from_masked", params)
-        (masked,) = find_states(state)
-        names, flags, _ = flatten_with_names(masked.sets)
-        chosen = {
-            name: (np.array(f, order="C"), jax.device_get(masked.memory[name]))
-            for name, f in zip(names, flags, strict=True)
-        }
-        reservoir = self._reservoir(theta, chosen)
+        theta = self._layout.theta("from_masked", params)
+        reservoir = self._reservoir(theta, converting.sets_of(state))
         kernels = self._kernels(params, reservoir)
-
-        def gather(array: jax.Array, leaf: HostLeaf) -> jax.Array:
-            index, _ = leaf.index(reservoir.sets[leaf.leaf.path])
-            found = leaf.gather(np.asarray(array), index)
-            return self._put(found.reshape(*leaf.leaf.stack, *found.shape[1:]))
-
-        def compact(masked: SparsifyState) -> CompactState:
-            inner = masked.inner_state
-            self._check_inner("from_masked", inner, values_of(kernels))
-            return CompactState(masked.step, _places(kernels), inner)
-
-        leaves = self._treedef.unflatten(self._leaves)
-        state = _replace(
-            map_parameter_shaped(gather, state, params, leaves), SparsifyState, compact
+        state = converting.from_masked(
+            self._layout, self.plan.inner, params, state, reservoir, kernels, self._put
         )
         return values_of(kernels), state, reservoir
 
-    def _check_inner(self, what: str, found: Any, params: Tree) -> None:
-        """Raises SparsityError unless an inner state is one that these parameters could have."""
-        expected, _ = jax.tree_util.tree_flatten_with_path(
-            jax.eval_shape(self.plan.inner.init, params)
-        )
-        shapes = {path: np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(found)}
-        for path, like in expected:
-            if shapes.get(path) != like.shape:
-                raise SparsityError(
-                    f"{what}: the inner optimizer's state{jax.tree_util.keystr(path)} would have "
-                    f"to turn from {shapes.get(path)} into {like.shape}: it has no such form"
-                )
+    def _kernels(self, params: Tree, reservoir: Reservoir) -> Tree:
+        return jax.tree.map(self._put, self._layout.kernels(params, reservoir))
 
 
 def _held_twice(tree: Any) -> Callable[[jax.Array], bool]:
     """Whether an array stands at more than one place of a tree."""
     times = Counter(map(id, jax.tree.leaves(tree)))
     return lambda array: times[id(array)] > 1
-
-
-def _places(params: Tree) -> Tree:
-    """The compact kernels without their values."""
-    return jax.tree.map(
-        lambda p: p.with_values(None) if is_compact(p) else optax.MaskedNode(),
-        params,
-        is_leaf=is_compact,
-    )
-
-
-def _abstract_values(kernel: CompactKernel, dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*kernel.index.shape, *unit_shape(kernel.pattern)), dtype)
-
-
-def _abstract_kernel(leaf: Leaf, dtype: Any, frozen: bool) -> CompactKernel:
-    forward, backward = unit_counts(leaf, frozen)
-    values = jax.ShapeDtypeStruct((*leaf.stack, backward, *unit_shape(leaf.pattern)), dtype)  # type: ignore[arg-type]
-    index = jax.ShapeDtypeStruct((*leaf.stack, backward), jnp.int32)
-    return CompactKernel(values, index, leaf.shape, leaf.pattern, forward)  # type: ignore[arg-type]
 
 
 def _shaped(
@@ -555,27 +441,3 @@ def _rounded(update: jax.Array, step: jax.Array) -> jax.Array:
     nothing = (step >> 31).astype(integer)  # steps are not negative
     bits = jax.lax.bitcast_convert_type(update, integer)
     return jax.lax.bitcast_convert_type(bits ^ nothing, update.dtype)
-
-
-def _is_here(array: Any) -> bool:
-    """Whether this process can read all of it."""
-    return not isinstance(array, jax.Array) or array.is_fully_addressable
-
-
-def _on_host(array: Any) -> np.ndarray:
-    """All of an array; a collective if other processes hold a part."""
-    if _is_here(array):
-        return np.asarray(array)
-    everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
-    return np.asarray(_replicated(everywhere)(array).addressable_data(0))
-
-
-@functools.lru_cache
-def _replicated(everywhere: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda x: x, out_shardings=everywhere)
-
-
-def _replace(state: T, kind: type, function: Callable[[Any], Any]) -> T:
-    """The optimizer state with each node of a kind replaced."""
-    is_node = lambda node: isinstance(node, kind)  # noqa: E731
-    return jax.tree.map(lambda n: function(n) if is_node(n) else n, state, is_leaf=is_node)

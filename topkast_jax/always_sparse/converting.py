@@ -1,0 +1,106 @@
+"""The same training state in its two forms: under masks, and always sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import optax
+
+from topkast_jax.always_sparse.compact import values_of
+from topkast_jax.always_sparse.layout import Layout, on_host, places_of
+from topkast_jax.always_sparse.reservoir import HostLeaf, Reservoir
+from topkast_jax.errors import SparsityError
+from topkast_jax.inner_state import map_parameter_shaped
+from topkast_jax.sets import CompactState, SparsifyState, find_states
+from topkast_jax.trees import flatten_with_names
+
+Tree = Any
+T = TypeVar("T")
+
+
+def to_masked(
+    layout: Layout,
+    inner: optax.GradientTransformation,
+    params: Tree,
+    state: T,
+    reservoir: Reservoir,
+) -> tuple[Tree, T]:
+    """Dense parameters and state; `AlwaysSparse.to_masked`, θ current in the reservoir."""
+    theta = layout.unflatten(
+        reservoir.theta[name] if leaf else on_host(array)
+        for name, leaf, array in zip(
+            layout.names, layout.leaves, layout.flatten(params), strict=True
+        )
+    )
+
+    def spread(array: jax.Array, leaf: HostLeaf) -> np.ndarray:
+        dense = np.zeros((*leaf.leaf.stack, *leaf.leaf.shape), array.dtype)
+        flags = reservoir.sets[leaf.leaf.path]
+        leaf.scatter(dense, leaf.index(flags)[0], on_host(array))
+        return dense
+
+    sets = layout.masks(reservoir)[1].sets
+
+    def masked(compact: CompactState) -> SparsifyState:
+        dense = layout.unflatten(layout.dense)
+        _check("to_masked", compact.inner_state, inner, dense)
+        return SparsifyState(compact.step, sets, dict(reservoir.memory), compact.inner_state)
+
+    bare = replace_nodes(state, CompactState, lambda c: c._replace(kernels=None))
+    moments = map_parameter_shaped(spread, bare, params, layout.unflatten(layout.leaves))
+    return theta, replace_nodes(moments, CompactState, masked)
+
+
+def sets_of(state: Any) -> dict[str, tuple[np.ndarray, Any]]:
+    """Flags and memory of each sparse leaf of a masked run's state, on the host, by name."""
+    (masked,) = find_states(state)
+    names, flags, _ = flatten_with_names(masked.sets)
+    return {
+        name: (np.array(f, order="C"), jax.device_get(masked.memory[name]))
+        for name, f in zip(names, flags, strict=True)
+    }
+
+
+def from_masked(
+    layout: Layout,
+    inner: optax.GradientTransformation,
+    params: Tree,
+    state: T,
+    reservoir: Reservoir,
+    kernels: Tree,
+    put: Callable[[Any], jax.Array],
+) -> T:
+    """The always-sparse state; `AlwaysSparse.from_masked`, with the kernels that it holds then."""
+
+    def gather(array: jax.Array, leaf: HostLeaf) -> jax.Array:
+        index, _ = leaf.index(reservoir.sets[leaf.leaf.path])
+        found = leaf.gather(np.asarray(array), index)
+        return put(found.reshape(*leaf.leaf.stack, *found.shape[1:]))
+
+    def compact(masked: SparsifyState) -> CompactState:
+        _check("from_masked", masked.inner_state, inner, values_of(kernels))
+        return CompactState(masked.step, places_of(kernels), masked.inner_state)
+
+    moments = map_parameter_shaped(gather, state, params, layout.unflatten(layout.leaves))
+    return replace_nodes(moments, SparsifyState, compact)
+
+
+def _check(what: str, found: Any, inner: optax.GradientTransformation, params: Tree) -> None:
+    """Raises SparsityError unless an inner state is one that these parameters could have."""
+    expected = jax.tree_util.tree_leaves_with_path(jax.eval_shape(inner.init, params))
+    shapes = {path: np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(found)}
+    for path, like in expected:
+        if shapes.get(path) != like.shape:
+            raise SparsityError(
+                f"{what}: the inner optimizer's state{jax.tree_util.keystr(path)} would have "
+                f"to turn from {shapes.get(path)} into {like.shape}: it has no such form"
+            )
+
+
+def replace_nodes(state: T, kind: type, function: Callable[[Any], Any]) -> T:
+    """The optimizer state with each node of a kind replaced."""
+    is_node = lambda node: isinstance(node, kind)  # noqa: E731
+    return jax.tree.map(lambda n: function(n) if is_node(n) else n, state, is_leaf=is_node)

@@ -1,0 +1,140 @@
+"""How one tree of parameters lies on the two sides: dense on the host, compact on the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from topkast_jax.always_sparse.checks import check_sizes, leaves_like, unit_counts
+from topkast_jax.always_sparse.compact import CompactKernel, is_compact, unit_shape
+from topkast_jax.always_sparse.reservoir import HostLeaf, Reservoir
+from topkast_jax.errors import SparsityError
+from topkast_jax.rules import Leaf
+from topkast_jax.sets import SparsifyState, find_compact
+from topkast_jax.sparsify import Plan
+from topkast_jax.trees import flatten_with_names
+
+Tree = Any
+
+
+class Layout:
+    """The leaves of a tree of parameters, in flattening order.
+
+    Attributes:
+      names: of all leaves.
+      dense: their dense shapes and types.
+      leaves: what the host does with each, None where it is dense on the device too.
+      sparse: those that are not, by name.
+    """
+
+    def __init__(self, plan: Plan, params: Tree):
+        self.names, arrays, self._treedef = flatten_with_names(params)
+        self.dense = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays]
+        leaves = plan.leaves(params)
+        self.leaves = [None if leaf is None else HostLeaf(leaf) for leaf in leaves]
+        self.sparse = {leaf.leaf.path: leaf for leaf in self.leaves if leaf}
+
+    def flatten(self, tree: Tree) -> list[Any]:
+        """What a tree of the parameters' structure holds for each leaf."""
+        held: list[Any] = self._treedef.flatten_up_to(tree)
+        return held
+
+    def unflatten(self, leaves: Iterable[Any]) -> Tree:
+        """The inverse of `flatten`."""
+        return self._treedef.unflatten(leaves)
+
+    def of_sparse(self, leaves: Sequence[Any]) -> dict[str, Any]:
+        """Of one item a leaf, those of the sparse leaves, by name."""
+        return {k: x for k, x in zip(self.names, leaves, strict=True) if k in self.sparse}
+
+    def abstract(self, frozen: bool) -> Tree:
+        """Shapes and types of the tree with compact kernels; `frozen`: B is A."""
+        return self.unflatten(
+            dense if leaf is None else _abstract_kernel(leaf.leaf, dense.dtype, frozen)
+            for leaf, dense in zip(self.leaves, self.dense, strict=True)
+        )
+
+    def theta(self, what: str, params: Tree) -> dict[str, np.ndarray]:
+        """A copy of the sparse leaves of dense parameters, checked for `what`, on the host."""
+        leaves = leaves_like(what, params, self._treedef, self.names, self.dense)
+        return {
+            name: np.array(x, leaf_type.dtype, order="C")
+            for name, x, leaf_type in zip(self.names, leaves, self.dense, strict=True)
+            if name in self.sparse
+        }
+
+    def values(self, what: str, params: Tree, state: Any) -> dict[str, Any]:
+        """Values of the sparse leaves, checked for `what` to belong to an optimizer state."""
+        compact = find_compact(state)
+        if compact is None:
+            raise SparsityError(f"{what}: this optimizer state is not the one that start returned")
+        expected = [
+            dense if leaf is None else _abstract_values(kernel, dense.dtype)
+            for leaf, dense, kernel in zip(
+                self.leaves, self.dense, self.flatten(compact.kernels), strict=True
+            )
+        ]
+        return self.of_sparse(leaves_like(what, params, self._treedef, self.names, expected))
+
+    def kernels(self, params: Tree, reservoir: Reservoir) -> Tree:
+        """The tree with compact kernels, on the host; dense leaves are those of `params`."""
+
+        def kernel(name: str, leaf: HostLeaf | None, array: Any) -> Any:
+            if leaf is None:
+                return array
+            made = leaf.kernel(reservoir.theta[name], reservoir.sets[name])
+            check_sizes(leaf.leaf, made.forward, made.backward)
+            return made
+
+        rows = zip(self.names, self.leaves, self.flatten(params), strict=True)
+        return self.unflatten(kernel(*row) for row in rows)
+
+    def masks(self, reservoir: Reservoir) -> tuple[Tree, SparsifyState]:
+        """Abstract dense parameters, and the sets in a masked run's state."""
+        sets = [reservoir.sets.get(name, optax.MaskedNode()) for name in self.names]
+        state = SparsifyState(np.int32(0), self.unflatten(sets), {}, ())  # type: ignore[arg-type]
+        return self.unflatten(self.dense), state
+
+
+def places_of(params: Tree) -> Tree:
+    """The compact kernels of a tree without their values, `MaskedNode()` for dense leaves."""
+    return jax.tree.map(
+        lambda p: p.with_values(None) if is_compact(p) else optax.MaskedNode(),
+        params,
+        is_leaf=is_compact,
+    )
+
+
+def _abstract_values(kernel: CompactKernel, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*kernel.index.shape, *unit_shape(kernel.pattern)), dtype)
+
+
+def _abstract_kernel(leaf: Leaf, dtype: Any, frozen: bool) -> CompactKernel:
+    forward, backward = unit_counts(leaf, frozen)
+    values = jax.ShapeDtypeStruct((*leaf.stack, backward, *unit_shape(leaf.pattern)), dtype)  # type: ignore[arg-type]
+    index = jax.ShapeDtypeStruct((*leaf.stack, backward), jnp.int32)
+    return CompactKernel(values, index, leaf.shape, leaf.pattern, forward)  # type: ignore[arg-type]
+
+
+def is_here(array: Any) -> bool:
+    """Whether this process can read all of it."""
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def on_host(array: Any) -> np.ndarray:
+    """All of an array; a collective if other processes hold a part."""
+    if is_here(array):
+        return np.asarray(array)
+    everywhere = jax.sharding.NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
+    return np.asarray(_replicated(everywhere)(array).addressable_data(0))
+
+
+@functools.lru_cache
+def _replicated(everywhere: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=everywhere)
