@@ -62,5 +62,14 @@ def lookup(table: Kernel, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return with_tile(take, table, rows) if isinstance(table, CompactKernel) else take(table, rows)
 
 
+def rows(table: Kernel, low: int, high: int) -> jax.Array:
+    """Rows `low` to `high` of a table, dense."""
+
+    def cut(tile: jax.Array) -> jax.Array:
+        return tile[low:high]
+
+    return with_tile(cut, table) if isinstance(table, CompactKernel) else cut(table)
+
+
 def _is_block_matrix(kernel: CompactKernel) -> bool:
     return isinstance(kernel.pattern, Block) and kernel.shape[:2] == (1, 1)

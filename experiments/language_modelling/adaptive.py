@@ -10,8 +10,7 @@ from flax import nnx
 
 from experiments.language_modelling.layers import PROJECTION_STD, normal
 from experiments.language_modelling.settings import TransformerXLConfig
-from experiments.layers import Kernel, lookup, matmul, matmul_transposed
-from topkast_jax.always_sparse import dense_tile, is_compact
+from experiments.layers import Kernel, lookup, matmul, matmul_transposed, rows
 
 CHUNK_TOKENS = 1024  # as many tokens have logits at one time where there are clusters
 
@@ -117,9 +116,7 @@ class AdaptiveSoftmax(nnx.Module):
             return Cluster(tables[str(i)].get_value(), self.bias[str(i)].get_value(), projection)
         low, high = self.config.cluster_ranges[i]
         table, bias = tables["0"].get_value(), self.bias["0"].get_value()
-        if is_compact(table):
-            table = dense_tile(table)
-        return Cluster(table[low:high], bias[low:high], projection)
+        return Cluster(rows(table, low, high), bias[low:high], projection)
 
 
 class ClusterTable(nnx.Module):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from oracle import buffer_sizes
 
 import topkast_jax as tk
 from experiments import layers
@@ -36,6 +37,7 @@ CASES = {
     "matmul": ((4, 8), tk.Unstructured(), layers.matmul),
     "matmul-block": ((4, 8), tk.Block(2, 2), layers.matmul),
     "logits": ((6, 4), tk.Unstructured(), layers.matmul_transposed),
+    "rows": ((6, 4), tk.Unstructured(), lambda x, w: layers.rows(w, 1, 5) + jnp.mean(x)),
     "lookup": ((6, 4), tk.Unstructured(), lambda x, w: layers.lookup(w, jnp.arange(5), x.dtype)),
 }
 
@@ -53,3 +55,13 @@ def test_values_and_gradients_are_those_of_the_dense_kernel(shape, pattern, prod
     np.testing.assert_allclose(found, np.where(backward, dw, 0), atol=1e-4)
     half = product(x.astype(jnp.bfloat16), kernel)
     assert half.dtype in (jnp.bfloat16, jnp.float32)
+
+
+def test_blocks_of_a_1x1_convolution_are_a_block_product():
+    """No buffer of the kernel's dense size, in either pass."""
+    kernel, dense, _ = kernels((1, 1, 32, 64), tk.Block(8, 8))
+    step = jax.jit(
+        jax.grad(lambda v, x: jnp.sum(layers.conv(x, kernel.with_values(v), (1, 1), NONE) ** 2))
+    )
+    sizes = buffer_sizes(step.lower(kernel.values, jnp.ones((1, 3, 3, 32))).compile())
+    assert max(sizes) < dense.size

@@ -1,5 +1,6 @@
 """Always-sparse training against the masked path with its inner state reset."""
 
+import functools
 import threading
 
 import jax
@@ -144,6 +145,26 @@ def test_follows_the_masked_path(inner, rules, pattern, stop):
         assert_same(inner_b, on_b(found_state.inner_state, state.sets), 1e-4)
         changed += float(tk.statistics.churn_since_last_refresh(dense, state))
     assert changed > 0.05 or stop == 0
+
+
+def test_updates_are_rounded_as_the_masked_path_rounds_them():
+    """To the bit, compiled: no product is fused into the sum that applies it."""
+    theta = grid(16, 16)
+    tx = tk.top_kast(optax.sgd(0.3, momentum=0.9), 1.0, 1.0, refresh_every=None)
+    sparse = AlwaysSparse(tx, theta)
+    values, held, _ = sparse.start(theta)
+
+    def step(tx, params, state, gradient):
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    dense, state = theta, tx.init(theta)
+    for seed in range(10):
+        gradient = jax.random.normal(jax.random.key(seed), (16, 16))
+        dense, state = jax.jit(functools.partial(step, tx))(dense, state, gradient)
+        run = jax.jit(functools.partial(step, sparse.transform))
+        values, held = run(values, held, gradient.reshape(-1))
+    np.testing.assert_array_equal(values, dense.reshape(-1))
 
 
 def test_the_device_holds_nothing_dense():
