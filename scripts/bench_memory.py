@@ -29,9 +29,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from experiments import flags
+from experiments import flags, optimizers
 from experiments import state as states
 from experiments.config import resolve
 from experiments.run import Run, build
@@ -86,11 +87,22 @@ def state_bytes(run: Run) -> int:
     params, opt_state = run.abstract.params, run.abstract.opt_state
     gradients = [p for p in jax.tree.leaves(params) if jnp.issubdtype(p.dtype, jnp.floating)]
     leaves = [*jax.tree.leaves(params), *gradients, *jax.tree.leaves(opt_state)]
-    return sum(_bytes(leaf) for leaf in leaves if "host" not in str(leaf.sharding.memory_kind))
+    return sum(_bytes(leaf) for leaf in leaves)
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+
+
+def check(variant: Variant, target: compiling.Target) -> None:
+    """Raises what is wrong with a variant's densities, rules and pattern, from shapes alone."""
+    config = variant.config()
+    params = states.abstract_params(make_task(config))
+    if config.method.get("always_sparse"):
+        place = SingleDeviceSharding(target.devices[0])
+        optimizers.make_always_sparse(config, params, lambda shape: place)
+    else:
+        optimizers.make_optimizer(config, params)
 
 
 def measure(variant: Variant, target: compiling.Target, layers: int | None = None) -> Measured:
@@ -167,6 +179,8 @@ def variants(patterns: Sequence[str], masked: bool, overrides: Sequence[str]) ->
 def bench(runs: Sequence[Variant], skip_largest: bool) -> dict[str, dict[str, float]]:
     """Pattern → ratios; the first variant is the dense one."""
     target = compiling.target(TOPOLOGY, 1)
+    for run in runs:  # before any is compiled
+        check(run, target)
     measured = [measure(run, target) for run in runs]
     pairs = [] if skip_largest else list(zip(runs, measured, strict=True))
     largest = [_deepest(run, start, target) for run, start in pairs]
@@ -198,8 +212,6 @@ def main(argv: list[str]) -> None:
     library.require()
     jax.config.update("jax_platforms", "cpu")
     runs = variants(args.patterns.split(","), args.masked, overrides)
-    for run in runs:
-        run.config()
     ratios = bench(runs, args.skip_largest)
     first = next(iter(ratios.values()))
     print(json.dumps(first | {"patterns": ratios}))

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from experiments.errors import UserError
-from experiments.partition import BATCH
+from experiments.partition import BATCH, make_mesh
 from experiments.run import Run
 from experiments.tpu.chips import Chip, chip_of
 
@@ -53,8 +53,23 @@ def target(topology: str, count: int | None = None) -> Target:
         ) from error
     if count is not None and count > len(devices):
         raise UserError(f"--devices={count}: {topology} has {len(devices)}")
+    used = count or len(devices)
+    if not _form_a_mesh(devices[:used]):
+        fitting = [n for n in range(1, len(devices) + 1) if _form_a_mesh(devices[:n])]
+        raise UserError(
+            f"--devices={used}: the first {used} of {topology} form no mesh; must be one of "
+            f"{', '.join(map(str, fitting))}"
+        )
     chips = math.prod(int(n) for n in re.findall(r"\d+", topology.partition(":")[2]))
     return Target(devices[:count], chip.shared_by(len(devices) // chips))
+
+
+def _form_a_mesh(devices: Sequence[jax.Device]) -> bool:
+    try:
+        make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, devices)
+    except UserError:
+        return False
+    return True
 
 
 def lower(run: Run) -> jax.stages.Lowered:
@@ -75,7 +90,8 @@ def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
             warnings.filterwarnings("ignore", message=".*persistent compilation cache")
             return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        # A kernel that asks for too much of a core's own memory (VMEM) exhausts a resource as well.
+        if "RESOURCE_EXHAUSTED" not in str(error) or not re.search(r"(?i)\bhbm\b", str(error)):
             raise
         raise _too_large(str(error)) from error
 

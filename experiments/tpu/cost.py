@@ -7,7 +7,10 @@ the ordinary step.
 FLOPs are those of matrix products and convolutions, 2 a multiply-add, none for padding, and what
 Pallas kernels say of themselves. Bytes are those that go in or out of the device's main memory,
 without the padding of tiles: what the compiler keeps on the chip is free, and of an array that is
-only sliced or updated in place, the slice counts.
+only sliced or updated in place, the slice counts. Of a Pallas kernel, what it says counts; one that
+says nothing reads and writes all its arrays once. Those of this project say it of each array. Of
+others it is not known how often they read what the compiler keeps on the chip: that is taken off
+once, and the rest counts once at most, so as not to count too much.
 """
 
 from __future__ import annotations
@@ -142,14 +145,44 @@ class _Counter:
         return inside.root.opcode == "dynamic-slice" and instruction.name in inside.root.operands
 
 
+def _is_kernel(instruction: Instruction) -> bool:
+    return instruction.attribute("custom_call_target") == '"tpu_custom_call"'
+
+
+def _estimate(kernel: Instruction) -> dict[str, float] | None:
+    """What a kernel says that it costs, if it does."""
+    found = re.search(r'"cost_estimate":\s*(\{[^}]*\})', kernel.attributes)
+    return {k: float(v) for k, v in json.loads(found[1]).items()} if found else None
+
+
 def _add_kernel(total: Cost, instruction: Instruction) -> None:
-    if instruction.attribute("custom_call_target") != '"tpu_custom_call"':
+    if not _is_kernel(instruction):
         return
-    estimate = re.search(r'"cost_estimate":\s*(\{[^}]*\})', instruction.attributes)
-    if estimate is None:
-        total.unknown_kernels += 1
+    if estimate := _estimate(instruction):
+        total.flops += estimate["flops"]
     else:
-        total.flops += float(json.loads(estimate[1])["flops"])
+        total.unknown_kernels += 1
+
+
+def _kernel_moved(kernel: Instruction, inside: Computation) -> float:
+    """Bytes that it says it moves, or its arrays once; on-chip ones are free."""
+    operands = [a for name in kernel.operands for a in inside[name].arrays]
+    arrays = (*operands, *kernel.arrays)
+    estimate = _estimate(kernel)
+    if estimate is None:
+        return _main(arrays)
+    said, least, most = estimate["bytes_accessed"], _each(kernel, "least"), _each(kernel, "most")
+    if least and most:
+        off = sum(size for size, a in zip(most, arrays, strict=True) if a.space)
+        return max(said - off, sum(s for s, a in zip(least, arrays, strict=True) if a.space == 0))
+    on_chip = sum(a.bytes for a in arrays if a.space)
+    return max(0.0, min(said - on_chip, _main(arrays))) if on_chip else said
+
+
+def _each(kernel: Instruction, bound: str) -> list[float]:
+    """Bytes that a kernel of this project says it moves of each array, `least` or `most`."""
+    found = re.search(rf'kernel_metadata=\{{[^}}]*"{bound}_bytes":"([\d ]+)"', kernel.attributes)
+    return [float(size) for size in found[1].split()] if found else []
 
 
 def _share(kind: str, group: int) -> float:
@@ -206,6 +239,8 @@ def _meetings(source: int, taps: int, out: int, window: dict[str, str]) -> int:
 def _moved(program: Program, instruction: Instruction, inside: Computation) -> float:
     if instruction.opcode.endswith("-start") and instruction.opcode != "async-start":
         return 0.0  # counted where it is done
+    if _is_kernel(instruction):
+        return _kernel_moved(instruction, inside)
     if instruction.opcode.endswith(("-done", "-update")):
         return _moved_by(inside[instruction.operands[0]], instruction.arrays, inside)
     read = sum(_read(program, instruction, i, inside) for i in range(len(instruction.operands)))

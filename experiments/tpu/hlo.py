@@ -11,6 +11,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([0-9,<=]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.-]+)")
+_METADATA = re.compile(r"kernel_metadata=\{[^}]*\}")
 _SPACE = re.compile(r"S\((\d+)\)")
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
@@ -94,6 +95,8 @@ def parse(text: str) -> Program:
     computations: dict[str, Computation] = {}
     lines: dict[str, Instruction] = {}
     entry = ""
+    # All else of an instruction is on one line.
+    text = _METADATA.sub(lambda found: found[0].replace("\n", ""), text)
     for line in text.splitlines():
         if header := _HEADER.match(line):
             lines = {}

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from toy_runs import CACHE, CONFIG, HERE, last_state, records, run, sets
@@ -18,14 +19,14 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-def on_two_hosts(directory, *flags):
+def on_two_hosts(directory, options, *flags):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     environment = os.environ | {k.upper(): str(v) for k, v in CACHE.items()}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     flags = [f"--config={CONFIG}:80/60", f"--workdir={directory}", *flags]
-    flags += [f"--config.{option}" for option in OPTIONS]
+    flags += [f"--config.{option}" for option in options]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(i), port, *flags],
@@ -43,17 +44,20 @@ def on_two_hosts(directory, *flags):
 
 
 @pytest.mark.slow
-def test_two_hosts(tmp_path):
-    on_two_hosts(tmp_path / "two", "--stop_at=8")
-    first, second = on_two_hosts(tmp_path / "two")
+@pytest.mark.parametrize("form", [(), ("method.always_sparse=True", "method.refresh_delay=1")])
+def test_two_hosts(tmp_path, form):
+    options = (*OPTIONS, *form)
+    on_two_hosts(tmp_path / "two", options, "--stop_at=8")
+    first, second = on_two_hosts(tmp_path / "two", options)
     assert "step 20/20  train" in first
     assert "step 20" not in second
-    run(tmp_path / "one", "80/60", *OPTIONS)
+    run(tmp_path / "one", "80/60", *options)
     left, right = records(tmp_path / "one"), records(tmp_path / "two")
     assert [(r["step"], r["split"]) for r in left] == [(r["step"], r["split"]) for r in right]
     for one, two in zip(left, right, strict=True):
         numbers = [k for k in one if isinstance(one[k], float)]
         np.testing.assert_allclose([one[k] for k in numbers], [two[k] for k in numbers], atol=1e-5)
-    states = [last_state(tmp_path / name, "80/60", *OPTIONS)[0] for name in ("one", "two")]
-    for one, two in zip(*(sets(s.opt_state) for s in states), strict=True):
+    states = [last_state(tmp_path / name, "80/60", *options)[0] for name in ("one", "two")]
+    found = [s.reservoir.sets if form else sets(s.opt_state) for s in states]
+    for one, two in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(one, two)

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.errors import UserError
 from experiments.tpu import chips, compiling, hlo, library
 from experiments.tpu.cost import cost, dearest
+from topkast_jax import Block
+from topkast_jax.always_sparse import CompactKernel, matmul
 
 pytestmark = pytest.mark.skipif(library.find() is None, reason="no libtpu: scripts/setup aot")
 FLOAT = 4
@@ -137,7 +139,7 @@ def test_kernels_say_what_they_cost(flops):
     def kernel(x_ref, out_ref):
         out_ref[...] = x_ref[...] * 2
 
-    estimate = flops and pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=8)
+    estimate = flops and pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=678)
 
     def call(x):
         shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -145,6 +147,53 @@ def test_kernels_say_what_they_cost(flops):
 
     step = cost_of(compiled(call, (32, 128), devices=4, specs=[P("x")]))
     assert (step.flops, step.unknown_kernels) == ((12345, 0) if flops else (0, 1))
+    assert step.moved == (678 if flops else 2 * 8 * 128 * FLOAT)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said", "moved"),
+    [
+        ("{}", 5000, 1000),
+        ("{}", 4500, 500),
+        ("{}", 100, 0),
+        ("{}", 9000, 1000),
+        ('{\n"least_bytes":"7000 2000",\n"most_bytes":"7000 2000"\n}', 9000, 2000),
+        ('{\n"least_bytes":"2000 2000",\n"most_bytes":"8000 8000"\n}', 9000, 2000),
+        ('{\n"least_bytes":"2000 2000",\n"most_bytes":"3000 8000"\n}', 9000, 6000),
+    ],
+)
+def test_arrays_on_the_chip_are_free_for_kernels(metadata, said, moved):
+    """x, 4,000 bytes, is; y, 1,000 bytes, counts once at most if the kernel says nothing of it."""
+    text = f"""
+ENTRY %main (x: f32[1000]) -> f32[250] {{
+  %x = f32[1000]{{0:S(1)}} parameter(0)
+  ROOT %y = f32[250]{{0}} custom-call(%x), custom_call_target="tpu_custom_call", \
+frontend_attributes={{kernel_metadata={metadata}}}, \
+backend_config={{"cost_estimate":{{"flops":"7","bytes_accessed":"{said}"}}}}
+}}
+"""
+    step = cost(hlo.parse(text), 1)
+    assert (step.flops, step.moved) == (7, moved)
+
+
+def test_a_block_product_reads_the_blocks_of_the_forward_set():
+    """Not those of the backward set, which are twice as many; v4's chips have no room for them."""
+    tokens, k, n, a, b = 4096, 2048, 4096, 51, 102
+    one = SingleDeviceSharding(compiling.target("v4:2x2x1", 1).devices[0])
+
+    def product(x, values, index):
+        return matmul(x, CompactKernel(values, index, (k, n), Block(128, 128), a))
+
+    x, values = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one)
+        for shape in ((tokens, k), (b, 128, 128))
+    )
+    index = jax.ShapeDtypeStruct((b,), jnp.int32, sharding=one)
+    step = cost_of(compiling.compile(jax.jit(product).lower(x, values, index)))
+    tiles = 4  # of 1,024 tokens, 4 MiB
+    by_hand = 2 * (tokens * (k + n) + tiles * a * 128 * 128)
+    assert step.flops == 2 * tokens * a * 128 * 128
+    assert by_hand <= step.moved <= 1.001 * by_hand
 
 
 def test_memory_is_that_of_the_arguments():
@@ -165,10 +214,22 @@ def test_what_does_not_fit_says_what_it_needs(function):
     assert 15 * 2**30 < error.value.available < 16 * 2**30 < error.value.needed
 
 
+def test_a_kernel_that_takes_too_much_is_not_too_large_a_program():
+    """Its own memory, VMEM, does not suffice: nothing is wrong with the device's."""
+
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...]
+
+    def call(x):
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="memory space vmem"):
+        compiled(call, (4096, 1024))
+
+
 def test_peaks_are_those_of_a_device():
     assert compiling.target("v5e:2x2").peaks == chips.CHIPS["v5e"]
-    v4 = compiling.target("v4:2x2x1")
-    assert len(v4.devices) * v4.peaks.flops == 4 * 275e12
+    assert compiling.target("v4:2x2x1", 1).peaks.flops == 275e12 / 2
 
 
 @pytest.mark.parametrize(

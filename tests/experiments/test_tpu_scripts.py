@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from toy_runs import CONFIG
 
+from experiments import partition
 from experiments.config import resolve
+from experiments.errors import UserError
 from experiments.run import build
 from experiments.tpu import compiling, library
 from scripts import aot_tpu, bench_memory
@@ -66,6 +69,8 @@ REFUSED = {
     "--topology=v9:2x2": "v9:2x2",
     "--topology=v5e:3x5": "v5e:3x5",
     "--topology=v5e:2x2 --devices=9": "--devices=9",
+    "--topology=v5e:2x2 --devices=3": "form no mesh; must be one of 1, 2, 4",
+    "--topology=v4:2x2x1": "--devices=8: the first 8 of v4:2x2x1 form no mesh; must be one of 1",
     "--topology=v5e:2x2 --devices=0": "--devices",
     "--topology=v5e:2x2 --config.batch_size=3": "config.batch_size",
     "--topology=v5e:2x2 --config.stepss=3": "'steps'",
@@ -109,12 +114,89 @@ def test_no_compiler_is_one_line(capsys, monkeypatch, script):
 
 
 @needs_compiler
+def test_a_mesh_that_does_not_fit_a_topology_is_one_line():
+    devices = compiling.target("v5p:4x4x4").devices
+    with pytest.raises(UserError, match="^config.mesh: found .*'fsdp': 32") as error:
+        partition.make_mesh({"data": 2, "fsdp": 32, "tensor": 1}, devices)
+    assert "\n" not in str(error.value)
+
+
+@needs_compiler
+def test_the_backend_is_that_of_the_devices_compiled_for():
+    spec = f"{ROOT / 'configs/enwik8_small.py'}:50/40"
+    blocks = ["method.always_sparse=True", "method.pattern=block:128x128"]
+    one = compiling.target("v5e:2x2", 1).devices
+    build(resolve(spec, [*blocks, "method.backend=pallas_tpu"]), one)
+    with pytest.raises(UserError, match="must be None or 'xla' or 'pallas_tpu' on devices of tpu"):
+        build(resolve(spec, [*blocks, "method.backend=pallas_gpu"]), one)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--patterns=block:128x128,block:7x7", "Block(7, 7) does not divide"),
+        ("--patterns=block:1024x1024", "less than one block"),
+        ("--masked", "never seen"),
+    ],
+)
+def test_every_pattern_is_checked_before_the_first_is_compiled(monkeypatch, capsys, flag, told):
+    def stop(*_):
+        raise UserError("never seen")
+
+    monkeypatch.setattr(bench_memory, "measure", stop)
+    status, out, err = call(capsys, bench_memory.main, flag)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert told in err
+
+
+@needs_compiler
 def test_state_is_counted_per_entry():
     one = compiling.target("v5e:2x2", 1).devices
     run = build(resolve(f"{CONFIG}:dense", ["optimizer.name=adam"]), one)
     entries = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.params))
     counters = bench_memory.state_bytes(run) - 4 * 4 * entries
     assert 0 < counters <= 16
+
+
+@needs_compiler
+def test_the_state_of_a_compact_run_is_its_backward_set():
+    """Values, gradients, two moments and places; the toy has kernels of 512 and 128 entries."""
+    one = compiling.target("v5e:2x2", 1).devices
+    setting = ["optimizer.name=adam", "method.always_sparse=True"]
+    run = build(resolve(f"{CONFIG}:80/60", setting), one)
+    backward, dense, counters = 205 + 51, 32 + 4, 3
+    assert bench_memory.state_bytes(run) == 4 * (5 * backward + 4 * dense + counters)
+
+
+@needs_compiler
+def test_always_sparse_training_takes_little_memory(capsys):
+    """What the issue asks of the large model, of one of half its width and a third of its depth."""
+    sizes = {"n_layer": 8, "d_model": 512, "d_inner": 1536, "d_head": 64}
+    flags = [f"--config.model.{name}={size}" for name, size in sizes.items()]
+    status, out, _ = call(capsys, bench_memory.main, "--skip_largest", *flags)
+    found = json.loads(out.splitlines()[-1])["patterns"]
+    assert (status, list(found)) == (0, ["block:128x128", "unstructured"])
+    for ratios in found.values():
+        assert ratios["state_ratio"] <= 0.30
+        assert ratios["device_ratio"] <= 0.40
+
+
+@needs_compiler
+def test_block_kernels_on_several_devices_take_a_part_of_the_tokens_each():
+    """Over both axes of the mesh: 8 lanes of 64 tokens are 128 for each of 4 devices."""
+    setting = ["method.always_sparse=True", "method.pattern=block:128x128", "mesh.fsdp=2"]
+    setting += ["batch_size=8", "model.n_layer=1"]
+    run = build(
+        resolve(f"{ROOT / 'configs/enwik8_small.py'}:50/40", setting),
+        compiling.target("v5e:2x2").devices,
+    )
+    text = compiling.compile(compiling.lower(run)).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') > 10
+    # The feed-forward block's, 256 -> 768: forward, once more where it is rematerialised, backward.
+    made = re.findall(r"%block_spread\S* = \w+\[(\d+),768\]", text)
+    assert len(made) >= 2
+    assert set(made) == {"128"}
 
 
 @pytest.mark.parametrize("says", [True, False])

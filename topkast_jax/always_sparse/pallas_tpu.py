@@ -3,12 +3,15 @@
 `spread` keeps a tile of tokens, all its features, in VMEM and walks the blocks sorted by the output
 panel they add to, so each output panel is written once, from a float32 accumulator. `outer` walks
 the blocks of B, the columns of tokens it reads in tiles as long as VMEM allows: ascending indices
-then load the same panel of x once for all blocks of a row.
+then load the same panel of x once for all blocks of a row. Blocks larger than 512 are cut into
+parts, each a block of its own to the kernels.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +23,12 @@ from topkast_jax.always_sparse.varying import result_like
 from topkast_jax.always_sparse.xla import padded
 
 LANES = 128
+PART = 512
+"""Largest side of what a kernel takes of a block at once."""
 TILE_BYTES = 4 * 2**20
-"""Budget of one input tile; two are in flight, and v4 has 16 MiB of VMEM."""
+"""Budget of one input tile; two are in flight."""
+VMEM_BYTES = 15 * 2**20
+"""Budget of all that a kernel holds at once; the compiler gives it 16 MiB."""
 
 
 def refuses(block: tuple[int, int]) -> str | None:
@@ -31,10 +38,32 @@ def refuses(block: tuple[int, int]) -> str | None:
     return None
 
 
-def _tile(tokens: int, width: int, itemsize: int) -> int:
-    """Tokens of a tile: the most that `TILE_BYTES` hold, in 16s (a bf16 register's rows)."""
-    most = max(16, TILE_BYTES // (width * itemsize) // 16 * 16)
-    return min(most, -(-tokens // 16) * 16, 1024)
+def _part(block: tuple[int, ...]) -> tuple[int, int]:
+    """The largest parts of at most `PART` into which a block is cut evenly."""
+    rows, cols = (
+        max(n for n in range(LANES, min(side, PART) + 1, LANES) if side % n == 0) for side in block
+    )
+    return rows, cols
+
+
+def _cut(row: jax.Array, col: jax.Array, down: int, across: int) -> tuple[jax.Array, jax.Array]:
+    """Panels of the parts of each block, row-major: a block has `down` x `across`."""
+    part = jnp.arange(down * across, dtype=jnp.int32)
+    rows = row[:, None] * down + part // across
+    cols = col[:, None] * across + part % across
+    return rows.reshape(-1), cols.reshape(-1)
+
+
+def _place(part: jax.Array, down: int, across: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where a part lies: its block, and which of the block's rows and columns of parts."""
+    block, inside = lax.div(part, down * across), lax.rem(part, down * across)
+    return block, lax.div(inside, across), lax.rem(inside, across)
+
+
+def _tile(tokens: int, most: int) -> int:
+    """Tokens of a tile, in 16s (a bf16 register's rows): tiles of at most so many, all alike."""
+    tiles = -(-tokens // max(16, most // 16 * 16))
+    return -(-tokens // (16 * tiles)) * 16
 
 
 def work_list(target: jax.Array, targets: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -84,9 +113,14 @@ def spread(
       `[T, width]`, accumulated in float32, in the dtype of x; zero where no block writes.
     """
     tokens, features = x_TxI.shape
-    size = values.shape[1:]
-    rows, cols = size[::-1] if transposed else size
-    tile = _tile(tokens, features, x_TxI.dtype.itemsize)
+    part = _part(values.shape[1:])
+    down, across = values.shape[1] // part[0], values.shape[2] // part[1]
+    if transposed:
+        target, source = _cut(target, source, down, across)
+    else:
+        source, target = _cut(source, target, down, across)
+    rows, cols = part[::-1] if transposed else part
+    tile = _spread_tile(tokens, features, rows, cols, x_TxI.dtype.itemsize)
     x_TxI = padded(x_TxI, tile)
     panel, block, counts = work_list(target, width // cols)
     grid_spec = pltpu.PrefetchScalarGridSpec(
@@ -94,7 +128,9 @@ def spread(
         grid=(x_TxI.shape[0] // tile, panel.shape[0]),
         in_specs=[
             pl.BlockSpec((tile, features), lambda t, w, *_: (t, 0)),
-            pl.BlockSpec((None, *size), lambda t, w, panel, block, *_: (block[w], 0, 0)),
+            pl.BlockSpec(
+                (None, *part), lambda t, w, panel, block, *_: _place(block[w], down, across)
+            ),
         ],
         out_specs=pl.BlockSpec((tile, cols), lambda t, w, panel, *_: (t, panel[w])),
         scratch_shapes=[pltpu.VMEM((tile, cols), jnp.float32)],
@@ -104,24 +140,47 @@ def spread(
         grid_spec=grid_spec,
         out_shape=result_like((x_TxI.shape[0], width), x_TxI.dtype, x_TxI),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=_cost(x_TxI, source.shape[0], size, x_TxI.shape[0] // tile, width),
+        **_spread_cost(x_TxI, panel.shape[0], source.shape[0], part, tile, width),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="block_spread",
     )(panel, block, source[block], counts, x_TxI, values)
     return y_TxN[:tokens]
 
 
-def _cost(
-    x_TxI: jax.Array, blocks: int, size: tuple[int, ...], tiles: int, width: int
-) -> pl.CostEstimate:
-    """What `spread` does: the blocks are read once a tile of tokens, x and y once."""
-    entries = blocks * size[0] * size[1]
-    activations = x_TxI.shape[0] * (x_TxI.shape[1] + width)
-    return pl.CostEstimate(
-        flops=2 * entries * x_TxI.shape[0],
-        bytes_accessed=(entries * tiles + activations) * x_TxI.dtype.itemsize,
-        transcendentals=0,
+def _spread_tile(tokens: int, features: int, rows: int, cols: int, itemsize: int) -> int:
+    """x, blocks and y are double-buffered, the float32 sum is not."""
+    each = 2 * (features + cols) * itemsize + 4 * cols
+    rest = 2 * rows * cols * itemsize
+    return _tile(
+        tokens, min(1024, TILE_BYTES // (features * itemsize), (VMEM_BYTES - rest) // each)
     )
+
+
+def _spread_cost(
+    x_TxI: jax.Array, visits: int, blocks: int, size: tuple[int, int], tile: int, width: int
+) -> dict[str, Any]:
+    """What `spread` does: blocks are read once a tile of tokens, x, y and the work list once."""
+    tokens, features = x_TxI.shape
+    reads = blocks if blocks == 1 else blocks * (tokens // tile)  # a single one stays
+    entries = tokens * features, reads * size[0] * size[1], tokens * width
+    moved = [4 * visits] * 4 + [n * x_TxI.dtype.itemsize for n in entries]
+    return _cost(2 * blocks * size[0] * size[1] * tokens, sum(moved), moved, moved)
+
+
+def _cost(flops: int, moved: int, least: Sequence[int], most: Sequence[int]) -> dict[str, Any]:
+    """A kernel's costs, for `pallas_call`.
+
+    Args:
+      flops: of its products.
+      moved: bytes in and out of main memory, at the least.
+      least: of these, those of each operand and of the result. What the compiler keeps on the chip
+        does not move, and it alone knows which arrays those are.
+      most: the same where the indices are the worst.
+    """
+    estimate = pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0)
+    each = {"least_bytes": least, "most_bytes": most}
+    metadata = {name: " ".join(map(str, sizes)) for name, sizes in each.items()}
+    return {"cost_estimate": estimate, "metadata": metadata}
 
 
 def _spread_kernel(  # type: ignore[no-untyped-def]
@@ -171,8 +230,11 @@ def outer(
     Returns:
       float32 `[b, rows, cols]`.
     """
-    rows, cols = block
-    tile = _outer_tile(x_TxK.shape[0], max(block), x_TxK.dtype.itemsize)
+    rows, cols = _part(block)
+    down, across = block[0] // rows, block[1] // cols
+    blocks = row.shape[0]
+    row, col = _cut(row, col, down, across)
+    tile = _outer_tile(x_TxK.shape[0], rows, cols, x_TxK.dtype.itemsize)
     x_TxK, dy_TxN = padded(x_TxK, tile), padded(dy_TxN, tile)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
@@ -181,28 +243,49 @@ def outer(
             pl.BlockSpec((tile, rows), lambda i, t, row, col: (t, row[i])),
             pl.BlockSpec((tile, cols), lambda i, t, row, col: (t, col[i])),
         ],
-        out_specs=pl.BlockSpec((None, rows, cols), lambda i, t, row, col: (i, 0, 0)),
+        out_specs=pl.BlockSpec((None, rows, cols), lambda i, t, row, col: _place(i, down, across)),
     )
     return pl.pallas_call(
         _outer_kernel,
         grid_spec=grid_spec,
-        out_shape=result_like((row.shape[0], rows, cols), jnp.float32, x_TxK),
+        out_shape=result_like((blocks, *block), jnp.float32, x_TxK),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * row.shape[0] * rows * cols * x_TxK.shape[0],
-            bytes_accessed=row.shape[0]
-            * (4 * rows * cols + (rows + cols) * x_TxK.shape[0] * x_TxK.dtype.itemsize),
-            transcendentals=0,
-        ),
+        **_outer_cost(x_TxK, dy_TxN, row.shape[0], (rows, cols), tile),
         interpret=pltpu.InterpretParams() if interpret else False,
         name="block_outer",
     )(row, col, x_TxK, dy_TxN)
 
 
-def _outer_tile(tokens: int, width: int, itemsize: int) -> int:
-    """Tokens of a tile, all of them where `TILE_BYTES / 2` hold a panel: then x is loaded once."""
-    most = max(16, TILE_BYTES // 2 // (width * itemsize) // 16 * 16)
-    return min(most, -(-tokens // 16) * 16)
+def _outer_tile(tokens: int, rows: int, cols: int, itemsize: int) -> int:
+    """All tokens where `TILE_BYTES / 2` hold a panel: then x is loaded once.
+
+    The panels and the float32 output are double-buffered, x's transpose and the product are not.
+    """
+    each = (3 * rows + 2 * cols) * itemsize
+    rest = 3 * 4 * rows * cols
+    panel = max(rows, cols) * itemsize
+    return _tile(tokens, min(TILE_BYTES // 2 // panel, (VMEM_BYTES - rest) // each))
+
+
+def _outer_cost(
+    x_TxK: jax.Array, dy_TxN: jax.Array, blocks: int, size: tuple[int, int], tile: int
+) -> dict[str, Any]:
+    """What `outer` does; how often a panel is read is known only where it runs.
+
+    It is once for each block, but where one tile holds all tokens it stays for the next block of
+    the same row or column: no two blocks share both, and none are more than a row or column has.
+    """
+    tokens, (rows, cols) = x_TxK.shape[0], size
+    row_bytes, col_bytes = (tokens * side * x_TxK.dtype.itemsize for side in size)
+    x_reads = dy_reads = blocks
+    if tile == tokens:
+        x_reads = -(-blocks // (dy_TxN.shape[1] // cols))
+        dy_reads = -(-blocks // (x_TxK.shape[1] // rows))
+    more = max(0, blocks + 1 - x_reads - dy_reads) * min(row_bytes, col_bytes)
+    places, result = [4 * blocks] * 2, 4 * blocks * rows * cols
+    least = [*places, x_reads * row_bytes, dy_reads * col_bytes, result]
+    most = [*places, blocks * row_bytes, blocks * col_bytes, result]
+    return _cost(2 * blocks * rows * cols * tokens, sum(least) + more, least, most)
 
 
 def _outer_kernel(row, col, x_ref, dy_ref, dw_ref) -> None:  # type: ignore[no-untyped-def]

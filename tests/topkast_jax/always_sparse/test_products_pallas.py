@@ -1,11 +1,15 @@
 """The Pallas kernels: numbers in interpret mode against the XLA path, and lowering for CUDA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from jax import export
-from products_oracle import assert_close, make_case, random_case
+from products_oracle import assert_close, make_case, products, random_case
 
 from topkast_jax import Block
 from topkast_jax.always_sparse import CompactKernel, matmul, options, pallas_tpu
@@ -79,6 +83,109 @@ def test_several_token_tiles(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "TILE_BYTES", 32 * 128 * 4)
     case = random_case((256, 256), Block(128, 128), 2, 2)
     compare(case, "pallas_tpu", tokens=40, dtype=jnp.float32)
+
+
+GRID = (4, 5)
+COMPILED = {
+    "spread": jax.jit(
+        functools.partial(pallas_tpu.spread, interpret=True),
+        static_argnames=("width", "transposed"),
+    ),
+    "outer": jax.jit(functools.partial(pallas_tpu.outer, block=(128, 128), interpret=True)),
+}
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.permutations(range(20)))
+@example([0, 4, 15, 19, 1, 2, 3, 16])  # corners, rows without blocks
+@example([5, 6, 8, 9, 7, 0, 3, 2])  # one row
+@example([2, 7, 12, 17, 0, 5, 10, 15])  # one column
+def test_blocks_anywhere(order):
+    """4 blocks of A and 8 of B over 4x5, in 2 tiles of tokens: rows and columns stay empty."""
+    sets = [np.isin(np.arange(20), order[:n]).reshape(GRID) for n in (4, 8)]
+    case = make_case((512, 640), Block(128, 128), *sets)
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((20, f)).astype(np.float32) for f in case.dense.shape)
+    values, index = case.kernel.values, case.kernel.index
+    row, col = index // GRID[1], index % GRID[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pallas_tpu, "TILE_BYTES", 16 * 640 * 4)
+        y = COMPILED["spread"](x, values, row[:4], col[:4], width=640, transposed=False)
+        dx = COMPILED["spread"](dy, values, col[:4], row[:4], width=512, transposed=True)
+        blocks = COMPILED["outer"](x, dy, row, col)
+    dw = np.zeros((*GRID, 128, 128), np.float32)
+    dw[row, col] = blocks
+    found = y, dx, dw.swapaxes(1, 2).reshape(512, 640)
+    for one, other in zip(found, products(case, x, dy), strict=True):
+        assert_close(one, other, 1e-5)
+
+
+def test_blocks_cut_into_parts(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "PART", 128)
+    case = random_case((512, 768), Block(256, 384), 2, 3)
+    compare(case, "pallas_tpu", tokens=20, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 1024, 4096, 5000])
+@pytest.mark.parametrize("features", [128, 1024, 4096, 16384])
+def test_all_that_a_kernel_holds_fits(tokens, features):
+    for itemsize in (2, 4):
+        tile = pallas_tpu._spread_tile(tokens, features, 512, 512, itemsize)
+        twice = tile * (features + 512) * itemsize + 512 * 512 * itemsize
+        assert 2 * twice + 4 * tile * 512 <= 15 * 2**20
+        tiles = -(-tokens // tile)
+        assert tile % 16 == 0
+        assert tiles * tile - tokens < 16 * tiles
+
+
+def cost_of(function, *arguments):
+    """What the one kernel of a function says: its estimate; bytes of each array, least and most."""
+    jaxpr = jax.make_jaxpr(functools.partial(function, interpret=True))(*arguments)
+    (call,) = (e for e in jaxpr.eqns if e.primitive.name == "pallas_call")
+    each = [call.params["metadata"][f"{bound}_bytes"].split() for bound in ("least", "most")]
+    return call.params["cost_estimate"], *(np.array(sizes, int) for sizes in each)
+
+
+@pytest.mark.parametrize(("a", "reads"), [(3, 9), (1, 1)])
+def test_spread_says_what_it_fetches(monkeypatch, a, reads):
+    """3 tiles of 16 tokens: x and y once, each block once a tile, a single one once; visits."""
+    monkeypatch.setattr(pallas_tpu, "TILE_BYTES", 16 * 256 * 4)
+    x, values = jnp.ones((40, 256)), jnp.ones((5, 128, 128))
+    source, target = jnp.array([0, 1, 0][:a]), jnp.array([1, 1, 0][:a])
+    product = functools.partial(pallas_tpu.spread, width=384, transposed=False)
+    estimate, least, most = cost_of(product, x, values, source, target)
+    assert estimate.flops == 2 * 48 * a * 128 * 128
+    floats = 48 * 256 + 48 * 384 + reads * 128 * 128
+    assert estimate.bytes_accessed == 4 * (floats + 4 * (a + 3)) == sum(least) == sum(most)
+    assert list(least[4:]) == [4 * 48 * 256, 4 * reads * 128 * 128, 4 * 48 * 384]
+
+
+def changes(*places):
+    """How often a block is fetched whose place at each step is given."""
+    return 1 + int(np.any(np.diff(places, axis=1), axis=0).sum())
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("tiles", "cols", "slack"), [(3, 128, 0), (3, 256, 0), (1, 128, GRID[0] - 1), (1, 256, 99)]
+)
+def test_outer_says_what_it_fetches_at_the_least(monkeypatch, tiles, cols, slack, seed):
+    """Exact over several tiles; over one, panels stay, and only where it runs is known how many."""
+    monkeypatch.setattr(pallas_tpu, "TILE_BYTES", 2 * 48 // tiles * cols * 4)
+    rng = np.random.default_rng(seed)
+    index = np.sort(rng.permutation(20)[: rng.integers(1, 21)])
+    row, col = index // GRID[1], index % GRID[1]
+    product = functools.partial(pallas_tpu.outer, block=(128, cols))
+    x, dy = jnp.ones((48, 128 * GRID[0])), jnp.ones((48, cols * GRID[1]))
+    estimate, least, most = cost_of(product, x, dy, jnp.asarray(row), jnp.asarray(col))
+    step = np.tile(np.arange(tiles), index.size)
+    rows, columns = (changes(np.repeat(side, tiles), step) for side in (row, col))
+    panel = 4 * 48 // tiles * 128
+    places, result = 4 * index.size, 4 * index.size * 128 * cols
+    each = [places, places, panel * rows, panel * columns * cols // 128, result]
+    assert np.all(least <= each)
+    assert np.all(each <= most)
+    assert sum(each) - slack * panel <= estimate.bytes_accessed <= sum(each)
 
 
 def test_tpu_kernels_over_a_mesh():

@@ -59,6 +59,26 @@ def test_other_blocks(block, dtype):
     assert text.count('custom_call_target="tpu_custom_call"') == 3
 
 
+@pytest.mark.parametrize(
+    ("topology", "block", "dtype"),
+    [
+        ("v5e:2x2", Block(1024, 1024), jnp.bfloat16),
+        ("v5e:2x2", Block(2048, 2048), jnp.bfloat16),
+        ("v5e:2x2", Block(128, 4096), jnp.bfloat16),
+        ("v4:2x2x1", Block(1024, 1024), jnp.bfloat16),
+        ("v4:2x2x1", Block(512, 512), jnp.float32),
+        ("v4:2x2x1", Block(640, 4096), jnp.float32),
+    ],
+    ids=str,
+)
+def test_large_blocks_fit_vmem(topology, block, dtype):
+    """2,048 tokens a device, where all the operands of a kernel take most."""
+    mesh = mesh_of(topology)
+    shape = (-(-4096 // block.rows) * block.rows, 4096)
+    text = compiled_gradient(mesh, block, shape, 2048 * mesh.size, dtype).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+
+
 def test_scanned_stack_of_layers():
     compiled = compiled_gradient(mesh_of("v5e:2x2"), Block(128, 128), (512, 512), 512, layers=3)
     assert "tpu_custom_call" in compiled.as_text()
