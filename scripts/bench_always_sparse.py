@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import flags
+from experiments import flags, host_memory
 from experiments.partition import all_devices
 from topkast_jax import Block, Unstructured
 from topkast_jax.always_sparse import CompactKernel, matmul
@@ -210,6 +210,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--patterns", type=flags.some_of(PATTERNS), default=",".join(PATTERNS))
     parser.add_argument("--densities", type=flags.some_of(DENSITIES), default=",".join(DENSITIES))
     args = parser.parse_args(argv)
+    host_memory.keep_freed()
     all_devices()  # says so, where JAX was told to use some that are not here
     record = bench(args.patterns, args.densities, args.repeats)
     print(f"dense step {record['dense_ms']} ms on {record['device']}, {record['sizes']}")
