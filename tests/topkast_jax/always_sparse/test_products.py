@@ -326,3 +326,8 @@ def test_numbers_that_are_not_real():
         matmul(jnp.ones((2, 8), jnp.complex64), kernel)
     with pytest.raises(SparsityError, match=r"x of shape \(\) does not fit"):
         matmul(1.0, kernel)
+
+
+@pytest.mark.parametrize("a", [7, 8, 16, 19])
+def test_numbers_of_blocks_around_those_of_one_batch(a):
+    check(random_case((48, 48), Block(8, 8), a, 30))
