@@ -13,12 +13,13 @@ def keep_freed() -> bool:
     """Makes malloc keep what is freed, where it is glibc's; whether it is.
 
     On a CPU, XLA asks for a step's temporaries at each step. By default glibc gets more than 32 MB
-    from the kernel each time, which hands out zeroed pages one fault at a time: tens of milliseconds
-    for a step of 64 MB. Call it before the first large array is made.
+    from the kernel each time, which hands out zeroed pages one fault at a time. Call it before the
+    first large array is made.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):  # another system, another C library
         return False
     settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: _GROW_BY, _ARENA_MAX: 1}
-    return all([mallopt(name, value) for name, value in settings.items()])
+    taken = [bool(mallopt(name, value)) for name, value in settings.items()]
+    return all(taken)
