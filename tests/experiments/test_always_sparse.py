@@ -29,7 +29,7 @@ SLOW = ("optimizer.learning_rate=0.01",)  # at the config's 0.1 rounding alone p
 CASES = {
     "resnet20": ("cifar10_resnet20", (*RESNET20, *SLOW)),
     "resnet20-adam": ("cifar10_resnet20", (*RESNET20, *ADAM)),
-    "resnet20-block": ("cifar10_resnet20", (*RESNET20, *SLOW, "method.pattern=block:4x4")),
+    "resnet20-block": ("cifar10_resnet20", (*RESNET20, *SLOW, "method.pattern=block:4x2")),
     "txl": ("enwik8_small", ("steps=200", *ADAM)),
     "txl-sgd": ("enwik8_small", ("steps=200", *SGD)),
     "txl-block": ("enwik8_small", ("steps=200", *ADAM, *BLOCKS)),
