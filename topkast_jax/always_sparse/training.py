@@ -32,7 +32,7 @@ from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.rules import Leaf
 from topkast_jax.sets import CompactState, Sets, SparsifyState, find_compact
-from topkast_jax.sparsify import Plan, SparseTransform
+from topkast_jax.sparsify import Plan, SparseTransform, rounded
 from topkast_jax.trees import flatten
 
 Tree = Any
@@ -207,12 +207,12 @@ class AlwaysSparse:
         updates, inner_state = self.plan.inner.update(
             self._layout.unflatten(shaped), state.inner_state, params, **extra
         )
-        rounded = [
-            update if leaf is None else _rounded(update, state.step)
+        finished = [
+            update if leaf is None else rounded(update, state.step)
             for leaf, update in zip(self._layout.leaves, self._layout.flatten(updates), strict=True)
         ]
         step = optax.safe_increment(state.step)
-        return self._layout.unflatten(rounded), CompactState(step, state.kernels, inner_state)
+        return self._layout.unflatten(finished), CompactState(step, state.kernels, inner_state)
 
     def refresh(
         self, step: int, params: Tree, state: T, reservoir: Reservoir
@@ -429,15 +429,3 @@ def _shaped(
     in_a = in_a.reshape(-1, *(1,) * len(unit_shape(kernel.pattern)))
     sets = Sets(jnp.broadcast_to(in_a, values.shape), jnp.ones(values.shape, bool))
     return plan.shape_gradient(leaf, grad, values, sets)
-
-
-def _rounded(update: jax.Array, step: jax.Array) -> jax.Array:
-    """The same bits, in a way that no compiler sees through.
-
-    It keeps one from making one instruction of the optimizer's last product and the sum in
-    `apply_updates`, which would round once where the masked path rounds twice.
-    """
-    integer = jnp.dtype(f"i{update.dtype.itemsize}")
-    nothing = (step >> 31).astype(integer)  # steps are not negative
-    bits = jax.lax.bitcast_convert_type(update, integer)
-    return jax.lax.bitcast_convert_type(bits ^ nothing, update.dtype)
