@@ -128,13 +128,14 @@ class Plan:
         new, memory = change(keys, theta, grad, unpack(flags), memory)
         return next_flags(flags, new), memory
 
-    def shape_gradient(self, leaf: Leaf, grad: Any, theta: Any, sets: Sets) -> jax.Array:
+    def shape_gradient(
+        self, leaf: Leaf, grad: Any, theta: Any, sets: Sets, step: jax.Array
+    ) -> jax.Array:
         """What the inner optimizer gets in place of the gradient of a leaf, on its backward set."""
         shape = _for_each_layer(
             lambda grad, theta, sets: self.method.gradient(grad, theta, sets, leaf), leaf
         )
-        shaped: jax.Array = shape(grad, theta, sets)
-        return shaped
+        return rounded(shape(grad, theta, sets), step)
 
 
 class SparseTransform(optax.GradientTransformationExtraArgs):
@@ -214,7 +215,7 @@ def sparsify(
     ) -> tuple[Any, SparsifyState]:
         if params is None:
             raise SparsityError("update needs the parameters: tx.update(grads, state, params)")
-        shaped = _restricted(plan, grads, params, state.sets)
+        shaped = _restricted(plan, grads, params, state)
         updates, inner_new = inner.update(shaped, state.inner_state, params, **extra)
         _, treedef = flatten(params)
         columns = treedef.flatten_up_to(state.sets), treedef.flatten_up_to(updates)
@@ -248,18 +249,18 @@ def _first_sets(plan: Plan, params: Any) -> tuple[Any, dict[str, Any]]:
     return sets, memory
 
 
-def _restricted(plan: Plan, grads: Any, params: Any, sets: Any) -> Any:
+def _restricted(plan: Plan, grads: Any, params: Any, state: SparsifyState) -> Any:
     """The gradients as the method shapes them, zero outside B."""
 
     def restrict(leaf: Leaf | None, grad: jax.Array, theta: jax.Array, flags: Any) -> Any:
         if leaf is None:
             return grad
         sets = unpack(flags)
-        shaped = plan.shape_gradient(leaf, grad, theta, sets)
+        shaped = plan.shape_gradient(leaf, grad, theta, sets, state.step)
         return jnp.where(sets.backward, shaped, jnp.zeros_like(shaped))
 
     thetas, treedef = flatten(params)
-    columns = treedef.flatten_up_to(grads), thetas, treedef.flatten_up_to(sets)
+    columns = treedef.flatten_up_to(grads), thetas, treedef.flatten_up_to(state.sets)
     return treedef.unflatten(_rows(restrict, plan.leaves(params), *columns))
 
 
@@ -390,9 +391,9 @@ class _Kept:
 def rounded(update: jax.Array, step: jax.Array) -> jax.Array:
     """The same bits, in a way that no compiler sees through.
 
-    It keeps one from making one instruction of the optimizer's last product and the sum in
-    `apply_updates`, which would round once where another program rounds twice: on masks and always
-    sparse, training is to be the same.
+    It keeps one from making one instruction of a product and the sum that it goes into (the
+    optimizer's last product and `apply_updates`), which would round once where another program
+    rounds twice: on masks and always sparse, training is to be the same.
     """
     integer = jnp.dtype(f"i{update.dtype.itemsize}")
     nothing = (step >> 31).astype(integer)  # steps are not negative

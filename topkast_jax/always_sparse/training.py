@@ -201,7 +201,9 @@ class AlwaysSparse:
             self._layout.flatten(state.kernels),
         )
         shaped = [
-            grad if leaf is None else _shaped(self.plan, leaf.leaf, grad, values, kernel)
+            grad
+            if leaf is None
+            else _shaped(self.plan, leaf.leaf, grad, values, kernel, state.step)
             for leaf, grad, values, kernel in zip(*columns, strict=True)
         ]
         updates, inner_state = self.plan.inner.update(
@@ -417,7 +419,12 @@ def _held_twice(tree: Any) -> Callable[[jax.Array], bool]:
 
 
 def _shaped(
-    plan: Plan, leaf: Leaf, grad: jax.Array, values: jax.Array, kernel: CompactKernel
+    plan: Plan,
+    leaf: Leaf,
+    grad: jax.Array,
+    values: jax.Array,
+    kernel: CompactKernel,
+    step: jax.Array,
 ) -> jax.Array:
     for what, array in (("gradient", grad), ("values", values)):
         if jnp.shape(array) != (*kernel.index.shape, *unit_shape(kernel.pattern)):
@@ -428,4 +435,4 @@ def _shaped(
     in_a = jnp.arange(kernel.backward) < kernel.forward
     in_a = in_a.reshape(-1, *(1,) * len(unit_shape(kernel.pattern)))
     sets = Sets(jnp.broadcast_to(in_a, values.shape), jnp.ones(values.shape, bool))
-    return plan.shape_gradient(leaf, grad, values, sets)
+    return plan.shape_gradient(leaf, grad, values, sets, step)
