@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -135,8 +134,7 @@ def matmul(
         return jnp.matmul(x, kernel)
     check_single(kernel)
     k, n = matrix_shape(kernel)
-    if not isinstance(x, jax.Array):
-        x = jnp.asarray(x)
+    x = jnp.asarray(x)
     if x.shape[-1:] != (k,):
         raise SparsityError(f"x of shape {x.shape} does not fit a kernel of shape {(k, n)}")
     if not isinstance(kernel.pattern, Block):
@@ -167,9 +165,9 @@ def _over_mesh(x: jax.Array, kernel: CompactKernel, n: int, how: Options) -> jax
     if how.mesh is not None:
         parts = math.prod(how.mesh.shape[axis] for axis in how.axes)
         split = P(how.axes) if x.ndim > 1 and x.shape[0] % parts == 0 else P()
-        return _split(product, how.mesh, None, split, how)(*arrays)
+        return _split(product, how.mesh, frozenset(), split, how)(*arrays)
     spec, mesh = jax.typeof(arrays[0]).sharding.spec, jax.typeof(arrays[0]).sharding.mesh
-    axes = {name for entry in spec if entry for name in np.atleast_1d(entry)}
+    axes = frozenset(jax.tree.leaves(tuple(spec)))
     if not axes:
         return product(*arrays)
     if spec[-1] is not None:
@@ -182,14 +180,13 @@ def _over_mesh(x: jax.Array, kernel: CompactKernel, n: int, how: Options) -> jax
 
 
 def _split(
-    product: Any, mesh: Mesh | AbstractMesh, axes: set[str] | None, split: P, how: Options
+    product: Any, mesh: Mesh | AbstractMesh, axes: frozenset[str], split: P, how: Options
 ) -> Any:
-    """The product on each device's part of x; over `axes` of the mesh, all if None."""
-    names = {} if axes is None else {"axis_names": axes}
+    """The product on each device's part of x; over `axes` of the mesh, all if there are none."""
     # Interpreted kernels mix varying and unvarying values, which the check refuses.
     return jax.shard_map(
         product, mesh=mesh, in_specs=(split, P(), P()), out_specs=split,
-        check_vma=not how.interpret, **names,
+        check_vma=not how.interpret, axis_names=axes,
     )  # fmt: skip
 
 
