@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from topkast_jax.errors import SparsityError
+from topkast_jax.selection import Thresholds, count_of, top_k_masks
+
+Count = int | jax.Array
 
 
 @runtime_checkable
 class Pattern(Protocol):
-    """Divides a leaf into units that are kept or dropped as a whole."""
+    """Divides a leaf into units that are kept or dropped as a whole, and ranks them.
+
+    Attributes:
+      unit_shape: entries of one unit, () where each entry is one.
+    """
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """Shape of one unit, () where each entry is one."""
+        ...
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the array of units of a leaf; SparsityError if it cannot be divided."""
@@ -28,14 +41,71 @@ class Pattern(Protocol):
         """A value for each unit, shape `grid(shape)`, given to each of its entries."""
         ...
 
+    def count(self, shape: tuple[int, ...], density: float | jax.Array) -> Count:
+        """How many units of a leaf of this shape a density keeps."""
+        ...
 
-@dataclasses.dataclass(frozen=True)
-class Unstructured:
-    """Every entry is a unit, its magnitude its absolute value (Top-KAST, section 2)."""
+    def top(
+        self,
+        scores: jax.Array,
+        counts: Sequence[Count],
+        *,
+        among: jax.Array | None = None,
+        start: Any = None,
+        ties: jax.Array | None = None,
+    ) -> tuple[tuple[jax.Array, ...], Any]:
+        """Masks of the units of largest absolute score, one for each count.
+
+        Args:
+          scores: one number a unit, of the grid's shape.
+          counts: how many units each mask keeps; may be traced.
+          among: bool of the grid's shape: units that are False rank below all others.
+          start: the memory that an earlier ranking of this leaf returned, to save passes.
+          ties: random key by which equal scores are ranked; None: the lower index first.
+
+        Returns:
+          Bool masks of the grid's shape, and a memory: a tree of scalars.
+        """
+        ...
+
+
+class _Ranked:
+    """Ranking of units that do not depend on each other: exact top-K over the whole grid."""
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The leaf's own shape."""
         return shape
+
+    def count(self, shape: tuple[int, ...], density: float | jax.Array) -> Count:
+        """max(1, ⌊density · units + ½⌋)."""
+        return count_of(math.prod(self.grid(shape)), density)
+
+    def top(
+        self,
+        scores: jax.Array,
+        counts: Sequence[Count],
+        *,
+        among: jax.Array | None = None,
+        start: Any = None,
+        ties: jax.Array | None = None,
+    ) -> tuple[tuple[jax.Array, ...], Any]:
+        """The units of largest absolute score; the memory holds the thresholds' bit patterns."""
+        warm = None
+        if start is not None:
+            warm = Thresholds(jnp.stack(start), jnp.zeros(len(counts), jnp.int32))
+        salt = None if ties is None else jax.random.bits(ties, (), jnp.uint32)
+        masks, found = top_k_masks(scores, counts, warm, among=among, salt=salt)
+        return masks, tuple(found.key[i] for i in range(len(counts)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured(_Ranked):
+    """Every entry is a unit, its magnitude its absolute value (Top-KAST, section 2)."""
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """()."""
+        return ()
 
     def magnitudes(self, x: jax.Array) -> jax.Array:
         """The entries themselves: selection ranks by absolute value."""
@@ -48,7 +118,7 @@ class Unstructured:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(_Ranked):
     """Blocks of `rows` × `cols` entries over the last two axes, ranked by their L1 norm.
 
     Leading axes (a convolution's window) are a grid of matrices, each cut into blocks.
@@ -65,6 +135,11 @@ class Block:
         for name, size in (("rows", self.rows), ("cols", self.cols)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise SparsityError(f"Block {name}={size!r}: must be an integer of at least 1")
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """(rows, cols)."""
+        return (self.rows, self.cols)
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape `(..., shape[-2] / rows, shape[-1] / cols)`."""

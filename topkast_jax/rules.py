@@ -8,19 +8,19 @@ import math
 import numbers
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from topkast_jax.errors import SparsityError
+from topkast_jax.method import Counts, Density, Leaf
 from topkast_jax.patterns import Pattern
+from topkast_jax.selection import DTYPES, MOST_ENTRIES
 from topkast_jax.trees import flatten_with_names
 
 logger = logging.getLogger("topkast_jax")
-
-Density = float | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,46 +39,36 @@ class Sparse:
       distribution: "uniform" gives each leaf these densities; "erk" shares them out over all
         "erk" leaves with the same densities, in proportion to sum(shape) / prod(shape)
         (Erdős–Rényi-Kernel, as in RigL).
-      stacked: how many leading axes number separate layers (layers under `lax.scan`); each is
-        selected on its own.
+      stacked: the axis or axes that number separate layers (layers under `lax.scan`); each layer
+        is selected on its own. None: the leaf is one layer.
     """
 
     forward_density: float | None = None
     backward_density: float | None = None
     pattern: Pattern | None = None
     distribution: Literal["uniform", "erk"] = "uniform"
-    stacked: int = 0
+    stacked: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.distribution not in ("uniform", "erk"):
             raise SparsityError(f"distribution={self.distribution!r}: must be 'uniform' or 'erk'")
-        if not isinstance(self.stacked, int) or self.stacked < 0:
-            raise SparsityError(f"stacked={self.stacked!r}: must be an integer of at least 0")
+        if self.pattern is not None:
+            check_pattern(self.pattern)
+        axes = self.stacked if isinstance(self.stacked, tuple) else (self.stacked,)
+        whole = all(isinstance(a, int) and not isinstance(a, bool) for a in axes)
+        if self.stacked is not None and not whole:
+            raise SparsityError(f"stacked={self.stacked!r}: must be an axis, several, or None")
 
 
 Spec = Dense | Sparse
 Rules = Sequence[tuple[str, Spec]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One sparse leaf, everything about it that does not change.
+# How Flax, Haiku and Equinox name what is no matrix: biases and scales, and the layers that norm.
+_NO_MATRIX = re.compile(r"(\w+_)?(bias(es)?|scale|offset)|bias_\w+|gamma|beta|gain", re.IGNORECASE)
+_NORM = re.compile(r".*norm(_?\d+|s)?|(ln|bn)(_?\w{1,3})?", re.IGNORECASE)
 
-    Attributes:
-      path: its place in the tree, "/"-joined.
-      shape: shape of one layer of it, without the stacked axes.
-      forward_density: as nominal in the rule, before rounding to whole units.
-      backward_density: likewise.
-      pattern: what is kept together.
-      stack: the stacked axes, which number separate layers.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    forward_density: Density
-    backward_density: Density
-    pattern: Pattern
-    stack: tuple[int, ...] = ()
+_told: set[str] = set()
 
 
 def resolve(
@@ -87,37 +77,57 @@ def resolve(
     forward_density: Density,
     backward_density: Density,
     pattern: Pattern,
-    log: Callable[[str], None] | None = None,
-) -> list[Leaf | None]:
+) -> dict[str, Leaf | None]:
     """Decides for each leaf, in flattening order, how it is sparse, or None where it is dense.
 
     Args:
       params: tree of arrays (or abstract arrays).
       rules: ordered (regular expression → spec); the first that matches a whole path wins. None:
-        floating leaves with two or more axes are sparse, all others dense.
+        floating leaves with two or more axes longer than one are sparse, but for those that are
+        named as biases, scales or a part of a norm; all others are dense.
       forward_density: for specs that name none.
       backward_density: for specs that name none.
       pattern: for specs that name none.
-      log: called with a line for each leaf.
+
+    Returns:
+      Leaf path → `Leaf`, or None for a dense leaf.
 
     Raises:
-      SparsityError: a leaf no rule covers, a rule no leaf matches, a spec that does not fit, two
-        leaves of one name.
+      SparsityError: a leaf no rule covers, a rule that matches no leaf or that earlier ones hide, a
+        spec that does not fit, two leaves of one name, nothing sparse at all.
     """
     names, arrays, _ = flatten_with_names(params)
     _refuse_duplicates(names)
-    specs = _default_specs(arrays) if rules is None else _match(names, rules)
+    specs = _default_specs(names, arrays) if rules is None else _match(names, rules)
     leaves = [
         _leaf(name, array, spec, forward_density, backward_density, pattern)
         if isinstance(spec, Sparse)
         else None
         for name, array, spec in zip(names, arrays, specs, strict=True)
     ]
-    leaves = _share_out(leaves, specs)
-    for name, array, leaf in zip(names, arrays, leaves, strict=True):
-        if log:
-            log(f"{name} {jnp.shape(array)}: {_describe(leaf)}")
-    return leaves
+    if names and not any(leaves):
+        found = ", ".join(f"{n} {jnp.shape(a)}" for n, a in zip(names, arrays, strict=True))
+        raise SparsityError(
+            f"nothing is sparse: {_shortened(found)}; give rules=[(path expression, Sparse(…)), …]"
+        )
+    result = dict(zip(names, _share_out(leaves, specs), strict=True))
+    if rules is None and names:
+        _tell_default(result)
+    return result
+
+
+def _tell_default(leaves: dict[str, Leaf | None]) -> None:
+    """Says on standard error, once for each outcome, what the default rules took."""
+    sparse = _shortened(", ".join(name for name, leaf in leaves.items() if leaf))
+    dense = _shortened(", ".join(name for name, leaf in leaves.items() if not leaf)) or "none"
+    line = f"no rules given; sparse: {sparse}; dense: {dense} (topkast_jax.describe shows a table)"
+    if line not in _told:
+        _told.add(line)
+        logger.warning(line)
+
+
+def _shortened(text: str, most: int = 400) -> str:
+    return text if len(text) <= most else f"{text[:most]}, …"
 
 
 def _refuse_duplicates(names: Sequence[str]) -> None:
@@ -126,44 +136,69 @@ def _refuse_duplicates(names: Sequence[str]) -> None:
         raise SparsityError(f"{times} leaves are named {name!r}: keys joined by '/' must differ")
 
 
-def _describe(leaf: Leaf | None) -> str:
-    if leaf is None:
-        return "dense"
-    return f"forward {leaf.forward_density}, backward {leaf.backward_density}, {leaf.pattern}"
-
-
 def _is_floating(array: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(array), jnp.floating)
 
 
-def _default_specs(arrays: Sequence[Any]) -> list[Spec]:
-    return [Sparse() if _is_floating(a) and jnp.ndim(a) >= 2 else Dense() for a in arrays]
+def _default_specs(names: Sequence[str], arrays: Sequence[Any]) -> list[Spec]:
+    present = set(names)
+
+    def is_matrix(name: str, array: Any) -> bool:
+        *layers, last = name.split("/")
+        long_axes = sum(size > 1 for size in jnp.shape(array))
+        beside_w = last == "b" and "/".join([*layers, "w"]) in present  # Haiku's linear layers
+        is_norm = any(map(_NORM.fullmatch, [*layers, last]))
+        named_otherwise = _NO_MATRIX.fullmatch(last) or beside_w or is_norm
+        return _is_floating(array) and long_axes >= 2 and not named_otherwise
+
+    rows = zip(names, arrays, strict=True)
+    return [Sparse() if is_matrix(name, array) else Dense() for name, array in rows]
 
 
 def _match(names: Sequence[str], rules: Rules) -> list[Spec]:
-    compiled = [(_compile(expression), spec) for expression, spec in _checked(rules)]
+    compiled = [(_compile(expression), spec) for expression, spec in rules]
     first = [next((i for i, (r, _) in enumerate(compiled) if r.fullmatch(n)), None) for n in names]
     uncovered = [name for name, i in zip(names, first, strict=True) if i is None]
     if uncovered:
         raise SparsityError(
-            f"no rule covers {', '.join(uncovered)}; end the rules with ('.*', Dense()) or "
-            "('.*', Sparse())"
+            f"no rule covers {_shortened(', '.join(uncovered))}; end the rules with "
+            "('.*', Dense()) or ('.*', Sparse())"
         )
-    for regex, _ in compiled:
-        if not any(regex.fullmatch(name) for name in names):
+    for number, (regex, _) in enumerate(compiled):
+        matched = [name for name in names if regex.fullmatch(name)]
+        if names and not matched:
+            there_are = _shortened(", ".join(names))
             raise SparsityError(
-                f"rule {regex.pattern!r} matches no parameter; there are: {', '.join(names)}"
+                f"rule {regex.pattern!r} matches no parameter; there are: {there_are}"
+            )
+        if names and number not in first:
+            raise SparsityError(
+                f"rule {regex.pattern!r} is hidden: earlier rules match all that it matches "
+                f"({_shortened(', '.join(matched))})"
             )
     return [compiled[i][1] for i in first if i is not None]
 
 
-def _checked(rules: Rules) -> Rules:
+def check_rules(rules: Any) -> None:
+    """Raises SparsityError unless these are rules: ordered pairs of an expression and a spec."""
+    wanted = "must be a list of (regular expression, Dense() or Sparse(...))"
+    if rules is None:
+        return
+    if isinstance(rules, str | bytes | Mapping) or not isinstance(rules, Sequence):
+        raise SparsityError(f"rules={_shortened(repr(rules), 80)}: {wanted}")
     for rule in rules:
-        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[1], Dense | Sparse)):
-            raise SparsityError(
-                f"rule {rule!r}: must be (regular expression, Dense() or Sparse(...))"
-            )
-    return rules
+        pair = isinstance(rule, tuple) and len(rule) == 2
+        if not pair or not isinstance(rule[0], str) or not isinstance(rule[1], Dense | Sparse):
+            raise SparsityError(f"rule {_shortened(repr(rule), 80)}: {wanted}")
+        _compile(rule[0])
+
+
+def check_pattern(pattern: Any) -> None:
+    """Raises SparsityError unless this is a pattern."""
+    if isinstance(pattern, type) or not isinstance(pattern, Pattern):
+        raise SparsityError(
+            f"pattern={_shortened(repr(pattern), 80)}: must be Unstructured(), Block(rows, cols), …"
+        )
 
 
 def _compile(expression: str) -> re.Pattern[str]:
@@ -177,10 +212,13 @@ def check_densities(forward: Density, backward: Density, where: str = "") -> Non
     """Raises SparsityError unless 0 < forward ≤ backward ≤ 1; traced values pass unseen."""
     for name, density in (("forward_density", forward), ("backward_density", backward)):
         if isinstance(density, jax.core.Tracer):
-            return
+            continue
         number = isinstance(density, numbers.Real) or getattr(density, "ndim", None) == 0
         if isinstance(density, bool) or not number or not 0.0 < float(density) <= 1.0:
-            raise SparsityError(f"{where}{name}={density!r}: must be a number in (0, 1]")
+            found = _shortened(repr(density), 80)
+            raise SparsityError(f"{where}{name}={found}: must be a number in (0, 1]")
+    if any(isinstance(density, jax.core.Tracer) for density in (forward, backward)):
+        return
     if float(backward) < float(forward):
         raise SparsityError(
             f"{where}backward_density={backward} is below forward_density={forward}: the backward "
@@ -191,34 +229,59 @@ def check_densities(forward: Density, backward: Density, where: str = "") -> Non
 def _leaf(
     name: str, array: Any, spec: Sparse, forward: Density, backward: Density, pattern: Pattern
 ) -> Leaf:
+    dtype = jnp.result_type(array)
     if not _is_floating(array):
-        raise SparsityError(f"{name} has type {jnp.result_type(array)}: only floats can be sparse")
+        raise SparsityError(f"{name} has type {dtype}: only floats can be sparse")
+    if dtype.name not in DTYPES:
+        raise SparsityError(f"{name} has type {dtype}; allowed: {', '.join(DTYPES)}, or Dense()")
     shape = jnp.shape(array)
-    if spec.stacked >= max(1, len(shape)):
-        raise SparsityError(f"{name}: stacked={spec.stacked} leaves no axis of shape {shape}")
+    axes = _stacked_axes(name, shape, spec)
+    stack = tuple(shape[axis] for axis in axes)
+    layer = tuple(size for axis, size in enumerate(shape) if axis not in axes)
     if spec.forward_density is not None:
         forward = spec.forward_density
-        if spec.backward_density is None and not isinstance(backward, jax.core.Tracer):
+        if spec.backward_density is None and not isinstance(backward, jax.Array):
             backward = max(float(backward), float(forward))
     if spec.backward_density is not None:
         backward = spec.backward_density
     check_densities(forward, backward, f"{name}: ")
-    forward, backward = (
-        d if isinstance(d, jax.core.Tracer) else float(d) for d in (forward, backward)
-    )
-    leaf = Leaf(
-        path=name,
-        shape=tuple(shape[spec.stacked :]),
-        forward_density=forward,
-        backward_density=backward,
-        pattern=spec.pattern or pattern,
-        stack=tuple(shape[: spec.stacked]),
-    )
+    forward, backward = (d if isinstance(d, jax.Array) else float(d) for d in (forward, backward))
+    pattern = spec.pattern or pattern
     try:
-        leaf.pattern.grid(leaf.shape)
+        pattern.grid(layer)
     except SparsityError as error:
         raise SparsityError(f"{name}: {error}") from None
-    return leaf
+    if not 0 < math.prod(layer) <= MOST_ENTRIES:
+        raise SparsityError(
+            f"{name}: a layer of {math.prod(layer)} entries; allowed: 1 to {MOST_ENTRIES} (name "
+            "the axes that number separate layers as stacked, or leave it dense)"
+        )
+    counts = _counts(pattern, layer, forward, backward)
+    return Leaf(layer, dtype, pattern, forward, backward, counts, stack, axes)
+
+
+def _stacked_axes(name: str, shape: tuple[int, ...], spec: Sparse) -> tuple[int, ...]:
+    if spec.stacked is None:
+        return ()
+    axes = spec.stacked if isinstance(spec.stacked, tuple) else (spec.stacked,)
+    rank = len(shape)
+    outside = any(not -rank <= axis < rank for axis in axes)
+    axes = tuple(axis % rank for axis in axes) if not outside else axes
+    if outside or len(set(axes)) < len(axes) or len(axes) >= rank:
+        raise SparsityError(
+            f"{name}: stacked={spec.stacked} must name different axes of {shape} and leave one"
+        )
+    return axes
+
+
+def _counts(
+    pattern: Pattern, shape: tuple[int, ...], forward: Density, backward: Density
+) -> Counts:
+    kept = pattern.count(shape, forward)
+    updated = pattern.count(shape, backward)
+    if isinstance(kept, int) and isinstance(updated, int):
+        return Counts(kept, max(kept, updated))
+    return Counts(kept, jnp.maximum(kept, updated))
 
 
 def _share_out(leaves: list[Leaf | None], specs: Sequence[Spec]) -> list[Leaf | None]:
@@ -226,7 +289,7 @@ def _share_out(leaves: list[Leaf | None], specs: Sequence[Spec]) -> list[Leaf | 
     groups: dict[tuple[float, float], list[int]] = {}
     for i, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
         if leaf and isinstance(spec, Sparse) and spec.distribution == "erk":
-            if isinstance(leaf.forward_density, jax.core.Tracer):
+            if isinstance(leaf.forward_density, jax.Array):
                 raise SparsityError(
                     "distribution='erk' needs plain numbers as densities; under "
                     "inject_hyperparams name them in static_args"
@@ -241,7 +304,10 @@ def _share_out(leaves: list[Leaf | None], specs: Sequence[Spec]) -> list[Leaf | 
         forwards = erk_densities(shapes, forward, copies)
         backwards = erk_densities(shapes, backward, copies)
         for i, leaf, a, b in zip(members, group, forwards, backwards, strict=True):
-            shared[i] = dataclasses.replace(leaf, forward_density=a, backward_density=max(a, b))
+            counts = _counts(leaf.pattern, leaf.shape, a, max(a, b))
+            shared[i] = dataclasses.replace(
+                leaf, forward_density=a, backward_density=max(a, b), counts=counts
+            )
     return shared
 
 

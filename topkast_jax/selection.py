@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,13 +22,16 @@ from jax import lax
 from jax.scipy.special import ndtri
 
 from topkast_jax.errors import SparsityError
+from topkast_jax.varying import varying_like
 
 Count = int | jax.Array
 # of(entries, their row-major indices, *parameters), elementwise
 _Of = Callable[..., jax.Array]
 _Parameters = tuple[jax.Array, ...]
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+MOST_ENTRIES = 2**31 - 1  # of one layer of a leaf: positions and counts are int32
+_MILLION = 1_000_000
 _WHOLE: dict[Callable, Callable] = {lax.add: lax.reduce_sum, lax.min: lax.reduce_min}
 _FOLD = 32  # entries that _reduce_flat combines into one
 _LARGE = 2**20  # entries from which float32 magnitudes often tie
@@ -43,8 +46,10 @@ class Thresholds(NamedTuple):
     """What separates kept entries from dropped ones, one element a count.
 
     Attributes:
-        key: Bit pattern of the smallest kept magnitude, as an integer; -1 where a NaN is kept.
-        index: Of the entries with exactly that key, those of a lower row-major index are kept.
+        key: Bit pattern of the smallest kept magnitude, as an integer; one more than infinity's
+            where only NaNs are kept.
+        index: Of the entries with exactly that key, those that come earlier in the order of ties
+            than this are kept.
     """
 
     key: jax.Array
@@ -73,17 +78,80 @@ def keep_count(entries: int, density: float) -> int:
     return max(1, math.floor(float(density) * entries + 0.5))
 
 
+def count_of(units: int, density: float | jax.Array) -> Count:
+    """The number of units that a density keeps, max(1, ⌊density · units + ½⌋).
+
+    Args:
+        units: Number of units of the leaf.
+        density: Fraction to keep. A plain number is rounded on the host in double precision; an
+            array (a hyperparameter of `optax.inject_hyperparams`) is read to six decimals and
+            counted in exact integers.
+
+    Returns:
+        An int for a plain number, an int32 scalar for an array.
+    """
+    if not isinstance(density, jax.Array):
+        return keep_count(units, float(density))
+    parts = jnp.round(density.astype(jnp.float32) * np.float32(_MILLION)).astype(jnp.int32)
+    whole, rest = divmod(units, _MILLION)
+    high, low = divmod(rest, 1000)
+    thousands, left = jnp.divmod(parts * high, 1000)
+    count = parts * whole + thousands + (left * 1000 + parts * low + _MILLION // 2) // _MILLION
+    return jnp.maximum(1, count)
+
+
 def _keys(x: jax.Array) -> jax.Array:
-    """Integers in the order of |x|; NaN is -1, below zero."""
+    """Integers in the order of |x|, NaN above all; an array of keys is what it is."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return x
     integer = np.dtype(f"i{x.dtype.itemsize}")
     bits = lax.bitcast_convert_type(x, integer) & np.array(np.iinfo(integer).max, integer)
-    bits = bits.astype(max(integer, np.dtype("i4")))
-    return jnp.where(bits > _infinity(x.dtype), -1, bits)
+    return jnp.minimum(bits.astype(_key_dtype(x.dtype)), _largest(x.dtype))
 
 
-def _infinity(dtype: np.dtype) -> int:
-    """The largest key."""
-    return int(np.array(np.inf, dtype).view(f"i{dtype.itemsize}"))
+def _key_dtype(dtype: np.dtype) -> np.dtype:
+    """The type of the keys of entries of a type, at least 32 bits wide."""
+    return np.dtype(f"i{max(4, dtype.itemsize)}")
+
+
+def _largest(dtype: np.dtype) -> np.integer:
+    """The largest key of entries of a type, or of keys: that of a NaN."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        dtype = np.dtype(f"f{dtype.itemsize}")
+    return _key_dtype(dtype).type(np.array(np.inf, dtype).view(f"i{dtype.itemsize}") + 1)
+
+
+class _Order(NamedTuple):
+    """The order in which ties are kept: row-major, or with a salt a pseudo-random one."""
+
+    size: int
+    salt: jax.Array | None
+
+    @property
+    def bits(self) -> int:
+        """Positions of a salted order have so many bits."""
+        return min(30, max(1, (self.size - 1).bit_length()))
+
+    @property
+    def end(self) -> int:
+        """One more than the last position."""
+        return self.size if self.salt is None else max(self.size, 2**self.bits)
+
+    def position(self, index: jax.Array) -> jax.Array:
+        """The position of each row-major index: one-to-one, whatever the salt.
+
+        Adding a constant, multiplying by an odd number and xoring with a right shift each permute
+        the integers of `bits` bits. Indices beyond 2**30 keep their places.
+        """
+        if self.salt is None:
+            return index
+        mask = np.uint32(2**self.bits - 1)
+        shift = np.uint32((self.bits + 1) // 2)
+        mixed = index.astype(jnp.uint32)
+        for odd in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35):
+            mixed = ((mixed + self.salt) * np.uint32(odd)) & mask
+            mixed = mixed ^ (mixed >> shift)
+        return jnp.where(index < 2**self.bits, mixed.astype(jnp.int32), index)
 
 
 def _row_major(shape: tuple[int, ...], origin: jax.Array | int = 0) -> jax.Array:
@@ -196,7 +264,7 @@ def _shrink(bracket: _Bracket, probes: jax.Array, found: jax.Array, wanted: jax.
     )
 
 
-def _spread(bracket: _Bracket, guess: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array:
+def _around(bracket: _Bracket, guess: jax.Array, below: jax.Array, above: jax.Array) -> jax.Array:
     """Probes at low + guess, at distances below and above it, and halfway, all in the bracket.
 
     The one halfway makes every pass at least halve the bracket, whatever the data.
@@ -224,7 +292,7 @@ def _interpolate(bracket: _Bracket, wanted: jax.Array, half: int) -> jax.Array:
         return jnp.maximum(first ** (1 - step) * end**step, jnp.arange(1.0, half + 1))
 
     guess = width * share
-    return _spread(bracket, guess, distances(guess), distances(width - guess))
+    return _around(bracket, guess, distances(guess), distances(width - guess))
 
 
 def _search(
@@ -254,8 +322,8 @@ def _search(
 def _normal_guess(x: jax.Array, wanted: jax.Array) -> jax.Array:
     """Keys of the thresholds of normally distributed entries with the leaf's mean magnitude."""
     total = _reduce(x, of=lambda e, _: jnp.abs(e.astype(jnp.float32)), combine=lax.add)
-    deviation = total / x.size * math.sqrt(math.pi / 2)
-    quantile = -ndtri(wanted.astype(jnp.float32) / (2 * x.size))
+    deviation = total * np.float32(math.sqrt(math.pi / 2) / x.size)
+    quantile = -ndtri(wanted.astype(jnp.float32) / np.float32(2 * x.size))
     return _keys((deviation * quantile).astype(x.dtype))
 
 
@@ -266,10 +334,11 @@ def _search_keys(x: jax.Array, wanted: jax.Array, guess: jax.Array) -> _Bracket:
         return (_keys(e) >= probe).astype(jnp.int32)
 
     low, none = jnp.full_like(guess, -1), jnp.zeros_like(wanted)
-    bracket = _Bracket(low, low + (_infinity(x.dtype) + 2), none + x.size, none)
-    exponents = np.array(_FIRST_FEW if _few_probes() else _FIRST) - 23 + jnp.finfo(x.dtype).nmant
+    bracket = _Bracket(low, low + (_largest(x.dtype) + np.int32(2)), none + x.size, none)
+    bits = jnp.finfo(x.dtype).nmant if jnp.issubdtype(x.dtype, jnp.floating) else 23
+    exponents = np.array(_FIRST_FEW if _few_probes() else _FIRST) - 23 + bits
     away = jnp.asarray(np.maximum(2.0**exponents, 1 + np.arange(len(exponents))), guess.dtype)[None]
-    probes = _spread(bracket, (guess - low)[:, None], away, away)
+    probes = _around(bracket, (guess - low)[:, None], away, away)
     return _search(x, reached, wanted, bracket, probes)
 
 
@@ -295,7 +364,7 @@ def _look_at_one_tie(
     Two or three ties are the rule in a large float32 leaf, and then this closes the bracket.
     """
     last = np.int32(x.size - 1)
-    first = 2 * wanted <= bracket.at_low
+    first = wanted <= bracket.at_low - wanted
 
     def distance(e: jax.Array, i: jax.Array, tied: jax.Array, first: jax.Array) -> jax.Array:
         return jnp.where(_keys(e) == tied, jnp.where(first, i, last - i), last)
@@ -306,48 +375,61 @@ def _look_at_one_tie(
     return _shrink(bracket, probe[:, None], found[:, None], wanted)
 
 
-def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket) -> jax.Array:
-    """Row-major index below which entries with the key at the low ends are kept."""
+def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket, order: _Order) -> jax.Array:
+    """Position before which entries with the key at the low ends are kept."""
+    last = np.int32(order.end - 1)
 
     def reached(e: jax.Array, i: jax.Array, probe: jax.Array, tied: jax.Array) -> jax.Array:
-        rank = jnp.where(_keys(e) == tied, np.int32(x.size - 1) - i, -1)
+        rank = jnp.where(_keys(e) == tied, last - order.position(i), -1)
         return (rank >= probe).astype(jnp.int32)
 
     zero, wanted = jnp.zeros_like(wanted), wanted - ties.at_high
-    bracket = _Bracket(zero, zero + x.size, ties.at_low - ties.at_high, zero)
-    if x.size >= _LARGE:
+    bracket = _Bracket(zero, zero + order.end, ties.at_low - ties.at_high, zero)
+    if x.size >= _LARGE and order.salt is None:
         bracket = lax.cond(
             jnp.any(bracket.at_low > wanted),
             lambda: _look_at_one_tie(x, wanted, ties.low, bracket),
             lambda: bracket,
         )
     probes = _interpolate(bracket, wanted, 1)  # ties lie evenly: more probes save few passes
-    return x.size - _search(x, reached, wanted, bracket, probes, ties.low[:, None]).low
+    return order.end - _search(x, reached, wanted, bracket, probes, ties.low[:, None]).low
 
 
 def _check(x: jax.Array, counts: Sequence[Count]) -> None:
-    if x.dtype.name not in _DTYPES:
-        raise SparsityError(f"selection: dtype {x.dtype}; allowed: {', '.join(_DTYPES)}")
-    if not 0 < x.size < 2**31:
-        raise SparsityError(f"selection: a leaf of {x.size} entries; allowed: 1 to 2**31 - 1")
+    if x.dtype.name not in DTYPES:
+        raise SparsityError(f"selection: dtype {x.dtype}; allowed: {', '.join(DTYPES)}")
+    if not 0 < x.size <= MOST_ENTRIES:
+        raise SparsityError(f"selection: a leaf of {x.size} entries; allowed: 1 to {MOST_ENTRIES}")
     for count in counts:
         if isinstance(count, int) and not 1 <= count <= x.size:
             raise SparsityError(f"selection: count {count}; allowed: 1 to {x.size}")
 
 
+def _eligible(x: jax.Array, among: jax.Array | None) -> jax.Array:
+    """The entries, or where only some may be kept, keys in which the others rank below all."""
+    return x if among is None else jnp.where(among, _keys(x), -1)
+
+
 def thresholds(
-    x: jax.Array, counts: Sequence[Count], start: Thresholds | None = None
+    x: jax.Array,
+    counts: Sequence[Count],
+    start: Thresholds | None = None,
+    *,
+    among: jax.Array | None = None,
+    salt: jax.Array | None = None,
 ) -> Thresholds:
     """Exact thresholds of several top-K sets of one leaf.
 
-    Entries rank by magnitude; of equal ones the lower row-major index comes first. A NaN ranks
-    below every number, 0 and -0 are equal.
+    Entries rank by magnitude, and a NaN ranks above every number; 0 and -0 are equal. Of equal
+    entries the lower row-major index comes first, or with a salt an order that looks random.
 
     Args:
         x: The leaf, of any shape and sharding.
         counts: How many entries each set keeps, 1 to x.size; may be traced.
         start: Thresholds of an earlier selection with as many counts, to save passes. The result
             does not depend on it.
+        among: Booleans of the leaf's shape: entries that are False rank below all others.
+        salt: uint32 scalar that numbers the order in which ties are kept.
 
     Returns:
         The thresholds, in the order of `counts`.
@@ -358,28 +440,46 @@ def thresholds(
     _check(x, counts)
     x = lax.stop_gradient(x)
     wanted = jnp.stack([jnp.asarray(count, jnp.int32) for count in counts])
-    guess = _normal_guess(x, wanted) if start is None else start.key
+    wanted, none = varying_like((wanted, jnp.zeros_like(wanted)), x)
+    guess = _normal_guess(x, wanted) if start is None else start.key + none
+    x = _eligible(x, among)
     bracket = _search_keys(x, wanted, guess)
-    return Thresholds(_smallest_kept(x, bracket), _search_index(x, wanted, bracket))
+    edge = _search_index(x, wanted, bracket, _Order(x.size, salt))
+    return Thresholds(_smallest_kept(x, bracket), edge)
 
 
-def keep(x: jax.Array, thresholds: Thresholds, i: int) -> jax.Array:
+def keep(
+    x: jax.Array,
+    thresholds: Thresholds,
+    i: int,
+    *,
+    among: jax.Array | None = None,
+    salt: jax.Array | None = None,
+) -> jax.Array:
     """The keep-mask of one count.
 
     Args:
         x: The leaf that the thresholds were selected from.
         thresholds: What `thresholds` returned for it.
         i: Which of the counts.
+        among: As given to `thresholds`.
+        salt: As given to `thresholds`.
 
     Returns:
         Booleans of the leaf's shape, True for exactly that many entries.
     """
-    key, edge = _keys(x), thresholds.key[i]
-    return (key > edge) | ((key == edge) & (_row_major(x.shape) < thresholds.index[i]))
+    key, edge = _keys(_eligible(x, among)), thresholds.key[i]
+    position = _Order(x.size, salt).position(_row_major(x.shape))
+    return (key > edge) | ((key == edge) & (position < thresholds.index[i]))
 
 
 def top_k_masks(
-    x: jax.Array, counts: Sequence[Count], start: Thresholds | None = None
+    x: jax.Array,
+    counts: Sequence[Count],
+    start: Thresholds | None = None,
+    *,
+    among: jax.Array | None = None,
+    salt: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, ...], Thresholds]:
     """Keep-masks of the entries of largest magnitude, for several counts at once.
 
@@ -387,6 +487,8 @@ def top_k_masks(
         x: The leaf, of any shape and sharding.
         counts: How many entries each mask keeps, 1 to x.size; may be traced.
         start: Thresholds of an earlier selection with as many counts, to save passes.
+        among: Booleans of the leaf's shape: entries that are False are kept last.
+        salt: uint32 scalar that numbers the order in which ties are kept; None: row-major.
 
     Returns:
         The masks, each with exactly its count of True, and their thresholds.
@@ -394,5 +496,61 @@ def top_k_masks(
     Raises:
         SparsityError: If the dtype, the size or a count is not one of those allowed.
     """
-    found = thresholds(x, counts, start)
-    return tuple(keep(x, found, i) for i in range(len(counts))), found
+    found = thresholds(x, counts, start, among=among, salt=salt)
+    masks = tuple(keep(x, found, i, among=among, salt=salt) for i in range(len(counts)))
+    return masks, found
+
+
+def counts_of_global_top_k(leaves: Mapping[str, jax.Array], count: Count) -> dict[str, jax.Array]:
+    """How many of the `count` entries of largest magnitude over all leaves each leaf has.
+
+    Passes count over all leaves and add the counts up, so nothing is gathered. Of entries that tie
+    with the global threshold those of earlier leaves come first.
+
+    Args:
+        leaves: Arrays of any shapes, of one dtype, together at most 2**31 - 1 entries.
+        count: How many to keep in all, 1 to their number; may be traced.
+
+    Returns:
+        int32 scalars, by leaf; their sum is `count`.
+
+    Raises:
+        SparsityError: If the dtypes differ or the entries are too many.
+    """
+    xs = [lax.stop_gradient(x) for x in leaves.values()]
+    if len({x.dtype for x in xs}) != 1:
+        found = sorted({x.dtype.name for x in xs})
+        raise SparsityError(f"global selection: leaves of {', '.join(found)}; allowed: one dtype")
+    total = sum(x.size for x in xs)
+    if total > MOST_ENTRIES:
+        raise SparsityError(
+            f"global selection: {total} entries in all; allowed: at most {MOST_ENTRIES}"
+        )
+    wanted = jnp.asarray(count, jnp.int32)[None]
+
+    def reached(e: jax.Array, _: jax.Array, probe: jax.Array) -> jax.Array:
+        return (_keys(e) >= probe).astype(jnp.int32)
+
+    def counted(probes: jax.Array) -> list[jax.Array]:
+        return [_reduce(x, probes, of=reached, combine=lax.add) for x in xs]
+
+    low, none = jnp.full([1], -1, _key_dtype(xs[0].dtype)), jnp.zeros_like(wanted)
+    high = low + (_largest(xs[0].dtype) + np.int32(2))
+    bracket = _Bracket(low, high, none + total, none)
+
+    def is_open(state: tuple[_Bracket, jax.Array]) -> jax.Array:
+        return jnp.any(state[0].high - state[0].low > 1)
+
+    def one_pass(state: tuple[_Bracket, jax.Array]) -> tuple[_Bracket, jax.Array]:
+        bracket, probes = state
+        bracket = _shrink(bracket, probes, sum(counted(probes)), wanted)  # type: ignore[arg-type]
+        return bracket, _interpolate(bracket, wanted, 1)
+
+    middle = bracket.low[:, None] + (bracket.high - bracket.low)[:, None] // 2
+    probes = jnp.broadcast_to(middle, (1, 4))
+    bracket, _ = lax.while_loop(is_open, one_pass, (bracket, probes))
+    above = jnp.stack([c[0] for c in counted(bracket.high)])
+    tied = jnp.stack([c[0] for c in counted(bracket.low)]) - above
+    left = wanted[0] - jnp.sum(above)
+    before = jnp.cumsum(tied) - tied
+    return dict(zip(leaves, above + jnp.clip(left - before, 0, tied), strict=True))

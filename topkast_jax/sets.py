@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,31 +10,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from topkast_jax.choosing import Chooser
 from topkast_jax.errors import SparsityError
+from topkast_jax.flags import BACKWARD, FORWARD, has
 from topkast_jax.trees import flatten_with_names
 
-FORWARD = 1
-BACKWARD = 2
-START_FORWARD = 4
-START_BACKWARD = 8
-LAST_FORWARD = 16
-EVER_FORWARD = 32
-
-
-class Sets(NamedTuple):
-    """The sets of one leaf, named for what they keep; `forward` lies within `backward`.
-
-    Attributes:
-      forward: bool, the leaf's shape: entries the network runs on (the paper's A).
-      backward: bool, the leaf's shape: entries that are updated (the paper's B).
-    """
-
-    forward: jax.Array
-    backward: jax.Array
+NOT_DUE = 0
+DUE = 1
+DUE_WITH_GRADIENT = 2
 
 
 class SparsifyState(NamedTuple):
     """State of `sparsify`.
+
+    Sets are chosen from the parameters that come with the state: where a choice is due,
+    `forward_params(params, state)` and the `update` that follows make the same one. Inside one
+    compiled function the compiler makes it once.
 
     Attributes:
       step: int32 scalar, finished steps.
@@ -41,46 +33,24 @@ class SparsifyState(NamedTuple):
         one bit for each set (`FORWARD`, `BACKWARD`, …) an entry is in; a dense leaf MaskedNode().
       memory: what the method remembers, by the name of each sparse leaf.
       inner_state: the inner optimizer's state.
+      due: int8 scalar: `DUE` where the sets are to be chosen from the next parameters,
+        `DUE_WITH_GRADIENT` where the next update chooses the first ones, else `NOT_DUE`.
+      gradient: the last dense gradients, a tree like `sets`, if the method needs them; else ().
+      chooser: how the sets are chosen, a `Chooser`; () if they never are again.
     """
 
     step: jax.Array
     sets: Any
-    memory: dict[str, Any]
+    memory: Any
     inner_state: Any
+    due: Any = NOT_DUE
+    gradient: Any = ()
+    chooser: Any = ()
 
 
 def is_dense(node: Any) -> bool:
     """Whether a node of `SparsifyState.sets` stands for a dense leaf."""
     return isinstance(node, optax.MaskedNode)
-
-
-def unpack(flags: jax.Array) -> Sets:
-    """The present sets of a leaf."""
-    return Sets(flags & FORWARD != 0, flags & BACKWARD != 0)
-
-
-def first_flags(sets: Sets) -> jax.Array:
-    """Flags of sets that have just started."""
-    forward = FORWARD | START_FORWARD | LAST_FORWARD | EVER_FORWARD
-    backward = BACKWARD | START_BACKWARD
-    return _pick(sets.forward, forward) | _pick(sets.backward, backward)
-
-
-def next_flags(flags: jax.Array, sets: Sets) -> jax.Array:
-    """Flags after a refresh: the new sets, and the history with the old forward set as the last."""
-    history = flags & (START_FORWARD | START_BACKWARD | EVER_FORWARD)
-    last = jnp.where(flags & FORWARD, jnp.uint8(LAST_FORWARD), jnp.uint8(0))
-    new = _pick(sets.forward, FORWARD | EVER_FORWARD) | _pick(sets.backward, BACKWARD)
-    return history | last | new
-
-
-def frozen_flags(flags: jax.Array) -> jax.Array:
-    """Flags with the forward set in use as the backward set too."""
-    return jnp.where(flags & FORWARD, flags | BACKWARD, flags & ~jnp.uint8(BACKWARD))
-
-
-def _pick(mask: jax.Array, bits: int) -> jax.Array:
-    return jnp.where(mask, jnp.uint8(bits), jnp.uint8(0))
 
 
 class CompactState(NamedTuple):
@@ -98,10 +68,15 @@ class CompactState(NamedTuple):
     inner_state: Any
 
 
+def nodes_of(state: Any, kind: type) -> list[Any]:
+    """The nodes of a kind inside an optimizer state, wherever they sit."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
+
+
 def find_compact(state: Any) -> CompactState | None:
     """The `CompactState` inside an optimizer state, wherever it sits, or None."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, CompactState))
-    return next((node for node in nodes if isinstance(node, CompactState)), None)
+    return next(iter(nodes_of(state, CompactState)), None)
 
 
 def find_states(state: Any) -> list[SparsifyState]:
@@ -110,8 +85,7 @@ def find_states(state: Any) -> list[SparsifyState]:
     Raises:
       SparsityError: there is none, or an always-sparse one, whose sets are on the host.
     """
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, SparsifyState))
-    found = [node for node in nodes if isinstance(node, SparsifyState)]
+    found = nodes_of(state, SparsifyState)
     if not found and find_compact(state) is not None:
         raise SparsityError(
             "this optimizer state is always sparse, and its sets are on the host: take "
@@ -125,17 +99,118 @@ def find_states(state: Any) -> list[SparsifyState]:
     return found
 
 
-def map_flags(function: Callable[[Any, jax.Array], Any], params: Any, state: Any) -> Any:
-    """Maps `function(flags, parameter)` over the leaves; flags are None where a leaf is dense."""
-    names, leaves, treedef = flatten_with_names(params)
-    flags: dict[str, jax.Array] = {}
-    for found in find_states(state):
-        flags.update(zip(*flatten_with_names(found.sets)[:2], strict=True))
-    strangers = [name for name in flags if name not in names]
+class Present(NamedTuple):
+    """The sparse leaves of one state as they are for the parameters that came with it.
+
+    Attributes:
+      theta: parameters by leaf, with what `Method.enter` gives to entries that have just entered.
+      flags: the sets in use by leaf.
+      memory: what the method remembers by leaf.
+      was: the sets before the choice that was due, by leaf; `flags` itself if none was.
+    """
+
+    theta: dict[str, Any]
+    flags: dict[str, Any]
+    memory: Any
+    was: dict[str, Any]
+
+
+def present(
+    thetas: dict[str, Any], state: SparsifyState, gradients: dict[str, Any] | None = None
+) -> Present:
+    """Makes the choice that is due, from these parameters.
+
+    Args:
+      thetas: parameters by leaf; those of dense leaves are passed over.
+      state: as the last update returned it.
+      gradients: by leaf, inside an update: a first choice that waits for them is made too.
+
+    Raises:
+      SparsityError: a leaf of another shape than the state was made for.
+    """
+    flags = leaf_flags(state)
+    _check_shapes(thetas, flags)
+    theta = {path: thetas[path] for path in flags}
+    if not isinstance(state.chooser, Chooser):
+        return Present(theta, flags, state.memory, flags)
+    chooser: Chooser = state.chooser
+    stored = _by_leaf(state.gradient) if chooser.method.needs_gradient else None
+    new, memory = _chosen_if(
+        chooser, False, state.due == DUE, theta, stored, flags, state.memory, state.step
+    )
+    if gradients is not None and chooser.method.first_choice == "first_update":
+        first = {path: gradients[path] for path in flags}
+        waiting = state.due == DUE_WITH_GRADIENT
+        new, memory = _chosen_if(chooser, True, waiting, theta, first, new, memory, state.step)
+    return Present(chooser.entered(theta, flags, new), new, memory, flags)
+
+
+def leaf_flags(state: SparsifyState) -> dict[str, Any]:
+    """The flags of each sparse leaf, by its name."""
+    return _by_leaf(state.sets)
+
+
+def _by_leaf(tree: Any) -> dict[str, Any]:
+    names, leaves, _ = flatten_with_names(tree)
+    return dict(zip(names, leaves, strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _chosen_if(
+    chooser: Chooser,
+    first: bool,
+    due: Any,
+    theta: Any,
+    grads: Any,
+    flags: Any,
+    memory: Any,
+    step: Any,
+) -> Any:
+    # The choice has no derivative: a set is a set of integers.
+    theta, grads = jax.lax.stop_gradient((theta, grads))
+    return jax.lax.cond(
+        due,
+        lambda: chooser.choose(first, theta, grads, flags, memory, step),
+        lambda: chooser.as_chosen(theta, flags, memory),
+    )
+
+
+def _check_shapes(thetas: dict[str, Any], flags: dict[str, Any]) -> None:
+    strangers = [path for path in flags if path not in thetas]
     if strangers:
         raise SparsityError(f"the state is of other parameters: these lack {', '.join(strangers)}")
-    rows = zip(names, leaves, strict=True)
-    return treedef.unflatten([function(flags.get(name), leaf) for name, leaf in rows])
+    for path, held in flags.items():
+        if jnp.shape(thetas[path]) != jnp.shape(held):
+            raise SparsityError(
+                f"{path} has shape {jnp.shape(thetas[path])} and this state is of parameters where "
+                f"it has shape {jnp.shape(held)}"
+            )
+
+
+def presents(params: Any, state: Any) -> Present:
+    """`present` of every sparsity state inside an optimizer state, put together.
+
+    Raises:
+      SparsityError: `state` holds no sparsity state, or one of other parameters.
+    """
+    found = find_states(state)
+    names, leaves, _ = flatten_with_names(params)
+    thetas = dict(zip(names, leaves, strict=True))
+    together = Present({}, {}, {}, {})
+    for one in found:
+        for whole, part in zip(together, present(thetas, one), strict=True):
+            whole.update(part if isinstance(part, dict) else {})
+    return together
+
+
+def map_flags(function: Callable[[Any, Any], Any], params: Any, state: Any) -> Any:
+    """Maps `function(flags, parameter)` over the leaves; flags are None where a leaf is dense."""
+    now = presents(params, state)
+    names, leaves, treedef = flatten_with_names(params)
+    return treedef.unflatten([
+        function(now.flags.get(name), now.theta.get(name, leaf))
+        for name, leaf in zip(names, leaves, strict=True)
+    ])  # fmt: skip
 
 
 def forward_params(params: Any, state: Any) -> Any:
@@ -150,8 +225,8 @@ def forward_params(params: Any, state: Any) -> Any:
       compact kernels, whose products run over the forward set.
 
     Raises:
-      SparsityError: `state` holds no sparsity state, or `params` are not the values that an
-        always-sparse one belongs to.
+      SparsityError: `state` holds no sparsity state, or one of other parameters, or `params` are
+        not the values that an always-sparse one belongs to.
     """
     compact = find_compact(state)
     if compact is not None:
@@ -160,7 +235,7 @@ def forward_params(params: Any, state: Any) -> Any:
     def view(flags: Any, theta: jax.Array) -> jax.Array:
         if flags is None:
             return theta
-        return jnp.where(flags & FORWARD, theta, jnp.zeros_like(theta))
+        return jnp.where(has(flags, FORWARD), theta, jnp.zeros_like(theta))
 
     return map_flags(view, params, state)
 
@@ -194,13 +269,53 @@ def keep_masks(params: Any, state: Any) -> tuple[Any, Any]:
       (forward, backward), each a tree like `params`.
 
     Raises:
-      SparsityError: `state` holds no sparsity state, or an always-sparse one: there it is
-        ``keep_masks(*sparse.masks(reservoir))``.
+      SparsityError: `state` holds no sparsity state, or one of other parameters, or an
+        always-sparse one: there it is ``keep_masks(*sparse.masks(reservoir))``.
     """
+    now = presents(params, state)
+    names, leaves, treedef = flatten_with_names(params)
 
     def mask(bit: int) -> Any:
-        return map_flags(
-            lambda f, p: jnp.ones(jnp.shape(p), bool) if f is None else f & bit != 0, params, state
-        )
+        return treedef.unflatten([
+            has(now.flags[name], bit)
+            if name in now.flags
+            else jnp.ones(jnp.shape(leaf), bool)
+            for name, leaf in zip(names, leaves, strict=True)
+        ])  # fmt: skip
 
     return mask(FORWARD), mask(BACKWARD)
+
+
+def value_and_grad(
+    function: Callable[..., Any], *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """The loss and its gradient at the forward view, in one call.
+
+    Args:
+      function: called as ``function(alpha, *args, **kwargs)`` with the forward view of the
+        parameters in place of the parameters.
+      has_aux: whether it returns a pair of loss and auxiliary data.
+
+    Returns:
+      A function of ``(params, state, *args, **kwargs)`` that returns what
+      ``jax.value_and_grad(function)(forward_params(params, state), *args, **kwargs)`` does. The
+      gradient is the one that the update of a sparsity method takes.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import topkast_jax as tk
+      >>> params = {"w": jnp.arange(1.0, 11.0).reshape(2, 5)}
+      >>> tx = tk.top_kast(optax.sgd(0.1), 0.1, 0.2, rules=[(".*", tk.Sparse())])
+      >>> state = tx.init(params)
+      >>> loss, grads = tk.value_and_grad(lambda p: jnp.sum(p["w"]))(params, state)
+      >>> float(loss)
+      10.0
+    """
+    inner = jax.value_and_grad(function, has_aux=has_aux)
+
+    @functools.wraps(function)
+    def at_forward_view(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        result: tuple[Any, Any] = inner(forward_params(params, state), *args, **kwargs)
+        return result
+
+    return at_forward_view

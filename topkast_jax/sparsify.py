@@ -1,85 +1,42 @@
-"""The wrapper every sparsity method shares: its order of update, and what a method must say."""
+"""The wrapper that every sparsity method shares: its state and its order of update."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-import functools
-import zlib
-from collections.abc import Callable, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from topkast_jax.choosing import Chooser, over_stack
 from topkast_jax.errors import SparsityError
+from topkast_jax.flags import FORWARD, first_flags, frozen_flags, has, unpack
 from topkast_jax.inner_state import map_parameter_shaped
+from topkast_jax.method import Density, Leaf, Method, Sets, enters_anew
 from topkast_jax.patterns import Pattern, Unstructured
-from topkast_jax.rules import Density, Leaf, Rules, check_densities, logger, resolve
+from topkast_jax.rules import Rules, check_densities, check_pattern, check_rules, resolve
+from topkast_jax.serialization import register_with_flax
 from topkast_jax.sets import (
-    Sets,
+    DUE,
+    DUE_WITH_GRADIENT,
+    NOT_DUE,
+    CompactState,
+    Present,
     SparsifyState,
-    first_flags,
-    forward_params,
-    frozen_flags,
-    is_dense,
-    keep_masks,
-    next_flags,
-    unpack,
+    nodes_of,
+    present,
 )
-from topkast_jax.trees import flatten
+from topkast_jax.trees import columns_of, flatten_with_names
 
-__all__ = [
-    "Method",
-    "Plan",
-    "Sets",
-    "SparseTransform",
-    "SparsifyState",
-    "forward_params",
-    "keep_masks",
-    "sparsify",
-]
-
-
-class Method:
-    """How the sets of one leaf start and how they change; subclass it to make a new method.
-
-    Every function is called for one layer of one leaf, traced, and must be pure. `memory` is what
-    the method wants to remember about the leaf: any tree of scalars and arrays of the leaf's shape.
-
-    Attributes:
-      needs_gradient: whether `change` reads the gradient; without it, `grad` is None there, and
-        the gradient's memory is free by then.
-    """
-
-    needs_gradient: bool = False
-
-    def start(self, theta: jax.Array, leaf: Leaf, key: jax.Array) -> tuple[Sets, Any]:
-        """The first sets and the first memory, from the initial parameters."""
-        raise TypeError(f"{type(self).__name__} must define start(theta, leaf, key)")
-
-    def gradient(self, grad: jax.Array, theta: jax.Array, sets: Sets, leaf: Leaf) -> jax.Array:
-        """The gradient the inner optimizer gets; it is zeroed outside the backward set after.
-
-        Must work entry by entry: always sparse, the arrays hold the backward set alone, `[b]` or
-        `[b, rows, cols]`, in place of the layer.
-        """
-        del theta, sets, leaf
-        return grad
-
-    def change(
-        self,
-        theta: jax.Array,
-        grad: jax.Array | None,
-        sets: Sets,
-        memory: Any,
-        leaf: Leaf,
-        key: jax.Array,
-        step: jax.Array,
-    ) -> tuple[Sets, Any]:
-        """The next sets and memory, from the updated parameters and the gradient at the view."""
-        del theta, grad, leaf, key, step
-        return sets, memory
+# Extra arguments of `update` with which an inner optimizer evaluates the loss at other parameters.
+_LOSS_ARGUMENTS = ("value_fn", "obj_fn", "grad_fn")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,47 +52,22 @@ class Plan:
     inner_state: Literal["keep", "reset"]
     rules: Rules | None
     pattern: Pattern
-    seed: int
+    seed: int | jax.Array
 
-    def leaves(self, params: Any, log: Callable[[str], None] | None = None) -> list[Leaf | None]:
-        """How each leaf of `params` is sparse, in flattening order; None where it is dense."""
+    def leaves(self, params: Any) -> dict[str, Leaf | None]:
+        """How each leaf of `params` is sparse, by its path; None where it is dense."""
         return resolve(
-            params, self.rules, self.forward_density, self.backward_density, self.pattern, log
+            params, self.rules, self.forward_density, self.backward_density, self.pattern
         )
 
-    def keys(self, leaf: Leaf, step: Any) -> jax.Array:
-        """A random key for each layer of a leaf, the same wherever the leaf stands in the tree."""
-        key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(leaf.path.encode()))
-        key = jax.random.fold_in(key, step)
-        return jax.random.split(key, leaf.stack) if leaf.stack else key
+    def sparse_leaves(self, params: Any) -> dict[str, Leaf]:
+        """The sparse leaves of `params`, by path."""
+        return {path: leaf for path, leaf in self.leaves(params).items() if leaf is not None}
 
-    def start(self, leaf: Leaf, keys: jax.Array, theta: jax.Array) -> tuple[jax.Array, Any]:
-        """Flags and memory of the first sets of a leaf."""
-        start = _for_each_layer(lambda key, theta: self.method.start(theta, leaf, key), leaf)
-        sets, memory = start(keys, theta)
-        return first_flags(sets), memory
-
-    def change(
-        self, leaf: Leaf, keys: jax.Array, step: Any, theta: Any, grad: Any, flags: Any, memory: Any
-    ) -> tuple[jax.Array, Any]:
-        """Flags and memory of a leaf after `step` finished steps, from its present θ."""
-        change = _for_each_layer(
-            lambda key, theta, grad, sets, memory: self.method.change(
-                theta, grad, sets, memory, leaf, key, step
-            ),
-            leaf,
-        )
-        new, memory = change(keys, theta, grad, unpack(flags), memory)
-        return next_flags(flags, new), memory
-
-    def shape_gradient(
-        self, leaf: Leaf, grad: Any, theta: Any, sets: Sets, step: jax.Array
-    ) -> jax.Array:
-        """What the inner optimizer gets in place of the gradient of a leaf, on its backward set."""
-        shape = _for_each_layer(
-            lambda grad, theta, sets: self.method.gradient(grad, theta, sets, leaf), leaf
-        )
-        return rounded(shape(grad, theta, sets), step)
+    @property
+    def ever_chooses(self) -> bool:
+        """Whether sets are chosen after `init`."""
+        return self.refresh_every is not None or self.method.first_choice == "first_update"
 
 
 class SparseTransform(optax.GradientTransformationExtraArgs):
@@ -159,7 +91,7 @@ def sparsify(
     inner_state: Literal["keep", "reset"] = "keep",
     rules: Rules | None = None,
     pattern: Pattern | None = None,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
 ) -> SparseTransform:
     r"""Makes `inner` train a network that is sparse in every step (Top-KAST, section 2).
 
@@ -169,13 +101,14 @@ def sparsify(
     .. math::
       u = \text{inner}(\text{method.gradient}(g) \cdot 1_B), \quad θ ← θ + u \cdot 1_B
 
-    and every `refresh_every` steps lets the method choose A and B anew from the new θ. The new θ is
-    taken to be ``optax.apply_updates(params, updates)``, so in an `optax.chain` nothing that alters
-    the updates may come after.
+    After every `refresh_every` steps the method chooses A and B anew. It chooses from the θ that
+    comes with the state next, in `forward_params` and in the following `update` alike, so the sets
+    are those of the θ that the caller has, wherever the wrapper sits among other transformations.
 
     Args:
-      inner: any optax optimizer.
-      method: how the sets start and change.
+      inner: any optax optimizer. One that evaluates the loss itself (``value_fn``, ``obj_fn`` or
+        ``grad_fn`` of a line search or SAM) evaluates it at the forward view.
+      method: how the sets are chosen.
       forward_density: share of a leaf's units in A, in (0, 1].
       backward_density: share in B, forward_density to 1; forward_density if None.
       refresh_every: steps between two choices of the sets, at least 1; None: never.
@@ -185,195 +118,252 @@ def sparsify(
         gives them: moments to zero. With "reset", what enters B starts from there as well.
       rules: see `topkast_jax.rules.resolve`.
       pattern: what is kept together, `Unstructured()` if None.
-      seed: of the random numbers a method draws.
+      seed: of the random numbers a method draws; may be traced.
 
     Returns:
       A gradient transformation whose update needs `params`.
 
     Raises:
       SparsityError: an argument outside its range; from `init`, rules that do not fit the
-        parameters.
+        parameters; from `update`, gradients, state or parameters that do not fit each other.
     """
     backward = forward_density if backward_density is None else backward_density
     shape = Unstructured() if pattern is None else pattern
-    _check(forward_density, backward, refresh_every, stop_exploring_at, inner_state, shape)
-    inner = optax.with_extra_args_support(inner)
+    _check(inner, method, inner_state, shape, seed)
+    check_densities(forward_density, backward)
+    check_rules(rules)
     plan = Plan(
-        inner, method, forward_density, backward, refresh_every, stop_exploring_at, inner_state,
-        rules, shape, seed,
+        optax.with_extra_args_support(inner), method, forward_density, backward,
+        _whole_number("refresh_every", refresh_every, 1),
+        _whole_number("stop_exploring_at", stop_exploring_at, 0),
+        inner_state, rules, shape, seed,
     )  # fmt: skip
-    log_once = _once(logger.info)
-    first_sets = jax.jit(functools.partial(_first_sets, plan))
 
     def init_fn(params: Any) -> SparsifyState:
-        plan.leaves(params, log_once)
-        sets, memory = first_sets(params)
-        return SparsifyState(jnp.zeros([], jnp.int32), sets, memory, inner.init(params))
+        return _first_state(plan, params)
 
     def update_fn(
         grads: Any, state: SparsifyState, params: Any = None, **extra: Any
     ) -> tuple[Any, SparsifyState]:
-        if params is None:
-            raise SparsityError("update needs the parameters: tx.update(grads, state, params)")
-        shaped = _restricted(plan, grads, params, state)
-        updates, inner_new = inner.update(shaped, state.inner_state, params, **extra)
-        _, treedef = flatten(params)
-        columns = treedef.flatten_up_to(state.sets), treedef.flatten_up_to(updates)
-        zero_outside = functools.partial(_zero_outside, state.step)
-        updates = treedef.unflatten(_rows(zero_outside, *columns))
-        step = optax.safe_increment(state.step)
-        theta = optax.apply_updates(params, updates)
-        seen = grads if method.needs_gradient else None
-        sets, memory, inner_new = _evolved(plan, step, theta, seen, state, inner_new)
-        return updates, SparsifyState(step, sets, memory, inner_new)
+        return _update(plan, grads, state, params, extra)
 
     transform = SparseTransform(init_fn, update_fn)
     transform.plan = plan
     return transform
 
 
-def _first_sets(plan: Plan, params: Any) -> tuple[Any, dict[str, Any]]:
-    memory: dict[str, Any] = {}
-
-    def start(leaf: Leaf | None, theta: jax.Array) -> Any:
-        if leaf is None:
-            return optax.MaskedNode()
-        flags, memory[leaf.path] = plan.start(leaf, plan.keys(leaf, 0), theta)
-        return flags
-
-    thetas, treedef = flatten(params)
-    sets = treedef.unflatten(_rows(start, plan.leaves(params), thetas))
+def _first_state(plan: Plan, params: Any) -> SparsifyState:
+    register_with_flax()
+    leaves = plan.leaves(params)
+    for note in _observers.get():
+        note(leaves)
+    inner_state = plan.inner.init(params)
+    _refuse_a_second_wrapper(inner_state)
+    names, arrays, treedef = flatten_with_names(params)
+    step, due = jnp.zeros([], jnp.int32), jnp.asarray(NOT_DUE, jnp.int8)
+    # Without leaves this is the placeholder with which `optax.tree.map_params` asks for the
+    # structure: scalars stand for what is no tree of parameters.
+    if not names:
+        gradient = params if plan.method.needs_gradient else ()
+        return SparsifyState(step, params, due, inner_state, due, gradient, due)
+    sparse = {path: leaf for path, leaf in leaves.items() if leaf is not None}
+    theta = {n: jnp.asarray(a) for n, a in zip(names, arrays, strict=True) if n in sparse}
+    chooser = Chooser.of(plan.method, sparse, plan.seed)
+    if plan.method.first_choice == "first_update":
+        flags, memory = _everything(theta), chooser.first_memory(theta)
+        due = jnp.asarray(DUE_WITH_GRADIENT, jnp.int8)
+    else:
+        flags, memory = _first_choice(chooser, theta)
     if plan.stop_exploring_at is not None:
         at_once = jnp.asarray(plan.stop_exploring_at) == 0
-        sets = jax.tree.map(lambda f: jnp.where(at_once, frozen_flags(f), f), sets)
-    return sets, memory
+        flags = {path: jnp.where(at_once, frozen_flags(f), f) for path, f in flags.items()}
+
+    def per_leaf(values: dict[str, Any]) -> Any:
+        return treedef.unflatten([values.get(name, optax.MaskedNode()) for name in names])
+
+    gradient = per_leaf(jax.tree.map(jnp.zeros_like, theta)) if plan.method.needs_gradient else ()
+    kept = chooser if plan.ever_chooses else ()
+    return SparsifyState(step, per_leaf(flags), memory, inner_state, due, gradient, kept)
 
 
-def _restricted(plan: Plan, grads: Any, params: Any, state: SparsifyState) -> Any:
-    """The gradients as the method shapes them, zero outside B."""
-
-    def restrict(leaf: Leaf | None, grad: jax.Array, theta: jax.Array, flags: Any) -> Any:
-        if leaf is None:
-            return grad
-        sets = unpack(flags)
-        shaped = plan.shape_gradient(leaf, grad, theta, sets, state.step)
-        return jnp.where(sets.backward, shaped, jnp.zeros_like(shaped))
-
-    thetas, treedef = flatten(params)
-    columns = treedef.flatten_up_to(grads), thetas, treedef.flatten_up_to(state.sets)
-    return treedef.unflatten(_rows(restrict, plan.leaves(params), *columns))
+@jax.jit
+def _first_choice(chooser: Chooser, theta: dict[str, Any]) -> tuple[Any, Any]:
+    return chooser.choose(True, jax.lax.stop_gradient(theta), None, None, None, np.int32(0))
 
 
-def _evolved(
-    plan: Plan, step: jax.Array, theta: Any, grads: Any, old: SparsifyState, inner_new: Any
-) -> Any:
-    """Sets, memory and inner state after `step` finished steps."""
-    every, stop = plan.refresh_every, plan.stop_exploring_at
-
-    def finish(sets: Any, memory: Any) -> Any:
-        if plan.inner_state == "reset":
-            return sets, memory, _reset_moved(plan, inner_new, theta, old.sets, sets)
-        return sets, memory, inner_new
-
-    def keep() -> Any:
-        return old.sets, old.memory, inner_new
-
-    def renew() -> Any:
-        return finish(*_refreshed(plan, step, theta, grads, old.sets, old.memory))
-
-    def freeze() -> Any:
-        return finish(jax.tree.map(frozen_flags, old.sets), old.memory)
-
-    if stop is None and every is None:
-        return keep()
-    if stop is None and isinstance(every, int) and every == 1:
-        return renew()
-    due = jnp.asarray(False) if every is None else step % every == 0
-    if stop is None:
-        return jax.lax.cond(due, renew, keep)
-    choice = jnp.where(step < stop, due.astype(jnp.int32), 0)
-    choice = jnp.where(step == stop, 2, choice)
-    return jax.lax.switch(choice, [keep, renew, freeze])
+def _everything(theta: dict[str, Any]) -> dict[str, Any]:
+    """Flags of leaves that are kept whole."""
+    masks = {path: jnp.ones_like(x, dtype=bool) for path, x in theta.items()}
+    return {path: first_flags(Sets(mask, mask)) for path, mask in masks.items()}
 
 
-def _refreshed(
-    plan: Plan, step: jax.Array, theta: Any, grads: Any, sets: Any, memory: Any
-) -> tuple[Any, dict[str, Any]]:
-    """Sets and memory that the method chooses anew."""
-    memory = dict(memory)
-
-    def change(leaf: Leaf | None, theta: jax.Array, grad: Any, flags: Any) -> Any:
-        if leaf is None:
-            return flags
-        flags, memory[leaf.path] = plan.change(
-            leaf, plan.keys(leaf, step), step, theta, grad, flags, memory[leaf.path]
+def _update(
+    plan: Plan, grads: Any, state: SparsifyState, params: Any, extra: dict[str, Any]
+) -> tuple[Any, SparsifyState]:
+    """One step, in the order of the paper's section 2; the docstring of `sparsify` says it."""
+    if params is None:
+        raise SparsityError("update needs the parameters: tx.update(grads, state, params)")
+    if not isinstance(state, SparsifyState):
+        raise SparsityError(
+            f"update(grads, state, params): state is a {type(state).__name__}, must be what init "
+            "returned"
         )
-        return flags
+    names, arrays, treedef = flatten_with_names(params)
+    if not names:
+        updates, inner_new = plan.inner.update(grads, state.inner_state, params, **extra)
+        return updates, state._replace(step=optax.safe_increment(state.step), inner_state=inner_new)
+    gradients = columns_of("update: grads", grads, names, treedef)
+    leaves = plan.sparse_leaves(params)
+    _check_sparse(leaves, names, columns_of("update: the state", state.sets, names, treedef))
 
-    thetas, treedef = flatten(theta)
-    gradients = [None] * len(thetas) if grads is None else treedef.flatten_up_to(grads)
-    flags = treedef.flatten_up_to(sets)
-    changed = _rows(change, plan.leaves(theta), thetas, gradients, flags)
-    return treedef.unflatten(changed), memory
+    # 1. The sets in use, which belong to the parameters that came.
+    now = present(dict(zip(names, arrays, strict=True)), state, gradients)
+    theta = treedef.unflatten([now.theta.get(n, a) for n, a in zip(names, arrays, strict=True)])
+    inner_state = state.inner_state
+    if plan.inner_state == "reset" and plan.ever_chooses:
+        inner_state = jax.lax.cond(
+            state.due != NOT_DUE,
+            lambda: _reset_moved(plan, state.inner_state, theta, now.was, now.flags),
+            lambda: state.inner_state,
+        )
 
-
-def _check(
-    forward: Density, backward: Density, refresh: Any, stop: Any, inner_state: str, pattern: Any
-) -> None:
-    check_densities(forward, backward)
-    for name, value, least in (("refresh_every", refresh, 1), ("stop_exploring_at", stop, 0)):
-        if value is None or isinstance(value, jax.core.Tracer):
-            continue
-        if isinstance(value, bool) or int(value) != value or value < least:
-            raise SparsityError(f"{name}={value!r}: must be None or an integer of at least {least}")
-    if inner_state not in ("keep", "reset"):
-        raise SparsityError(f"inner_state={inner_state!r}: must be 'keep' or 'reset'")
-    if not isinstance(pattern, Pattern):
-        raise SparsityError(f"pattern={pattern!r}: must be Unstructured(), Block(rows, cols), …")
-
-
-def _once(log: Callable[[str], None]) -> Callable[[str], None]:
-    logged: set[str] = set()
-
-    def log_once(line: str) -> None:
-        if line not in logged:
-            logged.add(line)
-            log(line)
-
-    return log_once
-
-
-def _rows(function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
-    return [function(*row) for row in zip(*columns, strict=True)]
-
-
-def _for_each_layer(function: Callable[..., Any], leaf: Leaf) -> Callable[..., Any]:
-    for _ in leaf.stack:
-        function = jax.vmap(function)
-    return function
-
-
-def _zero_outside(step: jax.Array, flags: Any, update: jax.Array) -> jax.Array:
-    if is_dense(flags):
-        return update
-    # Adding -0.0 leaves every float as it is, bit for bit; adding 0.0 would turn -0.0 into 0.0.
-    return jnp.where(unpack(flags).backward, rounded(update, step), jnp.full_like(update, -0.0))
-
-
-def _reset_moved(plan: Plan, inner_state: Any, params: Any, old: Any, new: Any) -> Any:
-    """The inner state as `init` makes it, moments zero, but for entries that stay in B.
-
-    Also of entries that stay outside B: an optimizer may give those a state too.
-    """
-
-    def stays(old: Any, new: Any) -> Any:
-        return None if is_dense(old) else unpack(old).backward & unpack(new).backward
-
-    _, treedef = flatten(params)
-    rows = _rows(stays, treedef.flatten_up_to(old), treedef.flatten_up_to(new))
-    marked = map_parameter_shaped(
-        lambda _, stays: _Kept(stays), inner_state, params, treedef.unflatten(rows)
+    # 2. The method's gradient, inside B; 3. the inner optimizer; 4. its updates, inside B.
+    shaped = _restricted(plan, leaves, gradients, now, state.step)
+    updates, inner_state = plan.inner.update(
+        treedef.unflatten([shaped[name] for name in names]),
+        inner_state,
+        theta,
+        **_at_forward_view(extra, now, treedef, names),
     )
+    updates = _inside(plan, leaves, columns_of("update", updates, names, treedef), now, arrays)
+
+    # 5. What is due after this step. The next choice is made from the parameters that come then.
+    step = optax.safe_increment(state.step)
+    memory = now.memory
+    if plan.method.observes_gradient:
+        memory = _observed(plan, leaves, gradients, now)
+    flags, due, inner_state = _after(plan, step, now.flags, inner_state, theta)
+    sets = treedef.unflatten([flags.get(name, optax.MaskedNode()) for name in names])
+    gradient: Any = ()
+    if plan.method.needs_gradient:
+        seen = [gradients[n] if n in leaves else optax.MaskedNode() for n in names]
+        gradient = treedef.unflatten(seen)
+    chooser = Chooser.of(plan.method, leaves, plan.seed) if plan.ever_chooses else ()
+    state = SparsifyState(step, sets, memory, inner_state, due, gradient, chooser)
+    return treedef.unflatten([updates[name] for name in names]), state
+
+
+def _restricted(
+    plan: Plan, leaves: dict[str, Leaf], gradients: dict[str, Any], now: Present, step: Any
+) -> dict[str, Any]:
+    """The gradients as the method shapes them, zero outside B."""
+    shaped = dict(gradients)
+    for path, leaf in leaves.items():
+        sets = unpack(now.flags[path])
+        of_leaf = shape_gradient(plan.method, leaf, gradients[path], now.theta[path], sets, step)
+        if not _is_full(leaf):
+            of_leaf = jnp.where(sets.backward, of_leaf, jnp.zeros_like(of_leaf))
+        shaped[path] = of_leaf
+    return shaped
+
+
+def shape_gradient(
+    method: Method, leaf: Leaf, grad: Any, theta: Any, sets: Sets, step: jax.Array
+) -> jax.Array:
+    """What the inner optimizer gets in place of the gradient of a leaf, on its backward set."""
+    shape = over_stack(lambda g, x, s: method.gradient(g, x, s, leaf, step), leaf)
+    shaped: jax.Array = shape(grad, theta, sets)
+    return shaped
+
+
+def _is_full(leaf: Leaf) -> bool:
+    """Whether B is all of a leaf, whatever happens."""
+    backward = leaf.counts.backward
+    return isinstance(backward, int) and backward == math.prod(leaf.grid)
+
+
+def _inside(
+    plan: Plan, leaves: dict[str, Leaf], updates: dict[str, Any], now: Present, arrays: list[Any]
+) -> dict[str, Any]:
+    """Updates that leave what is outside B as it is, and bring in what has entered it."""
+    result = dict(updates)
+    before = dict(zip(updates, arrays, strict=True))
+    for path, leaf in leaves.items():
+        inside = updates[path]
+        if not _is_full(leaf):
+            # Adding -0.0 leaves every float as it is, bit for bit; 0.0 would turn -0.0 into 0.0.
+            in_b = unpack(now.flags[path]).backward
+            inside = jnp.where(in_b, inside, jnp.full_like(inside, -0.0))
+        if enters_anew(plan.method):
+            inside = inside + (now.theta[path] - before[path]).astype(inside.dtype)
+        result[path] = inside
+    return result
+
+
+def _at_forward_view(
+    extra: dict[str, Any], now: Present, treedef: Any, names: list[str]
+) -> dict[str, Any]:
+    """Extra arguments in which functions of the parameters see their forward view."""
+
+    def view(tree: Any) -> Any:
+        values = columns_of("a function of the parameters", tree, names, treedef)
+        for path, flags in now.flags.items():
+            x = values[path]
+            values[path] = jnp.where(has(flags, FORWARD), x, jnp.zeros_like(x))
+        return treedef.unflatten([values[name] for name in names])
+
+    def at_view(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda tree, *args, **kwargs: function(view(tree), *args, **kwargs)
+
+    return {
+        key: at_view(value) if key in _LOSS_ARGUMENTS and callable(value) else value
+        for key, value in extra.items()
+    }
+
+
+def _observed(
+    plan: Plan, leaves: dict[str, Leaf], gradients: dict[str, Any], now: Present
+) -> dict[str, Any]:
+    def one(path: str, leaf: Leaf) -> Any:
+        observe = over_stack(lambda g, x, m: plan.method.observe(g, x, m, leaf), leaf)
+        return observe(gradients[path], now.theta[path], now.memory[path])
+
+    return {path: one(path, leaf) for path, leaf in leaves.items()}
+
+
+def _after(
+    plan: Plan, step: jax.Array, flags: dict[str, Any], inner_state: Any, theta: Any
+) -> tuple[dict[str, Any], jax.Array, Any]:
+    """Flags, what is due and inner state after `step` finished steps."""
+    every, stop = plan.refresh_every, plan.stop_exploring_at
+    due = jnp.asarray(False) if every is None else step % jnp.asarray(every, jnp.int32) == 0
+    if stop is not None:
+        stop = jnp.asarray(stop, jnp.int32)
+        due = due & (step < stop)
+        frozen = {path: frozen_flags(f) for path, f in flags.items()}
+        flags, inner_state = jax.lax.cond(
+            step == stop,
+            lambda: (
+                frozen,
+                _reset_moved(plan, inner_state, theta, flags, frozen)
+                if plan.inner_state == "reset"
+                else inner_state,
+            ),
+            lambda: (flags, inner_state),
+        )
+    return flags, jnp.where(due, DUE, NOT_DUE).astype(jnp.int8), inner_state
+
+
+def _reset_moved(
+    plan: Plan, inner_state: Any, params: Any, old: dict[str, Any], new: dict[str, Any]
+) -> Any:
+    """The inner state as `init` makes it, moments zero, but for entries that stay in B."""
+    names, _, treedef = flatten_with_names(params)
+    stays = treedef.unflatten([
+        unpack(old[name]).backward & unpack(new[name]).backward if name in old else None
+        for name in names
+    ])  # fmt: skip
+    marked = map_parameter_shaped(lambda _, stays: _Kept(stays), inner_state, params, stays)
     return jax.tree.map(
         lambda mark, now, first: mark.of(now, first) if isinstance(mark, _Kept) else now,
         marked, inner_state, plan.inner.init(params),
@@ -388,14 +378,69 @@ class _Kept:
         return jnp.where(self.mask, now, first.astype(now.dtype))
 
 
-def rounded(update: jax.Array, step: jax.Array) -> jax.Array:
-    """The same bits, in a way that no compiler sees through.
+_observers: contextvars.ContextVar[tuple[Callable[[dict[str, Leaf | None]], None], ...]] = (
+    contextvars.ContextVar("observers", default=())
+)
 
-    It keeps one from making one instruction of a product and the sum that it goes into (the
-    optimizer's last product and `apply_updates`), which would round once where another program
-    rounds twice: on masks and always sparse, training is to be the same.
-    """
-    integer = jnp.dtype(f"i{update.dtype.itemsize}")
-    nothing = (step >> 31).astype(integer)  # steps are not negative
-    bits = jax.lax.bitcast_convert_type(update, integer)
-    return jax.lax.bitcast_convert_type(bits ^ nothing, update.dtype)
+
+@contextlib.contextmanager
+def observing_leaves(note: Callable[[dict[str, Leaf | None]], None]) -> Iterator[None]:
+    """Calls `note` with the leaves that each `init` of a sparsity method decides on meanwhile."""
+    token = _observers.set((*_observers.get(), note))
+    try:
+        yield
+    finally:
+        _observers.reset(token)
+
+
+def _check(inner: Any, method: Any, inner_state: Any, pattern: Any, seed: Any) -> None:
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        name = getattr(inner, "__name__", repr(inner)[:80])
+        called = f"; call it, as in optax.{name}(…)" if callable(inner) else ""
+        raise SparsityError(f"inner={name}: must be an optax optimizer{called}")
+    if isinstance(inner, SparseTransform):
+        raise SparsityError("inner is wrapped by a sparsity method already: wrap an optimizer once")
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise SparsityError(f"method={repr(method)[:80]}: must be a topkast_jax.Method")
+    if inner_state not in ("keep", "reset"):
+        raise SparsityError(f"inner_state={inner_state!r}: must be 'keep' or 'reset'")
+    check_pattern(pattern)
+    if not isinstance(seed, jax.Array):
+        try:
+            operator.index(seed)
+        except TypeError:
+            raise SparsityError(f"seed={seed!r}: must be an integer") from None
+
+
+def _whole_number(name: str, value: Any, least: int) -> Any:
+    if value is None or isinstance(value, jax.core.Tracer):
+        return value
+    try:
+        whole = not isinstance(value, bool) and int(value) == value and value >= least
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise SparsityError(
+            f"{name}={repr(value)[:80]}: must be None or an integer of at least {least}"
+        )
+    return value if isinstance(value, jax.Array) else int(value)
+
+
+def _refuse_a_second_wrapper(inner_state: Any) -> None:
+    for kind in (SparsifyState, CompactState):
+        if nodes_of(inner_state, kind):
+            raise SparsityError(
+                "the inner optimizer holds a sparsity method already: wrap an optimizer once"
+            )
+
+
+def _check_sparse(leaves: dict[str, Leaf], names: list[str], held: dict[str, Any]) -> None:
+    """Raises SparsityError unless the rules and the state agree on which leaves are sparse."""
+    for name in names:
+        in_state = not isinstance(held[name], optax.MaskedNode)
+        if in_state != (name in leaves):
+            now, then = ("sparse", "dense") if name in leaves else ("dense", "sparse")
+            raise SparsityError(
+                f"{name} is {now} under these rules and {then} in this state: the state is of other "
+                "rules"
+            )

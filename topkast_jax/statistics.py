@@ -9,17 +9,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from topkast_jax.flops import leaf_flops
-from topkast_jax.sets import (
+from topkast_jax.errors import SparsityError
+from topkast_jax.flags import (
     BACKWARD,
     EVER_FORWARD,
     FORWARD,
     LAST_FORWARD,
     START_BACKWARD,
     START_FORWARD,
-    map_flags,
+    has,
 )
+from topkast_jax.flops import leaf_flops
+from topkast_jax.sets import CompactState, SparsifyState, nodes_of, presents
 from topkast_jax.trees import flatten_with_names
 
 __all__ = [
@@ -52,27 +55,35 @@ class LeafCounts(NamedTuple):
 
 
 def _sparse_flags(params: Any, state: Any) -> list[jax.Array]:
-    flags: list[jax.Array] = jax.tree.leaves(map_flags(lambda f, _: f, params, state))
-    return flags
+    return list(presents(params, state).flags.values())
+
+
+def _counted(condition: jax.Array) -> jax.Array:
+    """int32 counts along all axes but the first, which alone has fewer than 2**31 entries."""
+    return jnp.sum(condition, axis=tuple(range(1, condition.ndim)), dtype=jnp.int32)
 
 
 def _count(condition: jax.Array) -> jax.Array:
-    return jnp.sum(condition, dtype=jnp.int32)
+    return jnp.sum(_counted(condition).astype(jnp.float32))
 
 
 def _share(flags: list[jax.Array], of: Callable[..., Any], among: Callable[..., Any]) -> jax.Array:
     """Entries of which `of` holds, as a share of those of which `among` holds; 0 of none."""
-    part = sum(_count(of(f) & among(f)).astype(jnp.float32) for f in flags)
-    whole = sum(_count(among(f)).astype(jnp.float32) for f in flags)
-    return jnp.asarray(part / jnp.maximum(whole, 1.0), jnp.float32)
+    part = sum((_count(of(f) & among(f)) for f in flags), jnp.float32(0))
+    whole = sum((_count(among(f)) for f in flags), jnp.float32(0))
+    return part / jnp.maximum(whole, jnp.float32(1))
 
 
 def _has(bit: int) -> Callable[[jax.Array], jax.Array]:
-    return lambda flags: flags & bit != 0
+    return lambda flags: has(flags, bit)
 
 
 def _lacks(bit: int) -> Callable[[jax.Array], jax.Array]:
-    return lambda flags: flags & bit == 0
+    return lambda flags: ~has(flags, bit)
+
+
+def _all(flags: jax.Array) -> jax.Array:
+    return jnp.ones_like(flags, dtype=bool)
 
 
 def churn_since_start(params: Any, state: Any) -> jax.Array:
@@ -106,8 +117,8 @@ def mask_statistics(params: Any, state: Any) -> dict[str, jax.Array]:
     """
     flags = _sparse_flags(params, state)
     return {
-        "forward_density": _share(flags, _has(FORWARD), jnp.ones_like),
-        "backward_density": _share(flags, _has(BACKWARD), jnp.ones_like),
+        "forward_density": _share(flags, _has(FORWARD), _all),
+        "backward_density": _share(flags, _has(BACKWARD), _all),
         "churn_since_start": _share(flags, _lacks(START_FORWARD), _has(FORWARD)),
         "churn_since_last_refresh": _share(flags, _lacks(LAST_FORWARD), _has(FORWARD)),
         "reservoir_ever_active": _share(flags, _has(EVER_FORWARD), _lacks(START_BACKWARD)),
@@ -123,24 +134,31 @@ def leaf_counts(params: Any, state: Any = None) -> dict[str, LeafCounts]:
 
     Returns:
       Leaf path → counts.
+
+    Raises:
+      SparsityError: `params` is an optimizer state, or `state` holds no sparsity state.
     """
-    names, leaves, treedef = flatten_with_names(params)
-    flags: list[Any] = [None] * len(names)
-    if state is not None:
-        flags = treedef.flatten_up_to(map_flags(lambda f, _: (f,), params, state))
-        flags = [f for (f,) in flags]
-    counted = jax.device_get([None if f is None else _counts(f) for f in flags])
+    if nodes_of(params, SparsifyState) or nodes_of(params, CompactState):
+        raise SparsityError(
+            "leaf_counts(params, state): found an optimizer state in place of the parameters"
+        )
+    names, leaves, _ = flatten_with_names(params)
+    flags = {} if state is None else presents(params, state).flags
+    counted = jax.device_get({name: _leaf_counts(f) for name, f in flags.items()})
     result = {}
-    for name, leaf, pair in zip(names, leaves, counted, strict=True):
-        entries = math.prod(leaf.shape)
-        forward, backward = (entries, entries) if pair is None else map(int, pair)
-        result[name] = LeafCounts(entries, forward, backward, pair is not None)
+    for name, leaf in zip(names, leaves, strict=True):
+        entries = math.prod(jnp.shape(leaf))
+        if name in counted:
+            forward, backward = (int(c.astype(np.int64).sum()) for c in counted[name])
+            result[name] = LeafCounts(entries, forward, backward, True)
+        else:
+            result[name] = LeafCounts(entries, entries, entries, False)
     return result
 
 
 @jax.jit
-def _counts(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _count(flags & FORWARD != 0), _count(flags & BACKWARD != 0)
+def _leaf_counts(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _counted(has(flags, FORWARD)), _counted(has(flags, BACKWARD))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from topkast_jax.errors import SparsityError
+from topkast_jax.method import Counts, Density, Layer, Leaf, Method, Sets
 from topkast_jax.patterns import Pattern
-from topkast_jax.rules import Density, Leaf, Rules
-from topkast_jax.selection import Thresholds, keep_count, top_k_masks
-from topkast_jax.sparsify import Method, Sets, SparseTransform, sparsify
+from topkast_jax.rules import Rules
+from topkast_jax.sparsify import SparseTransform, sparsify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,70 +29,29 @@ class TopKast(Method):
     exploration_weight: float | jax.Array = 1e-4
     exploration_norm: Literal["l2", "l1"] = "l2"
 
-    def start(self, theta: jax.Array, leaf: Leaf, key: jax.Array) -> tuple[Sets, Any]:
-        """A and B: the units of largest magnitude (section 2.1)."""
-        del key
-        return _select(theta, leaf, None)
+    def choose(self, layer: Layer, leaf: Leaf, counts: Counts) -> tuple[Sets, Any]:
+        """A and B: the units of largest magnitude (section 2.1); remembers their thresholds."""
+        first = layer.sets is None
+        (forward, backward), thresholds = leaf.pattern.top(
+            leaf.pattern.magnitudes(layer.theta),
+            counts,
+            start=layer.memory,
+            ties=layer.key if first else None,
+        )
+        return Sets(forward, backward), thresholds
 
-    def gradient(self, grad: jax.Array, theta: jax.Array, sets: Sets, leaf: Leaf) -> jax.Array:
+    def gradient(
+        self, grad: jax.Array, theta: jax.Array, sets: Sets, leaf: Leaf, step: jax.Array
+    ) -> jax.Array:
         """Adds the gradient of the exploration loss (section 2.3)."""
+        del step
+        if isinstance(self.exploration_weight, int | float) and self.exploration_weight == 0:
+            return grad
         weight = jnp.asarray(self.exploration_weight, grad.dtype)
         density = jnp.asarray(leaf.forward_density, grad.dtype)
         pull = theta if self.exploration_norm == "l2" else jnp.sign(theta)
         scale = jnp.where(sets.forward, weight, weight / density)
         return grad + scale * pull.astype(grad.dtype)
-
-    def change(
-        self,
-        theta: jax.Array,
-        grad: jax.Array | None,
-        sets: Sets,
-        memory: Any,
-        leaf: Leaf,
-        key: jax.Array,
-        step: jax.Array,
-    ) -> tuple[Sets, Any]:
-        """The same selection from the present θ, started at the last thresholds."""
-        del grad, sets, key, step
-        return _select(theta, leaf, memory)
-
-
-class LastThresholds(NamedTuple):
-    """Where the next selection starts: int32 scalars, bit patterns of the last thresholds."""
-
-    forward: jax.Array
-    backward: jax.Array
-
-
-def _select(theta: jax.Array, leaf: Leaf, last: LastThresholds | None) -> tuple[Sets, Any]:
-    magnitudes = leaf.pattern.magnitudes(theta)
-    counts = (
-        count_of(magnitudes.size, leaf.forward_density),
-        count_of(magnitudes.size, leaf.backward_density),
-    )
-    start = None if last is None else Thresholds(jnp.stack(last), jnp.zeros(2, jnp.int32))
-    (forward, backward), thresholds = top_k_masks(magnitudes, counts, start)
-    sets = Sets(
-        leaf.pattern.expand(forward, theta.shape), leaf.pattern.expand(backward, theta.shape)
-    )
-    return sets, LastThresholds(*thresholds.key)
-
-
-def count_of(units: int, density: Density) -> int | jax.Array:
-    """How many of `units` a density keeps: max(1, ⌊density · units + ½⌋).
-
-    A plain number is rounded on the host in double precision. A traced density (a hyperparameter
-    of `optax.inject_hyperparams`) is read to six decimals and counted in exact integers.
-    """
-    if not isinstance(density, jax.core.Tracer):
-        return keep_count(units, float(density))
-    million = 1_000_000
-    parts = jnp.round(density * million).astype(jnp.int32)
-    whole, rest = divmod(units, million)
-    high, low = divmod(rest, 1000)
-    thousands, left = jnp.divmod(parts * high, 1000)
-    count = parts * whole + thousands + (left * 1000 + parts * low + million // 2) // million
-    return jnp.maximum(1, count)
 
 
 def top_kast(
@@ -124,7 +84,8 @@ def top_kast(
       exploration_norm: "l2" (as above) or "l1" (sign θ in place of θ).
       stop_exploring_at: when so many steps are finished, B := A and neither changes again.
       rules: ordered (regular expression → `Sparse(...)` or `Dense()`) over parameter paths; None:
-        floating leaves with two or more axes are sparse.
+        floating leaves with two or more axes longer than one are sparse, but for biases, scales
+        and norms.
       pattern: what is kept together, `Unstructured()` if None.
       inner_state: "keep" or "reset" the inner state of entries that leave B, to what `inner.init`
         gives them: moments to zero. With "reset", what enters B starts from there as well.
@@ -152,8 +113,7 @@ def top_kast(
     """
     if exploration_norm not in ("l2", "l1"):
         raise SparsityError(f"exploration_norm={exploration_norm!r}: must be 'l2' or 'l1'")
-    if not isinstance(exploration_weight, jax.core.Tracer) and not exploration_weight >= 0:
-        raise SparsityError(f"exploration_weight={exploration_weight!r}: must be at least 0")
+    _check_weight(exploration_weight)
     return sparsify(
         inner,
         TopKast(exploration_weight, exploration_norm),
@@ -165,3 +125,14 @@ def top_kast(
         rules=rules,
         pattern=pattern,
     )
+
+
+def _check_weight(weight: Any) -> None:
+    if isinstance(weight, jax.core.Tracer):
+        return
+    number = isinstance(weight, int | float | np.number) or getattr(weight, "ndim", None) == 0
+    if isinstance(weight, bool) or not number or not weight >= 0:
+        hint = "; a schedule goes through optax.inject_hyperparams" if callable(weight) else ""
+        raise SparsityError(
+            f"exploration_weight={repr(weight)[:80]}: must be a number of at least 0{hint}"
+        )

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from topkast_jax.errors import SparsityError
+
 
 def path_name(path: Sequence[Any]) -> str:
     """A key path of `jax.tree_util` as "a/b/0"; the ".value" of a Flax variable is left out.
@@ -33,3 +35,26 @@ def flatten_with_names(
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     names = [path_name(path) for path, _ in paths_and_leaves]
     return names, [leaf for _, leaf in paths_and_leaves], treedef
+
+
+def columns_of(what: str, tree: Any, names: Sequence[str], treedef: Any) -> dict[str, Any]:
+    """What a tree of the parameters' structure holds for each leaf, by name.
+
+    Raises:
+      SparsityError: the tree has another structure; `what` names it.
+    """
+    try:
+        held = treedef.flatten_up_to(tree)
+    except (ValueError, TypeError):
+        found = flatten_with_names(tree)[0]
+        missing = [name for name in names if name not in found]
+        more = [name for name in found if name not in names]
+        raise SparsityError(
+            f"{what} must have the structure of the parameters; "
+            f"missing: {_some(missing)}; unknown: {_some(more)}"
+        ) from None
+    return dict(zip(names, held, strict=True))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if names else "none"

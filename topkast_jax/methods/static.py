@@ -7,29 +7,26 @@ from typing import Any
 import jax
 import optax
 
+from topkast_jax.method import Counts, Density, Layer, Leaf, Method, Sets
 from topkast_jax.patterns import Pattern
-from topkast_jax.rules import Leaf, Rules
-from topkast_jax.selection import keep_count, top_k_masks
-from topkast_jax.sparsify import Method, Sets, SparseTransform, sparsify
+from topkast_jax.rules import Rules
+from topkast_jax.sparsify import SparseTransform, sparsify
 
 
 class StaticRandom(Method):
     """The sets are drawn once; backward set and forward set are the same."""
 
-    def start(self, theta: jax.Array, leaf: Leaf, key: jax.Array) -> tuple[Sets, Any]:
+    def choose(self, layer: Layer, leaf: Leaf, counts: Counts) -> tuple[Sets, Any]:
         """Keeps the units with the largest of independent uniform random numbers."""
-        grid = leaf.pattern.grid(leaf.shape)
-        scores = jax.random.uniform(key, grid)
-        count = keep_count(scores.size, float(leaf.forward_density))
-        (kept,), _ = top_k_masks(scores, (count,))
-        mask = leaf.pattern.expand(kept, theta.shape)
-        return Sets(mask, mask), ()
+        scores = jax.random.uniform(layer.key, leaf.grid)
+        (kept,), _ = leaf.pattern.top(scores, (counts.forward,))
+        return Sets(kept, kept), ()
 
 
 def static_random(
     inner: optax.GradientTransformation,
-    forward_density: float,
-    seed: int,
+    forward_density: Density,
+    seed: int | jax.Array,
     rules: Rules | None = None,
     pattern: Pattern | None = None,
 ) -> SparseTransform:
@@ -38,7 +35,7 @@ def static_random(
     Args:
       inner: any optax optimizer.
       forward_density: share of a leaf's units that are kept, in (0, 1].
-      seed: of the masks; each leaf draws its own from its path.
+      seed: of the masks; each leaf draws its own from its path. May be traced, as for an ensemble.
       rules: see `topkast_jax.top_kast`.
       pattern: what is kept together, `Unstructured()` if None.
 

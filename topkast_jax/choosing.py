@@ -1,0 +1,389 @@
+"""How sets are chosen from the parameters and the state alone, one leaf or many at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from topkast_jax.errors import SparsityError
+from topkast_jax.flags import BACKWARD, first_flags, has, next_flags, unpack
+from topkast_jax.method import Counts, Layer, Leaf, Method, Sets, enters_anew
+from topkast_jax.serialization import serializable
+from topkast_jax.varying import explicit_sharding, let_compiler_partition, varying_like
+
+ByLeaf = dict[str, Any]
+_TOGETHER = 2**22  # entries of leaves that are stacked, so that one program chooses for all
+
+
+class _Static:
+    """A value that is a part of a tree's structure: equal values make equal structures."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and _same(self.value, other.value)
+
+    def __hash__(self) -> int:
+        try:
+            return hash(self.value)
+        except TypeError:  # a list, a dict, an array
+            return hash(type(self.value))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    try:
+        return type(one) is type(other) and bool(one == other)
+    except Exception:  # what cannot be compared is the same only if it is the same object
+        return False
+
+
+class Chooser:
+    """What a state carries of the method, so that its sets follow from parameters and state.
+
+    A tree: its numbers are arrays, and its structure says the rest. Two transformations that differ
+    in numbers alone have states of equal structure.
+
+    Attributes:
+      numbers: the number attributes of the method, as scalars.
+      counts: int32 scalars by leaf: the units that one layer keeps unless the method allocates.
+      seed: uint32 scalar.
+      frame: what is a part of the tree's structure: type and other attributes of the method.
+      kinds: likewise: shape, type, pattern and stacked axes of each sparse leaf, by its path.
+    """
+
+    def __init__(self, numbers: Any, counts: Any, seed: Any, frame: _Static, kinds: _Static):
+        self.numbers, self.counts, self.seed = numbers, counts, seed
+        self.frame, self.kinds = frame, kinds
+
+    @classmethod
+    def of(cls, method: Method, leaves: Mapping[str, Leaf], seed: Any) -> Chooser:
+        """The chooser of a method for these leaves, its numbers made arrays."""
+        attributes = vars(method)
+        numbers = {k: _as_scalar(v) for k, v in attributes.items() if _is_number(v)}
+        others = {k: v for k, v in attributes.items() if k not in numbers}
+        counts = {p: Counts(*(_as_scalar(c) for c in leaf.counts)) for p, leaf in leaves.items()}
+        kinds = [(path, _kind(leaf)) for path, leaf in leaves.items()]
+        frame = _Static((type(method), others))
+        return cls(numbers, counts, seed_scalar(seed), frame, _Static(kinds))
+
+    @property
+    def method(self) -> Method:
+        """The method, its number attributes those of the state."""
+        kind, others = self.frame.value
+        made: Method = object.__new__(kind)
+        vars(made).update(others | self.numbers)
+        return made
+
+    @property
+    def leaves(self) -> dict[str, Leaf]:
+        """The sparse leaves by path, their counts those of the state, without densities."""
+        return {
+            path: Leaf(shape, dtype, pattern, None, None, self.counts[path], stack, axes)  # type: ignore[arg-type]
+            for path, (shape, dtype, pattern, stack, axes) in self.kinds.value
+        }
+
+    def choose(
+        self,
+        first: bool,
+        theta: ByLeaf,
+        grads: ByLeaf | None,
+        flags: ByLeaf | None,
+        memory: ByLeaf | None,
+        step: Any,
+    ) -> tuple[ByLeaf, ByLeaf]:
+        """Flags and memory that the method chooses.
+
+        Args:
+          first: whether these are the first sets: ties are then broken at random.
+          theta: parameters by leaf.
+          grads: dense gradients by leaf, or None.
+          flags: present flags by leaf; passed over at the first choice.
+          memory: present memory by leaf; passed over at the first choice.
+          step: finished steps.
+        """
+        method, leaves = self.method, self.leaves
+        if first:
+            flags = memory = None
+        keys = {path: layer_keys(self.seed, path, leaf, step) for path, leaf in leaves.items()}
+        columns: list[Any] = [theta, grads, flags, memory, keys]
+        columns.append(allocated(method, leaves, *columns, step))
+        chosen_flags: ByLeaf = {}
+        chosen_memory: ByLeaf = {}
+        for paths in _alike(leaves, theta, memory):
+            leaf = leaves[paths[0]]
+            choose = functools.partial(choose_leaf, method, leaf, first)
+            rows = [[None if c is None else c[path] for c in columns] for path in paths]
+            if len(rows) == 1:
+                results = [_partitioned(choose, leaf)(*rows[0], step)]
+            else:
+                results = _together(choose, leaf, rows, step)
+            for path, (new, remembered) in zip(paths, results, strict=True):
+                chosen_flags[path], chosen_memory[path] = new, remembered
+        return self.as_chosen(theta, chosen_flags, chosen_memory)
+
+    def as_chosen(self, theta: ByLeaf, flags: ByLeaf, memory: ByLeaf) -> tuple[ByLeaf, ByLeaf]:
+        """The same, in the types in which `choose` returns them."""
+        order = list(theta)
+        return (
+            {path: varying_like(flags[path], theta[path]) for path in order},
+            {path: varying_like(memory[path], theta[path]) for path in order},
+        )
+
+    def first_memory(self, theta: ByLeaf) -> ByLeaf:
+        """Zeros of the shapes and types of the memory that the first choice will return."""
+        choose = functools.partial(self.choose, True)
+        _, memory = jax.eval_shape(choose, theta, theta, None, None, np.int32(0))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory)
+
+    def entered(self, theta: ByLeaf, old: ByLeaf, new: ByLeaf) -> ByLeaf:
+        """Parameters with what the method gives to entries that have just entered B."""
+        method = self.method
+        if not enters_anew(method):
+            return theta
+        result = {}
+        for path, leaf in self.leaves.items():
+            enters = has(new[path], BACKWARD) & ~has(old[path], BACKWARD)
+            fresh = over_stack(lambda x, leaf=leaf: method.enter(x, leaf), leaf)(theta[path])
+            result[path] = jnp.where(enters, fresh.astype(theta[path].dtype), theta[path])
+        return result
+
+
+def _flatten_with_keys(chooser: Chooser) -> tuple[Any, Any]:
+    children = [(jax.tree_util.GetAttrKey(k), getattr(chooser, k)) for k in _CHILDREN]
+    return children, (chooser.frame, chooser.kinds)
+
+
+_CHILDREN = ("numbers", "counts", "seed")
+jax.tree_util.register_pytree_with_keys(
+    Chooser, _flatten_with_keys, lambda static, children: Chooser(*children, *static)
+)
+
+
+def allocated(
+    method: Method,
+    leaves: Mapping[str, Leaf],
+    theta: ByLeaf,
+    grads: ByLeaf | None,
+    flags: ByLeaf | None,
+    memory: ByLeaf | None,
+    keys: ByLeaf,
+    step: Any,
+) -> dict[str, Counts]:
+    """Counts of each leaf as the method allocates them, arrays of the stacked axes' shape."""
+    counts: Mapping[str, Counts] = {path: leaf.counts for path, leaf in leaves.items()}
+    if type(method).allocate is not Method.allocate:
+        columns = (theta, grads, flags, memory, keys)
+        layers = {
+            path: _whole_leaf(leaf, *(None if c is None else c[path] for c in columns), step)
+            for path, leaf in leaves.items()
+        }
+        at_densities = {path: _with_counts(leaf, leaf.counts) for path, leaf in leaves.items()}
+        counts = method.allocate(layers, at_densities, step)
+        if not isinstance(counts, Mapping) or set(counts) != set(leaves):
+            raise SparsityError(
+                f"{type(method).__name__}.allocate must return Counts for each of "
+                f"{', '.join(leaves)}"
+            )
+    return {
+        path: Counts(
+            *(jnp.broadcast_to(jnp.asarray(c, jnp.int32), leaf.stack) for c in counts[path])
+        )
+        for path, leaf in leaves.items()
+    }
+
+
+def _alike(leaves: Mapping[str, Leaf], theta: ByLeaf, memory: ByLeaf | None) -> list[list[str]]:
+    """Paths of leaves that one program chooses for, in the order of their first."""
+    several = jax.device_count() > 1
+    groups: dict[Any, list[str]] = defaultdict(list)
+    for path, leaf in leaves.items():
+        remembered = () if memory is None else memory[path]
+        like = tuple((np.shape(m), jnp.result_type(m)) for m in jax.tree.leaves(remembered))
+        # Among several devices, leaves of one role in different layers are sharded alike.
+        role = re.sub(r"\d+", "#", path) if several else ""
+        sharding = str(explicit_sharding(theta[path]))
+        groups[(_Static(_kind(leaf)), like, sharding, role)].append(path)
+    together = []
+    for paths in groups.values():
+        size = max(1, _TOGETHER // max(1, math.prod(leaves[paths[0]].full_shape)))
+        together += [paths[i : i + size] for i in range(0, len(paths), size)]
+    return together
+
+
+def _kind(leaf: Leaf) -> tuple[Any, ...]:
+    """What two leaves must share to be chosen by one program."""
+    return (leaf.shape, leaf.dtype, leaf.pattern, leaf.stack, leaf.axes)
+
+
+def _with_counts(leaf: Leaf, counts: Counts) -> Leaf:
+    """The leaf with these counts, and densities that follow from them."""
+    units = np.float32(math.prod(leaf.grid))
+    densities = [jnp.asarray(c).astype(jnp.float32) / units for c in counts]
+    return dataclasses.replace(
+        leaf, forward_density=densities[0], backward_density=densities[1], counts=counts
+    )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return False
+    return isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+
+
+def _as_scalar(value: Any) -> jax.Array:
+    whole = isinstance(value, int | np.integer) or jnp.issubdtype(
+        jnp.result_type(value), jnp.integer
+    )
+    return jnp.asarray(value, jnp.int32 if whole else jnp.float32)
+
+
+def seed_scalar(seed: Any) -> jax.Array:
+    """A seed as it is kept in a state: its low 32 bits."""
+    if isinstance(seed, int):
+        return jnp.asarray(seed & 0xFFFFFFFF, jnp.uint32)
+    return jnp.asarray(seed).astype(jnp.uint32)
+
+
+def layer_keys(seed: Any, path: str, leaf: Leaf, step: Any) -> jax.Array:
+    """A random key for each layer of a leaf, the same wherever the leaf stands in the tree."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+    key = jax.random.fold_in(key, step)
+    return jax.random.split(key, leaf.stack) if leaf.stack else key
+
+
+def choose_leaf(
+    method: Method,
+    leaf: Leaf,
+    first: bool,
+    theta: Any,
+    grad: Any,
+    flags: Any,
+    memory: Any,
+    keys: Any,
+    counts: Counts,
+    step: Any,
+) -> tuple[Any, Any]:
+    """Flags and memory of one leaf; `keys` and `counts` have the shape of the stacked axes."""
+
+    def choose(theta: Any, grad: Any, flags: Any, memory: Any, key: Any, counts: Counts) -> Any:
+        sets = None if first else _by_unit(leaf, flags)
+        layer = Layer(theta, grad, sets, None if first else memory, key, step)
+        here = _with_counts(leaf, counts)
+        new, remembered = method.choose(layer, here, counts)
+        entries = Sets(*(leaf.pattern.expand(_checked(method, leaf, s), leaf.shape) for s in new))
+        return (first_flags(entries) if first else next_flags(flags, entries)), remembered
+
+    return over_stack(choose, leaf)(theta, grad, flags, memory, keys, counts)
+
+
+def over_stack(function: Callable[..., Any], leaf: Leaf) -> Callable[..., Any]:
+    """`function` of one layer's arrays, mapped over the stacked axes of a leaf.
+
+    Arrays of the leaf's full shape have the stacked axes at their places, all others in front.
+    """
+    if not leaf.stack:
+        return function
+    front = range(len(leaf.axes))
+
+    def to_front(x: Any) -> Any:
+        return jnp.moveaxis(x, leaf.axes, front) if jnp.shape(x) == leaf.full_shape else x
+
+    in_front = leaf.stack + leaf.shape
+
+    def back(x: Any) -> Any:
+        return jnp.moveaxis(x, front, leaf.axes) if jnp.shape(x) == in_front else x
+
+    mapped = function
+    for _ in leaf.stack:
+        mapped = jax.vmap(mapped)
+    if leaf.axes == tuple(front):
+        return mapped
+    return lambda *args: jax.tree.map(back, mapped(*jax.tree.map(to_front, args)))
+
+
+def _whole_leaf(
+    leaf: Leaf, theta: Any, grad: Any, flags: Any, memory: Any, keys: Any, step: Any
+) -> Layer:
+    """A whole leaf as `allocate` sees it, stacked axes in front."""
+    front = range(len(leaf.axes))
+    to_front = lambda x: jnp.moveaxis(x, leaf.axes, front) if leaf.axes else x  # noqa: E731
+    by_unit: Callable[..., Any] = functools.partial(_by_unit, leaf)
+    for _ in leaf.stack:
+        by_unit = jax.vmap(by_unit)
+    return Layer(
+        to_front(theta),
+        None if grad is None else to_front(grad),
+        None if flags is None else by_unit(to_front(flags)),
+        memory,
+        keys,
+        step,
+    )
+
+
+def _by_unit(leaf: Leaf, flags: jax.Array) -> Sets:
+    """The sets of one layer by unit."""
+    entries = unpack(flags)
+    if not leaf.pattern.unit_shape:
+        return entries
+    return Sets(*(leaf.pattern.magnitudes(mask.astype(jnp.float32)) > 0 for mask in entries))
+
+
+def _checked(method: Method, leaf: Leaf, mask: Any) -> jax.Array:
+    if jnp.shape(mask) != leaf.grid or jnp.result_type(mask) != jnp.bool_:
+        raise SparsityError(
+            f"{type(method).__name__}.choose returned a set of type {jnp.result_type(mask)} and "
+            f"shape {jnp.shape(mask)}; must be bool by unit, shape {leaf.grid}"
+        )
+    return mask
+
+
+def _together(
+    choose: Callable[..., Any], leaf: Leaf, rows: list[list[Any]], step: Any
+) -> Iterable[tuple[Any, Any]]:
+    """Chooses for leaves of one kind at once, stacked along a new axis in front."""
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
+    mapped = jax.vmap(choose, in_axes=(0,) * len(stacked) + (None,))
+    lead = Leaf(
+        leaf.shape, leaf.dtype, leaf.pattern, 1.0, 1.0, leaf.counts,
+        (len(rows), *leaf.stack), (0, *(axis + 1 for axis in leaf.axes)),
+    )  # fmt: skip
+    flags, memory = _partitioned(mapped, lead)(*stacked, step)
+    return [(flags[i], jax.tree.map(lambda m, i=i: m[i], memory)) for i in range(len(rows))]
+
+
+def _partitioned(choose: Callable[..., Any], leaf: Leaf) -> Callable[..., Any]:
+    """`choose`, with a leaf that is explicitly sharded left to the compiler."""
+
+    def run(theta: Any, *rest: Any) -> Any:
+        sharding = explicit_sharding(theta)
+        if sharding is None:
+            return choose(theta, *rest)
+        like = jax.sharding.NamedSharding(sharding.mesh, sharding.spec)
+        whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+        def shardings(results: Any) -> Any:
+            return jax.tree.map(lambda r: like if r.shape == theta.shape else whole, results)
+
+        return let_compiler_partition(choose, shardings, sharding.mesh)(theta, *rest)
+
+    return run
+
+
+serializable(
+    Chooser,
+    _CHILDREN,
+    lambda chooser, children: Chooser(**children, frame=chooser.frame, kinds=chooser.kinds),
+)
