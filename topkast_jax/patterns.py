@@ -16,6 +16,11 @@ from topkast_jax.errors import SparsityError
 class Pattern(Protocol):
     """Divides a leaf into units that are kept or dropped as a whole."""
 
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """Shape of the values of one unit: `()` where a unit is a single entry."""
+        ...
+
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the array of units of a leaf; SparsityError if it cannot be divided."""
         ...
@@ -32,6 +37,11 @@ class Pattern(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Unstructured:
     """Every entry is a unit, its magnitude its absolute value (Top-KAST, section 2)."""
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """`()`: a unit is a single entry."""
+        return ()
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The leaf's own shape."""
@@ -65,6 +75,11 @@ class Block:
         for name, size in (("rows", self.rows), ("cols", self.cols)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise SparsityError(f"Block {name}={size!r}: must be an integer of at least 1")
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """`(rows, cols)`."""
+        return (self.rows, self.cols)
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape `(..., shape[-2] / rows, shape[-1] / cols)`."""

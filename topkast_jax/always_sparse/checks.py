@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topkast_jax.always_sparse import reservoir as hosts
-from topkast_jax.always_sparse.compact import is_compact
-from topkast_jax.always_sparse.reservoir import HostLeaf
+from topkast_jax.always_sparse import host as hosts
+from topkast_jax.always_sparse.host import HostLeaf
+from topkast_jax.always_sparse.kernel import is_compact
 from topkast_jax.errors import SparsityError
 from topkast_jax.patterns import units_in
 from topkast_jax.rules import Leaf

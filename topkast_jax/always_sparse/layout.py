@@ -12,8 +12,8 @@ import numpy as np
 import optax
 
 from topkast_jax.always_sparse.checks import check_sizes, leaves_like, unit_counts
-from topkast_jax.always_sparse.compact import CompactKernel, is_compact, unit_shape
-from topkast_jax.always_sparse.reservoir import HostLeaf, Reservoir
+from topkast_jax.always_sparse.host import HostLeaf, Reservoir
+from topkast_jax.always_sparse.kernel import CompactKernel, is_compact
 from topkast_jax.errors import SparsityError
 from topkast_jax.rules import Leaf
 from topkast_jax.sets import SparsifyState, find_compact
@@ -112,12 +112,12 @@ def places_of(params: Tree) -> Tree:
 
 
 def _abstract_values(kernel: CompactKernel, dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*kernel.index.shape, *unit_shape(kernel.pattern)), dtype)
+    return jax.ShapeDtypeStruct((*kernel.index.shape, *kernel.pattern.unit_shape), dtype)
 
 
 def _abstract_kernel(leaf: Leaf, dtype: Any, frozen: bool) -> CompactKernel:
     forward, backward = unit_counts(leaf, frozen)
-    values = jax.ShapeDtypeStruct((*leaf.stack, backward, *unit_shape(leaf.pattern)), dtype)  # type: ignore[arg-type]
+    values = jax.ShapeDtypeStruct((*leaf.stack, backward, *leaf.pattern.unit_shape), dtype)
     index = jax.ShapeDtypeStruct((*leaf.stack, backward), jnp.int32)
     return CompactKernel(values, index, leaf.shape, leaf.pattern, forward)  # type: ignore[arg-type]
 

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from topkast_jax.always_sparse import converting
-from topkast_jax.always_sparse import reservoir as hosts
+from topkast_jax.always_sparse import convert
+from topkast_jax.always_sparse import host as hosts
 from topkast_jax.always_sparse.checks import check_plan, check_sizes, whole_number
-from topkast_jax.always_sparse.compact import CompactKernel, unit_shape, values_of
-from topkast_jax.always_sparse.converting import replace_nodes
+from topkast_jax.always_sparse.convert import replace_nodes
+from topkast_jax.always_sparse.host import HostLeaf, Reservoir
+from topkast_jax.always_sparse.kernel import CompactKernel, values_of
 from topkast_jax.always_sparse.layout import Layout, is_here, on_host, places_of
-from topkast_jax.always_sparse.moving import Mover, Place, first_arrays, unit_axes
-from topkast_jax.always_sparse.reservoir import HostLeaf, Reservoir
+from topkast_jax.always_sparse.refresh import Mover, Place, first_arrays, unit_axes
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.rules import Leaf
@@ -387,7 +387,7 @@ class AlwaysSparse:
             dense form.
         """
         reservoir = self._current("to_masked", params, state, reservoir)
-        return converting.to_masked(self._layout, self.plan.inner, params, state, reservoir)
+        return convert.to_masked(self._layout, self.plan.inner, params, state, reservoir)
 
     def from_masked(self, params: Tree, state: T) -> tuple[Tree, T, Reservoir]:
         """The inverse of `to_masked`: values, optimizer state and reservoir.
@@ -401,9 +401,9 @@ class AlwaysSparse:
         """
         self._ahead = None
         theta = self._layout.theta("from_masked", params)
-        reservoir = self._reservoir(theta, converting.sets_of(state))
+        reservoir = self._reservoir(theta, convert.sets_of(state))
         kernels = self._kernels(params, reservoir)
-        state = converting.from_masked(
+        state = convert.from_masked(
             self._layout, self.plan.inner, params, state, reservoir, kernels, self._put
         )
         return values_of(kernels), state, reservoir
@@ -427,12 +427,12 @@ def _shaped(
     step: jax.Array,
 ) -> jax.Array:
     for what, array in (("gradient", grad), ("values", values)):
-        if jnp.shape(array) != (*kernel.index.shape, *unit_shape(kernel.pattern)):
+        if jnp.shape(array) != (*kernel.index.shape, *kernel.pattern.unit_shape):
             raise SparsityError(
                 f"update: {what} of {leaf.path} must be of its {kernel.index.shape} units, found "
                 f"shape {jnp.shape(array)}"
             )
     in_a = jnp.arange(kernel.backward) < kernel.forward
-    in_a = in_a.reshape(-1, *(1,) * len(unit_shape(kernel.pattern)))
+    in_a = in_a.reshape(-1, *(1,) * len(kernel.pattern.unit_shape))
     sets = Sets(jnp.broadcast_to(in_a, values.shape), jnp.ones(values.shape, bool))
     return plan.shape_gradient(leaf, grad, values, sets, step)

@@ -11,7 +11,7 @@ import pytest
 
 import topkast_jax as tk
 from topkast_jax.always_sparse import AlwaysSparse, matmul, values_of, with_tile
-from topkast_jax.always_sparse import reservoir as hosts
+from topkast_jax.always_sparse import host as hosts
 from topkast_jax.sets import find_compact
 
 ALL = [("stack/.*", tk.Sparse(stacked=1)), (".*kernel", tk.Sparse()), (".*", tk.Dense())]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO, BCSR
 
-from topkast_jax.always_sparse.compact import (
+from topkast_jax.always_sparse.kernel import (
     CompactKernel,
     from_masks,
     is_compact,
@@ -19,7 +19,7 @@ from topkast_jax.always_sparse.compact import (
     to_dense,
 )
 from topkast_jax.errors import SparsityError
-from topkast_jax.patterns import Block, Unstructured
+from topkast_jax.patterns import Unstructured
 from topkast_jax.sets import forward_params, is_dense, map_flags, unpack
 
 Form = Literal["dense", "compact", "bcoo", "bsr"]
@@ -92,7 +92,7 @@ def to_bcoo(kernel: CompactKernel) -> BCOO:
 
 def _entries(kernel: CompactKernel, index: np.ndarray) -> np.ndarray:
     """Row-major numbers `[..., entries]` of the entries of units `[..., units]`."""
-    if not isinstance(kernel.pattern, Block):
+    if not kernel.pattern.unit_shape:
         return index
     numbers = np.arange(math.prod(kernel.shape)).reshape(kernel.shape)
     entries: np.ndarray = split_units(numbers, kernel.pattern)[index]

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topkast_jax.always_sparse.compact import CompactKernel
-from topkast_jax.always_sparse.reservoir import Move
+from topkast_jax.always_sparse.host import Move
+from topkast_jax.always_sparse.kernel import CompactKernel
 from topkast_jax.errors import SparsityError
 from topkast_jax.rules import Leaf
 from topkast_jax.trees import flatten

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from topkast_jax.always_sparse.compact import CompactKernel, from_masks, unit_shape, units_of
+from topkast_jax.always_sparse.kernel import CompactKernel, from_masks, units_of
 from topkast_jax.errors import SparsityError
 from topkast_jax.patterns import Block, Unstructured, units_in
 from topkast_jax.rules import Leaf
@@ -85,7 +85,7 @@ def check(leaf: Leaf) -> None:
     if not leaf.shape:
         raise SparsityError(f"{leaf.path} is a scalar, which has no compact form: must be dense")
     units = units_in(leaf.pattern, leaf.shape)
-    if isinstance(leaf.pattern, Block) and leaf.forward_density * units < 0.5:
+    if leaf.pattern.unit_shape and leaf.forward_density * units < 0.5:
         raise SparsityError(
             f"{leaf.path}: forward density {leaf.forward_density:g} of {units} blocks "
             f"{leaf.pattern} leaves less than one block; must be at least {0.5 / units:g}, or the "
@@ -134,7 +134,7 @@ class HostLeaf:
 
     def scatter(self, dense: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
         """Writes units `values [S, m, *unit]` at `index [S, m]` into the dense leaf."""
-        values = values.reshape(*index.shape, *unit_shape(self.pattern))
+        values = values.reshape(*index.shape, *self.pattern.unit_shape)
         for x, i, v in zip(self.layers(dense), index, values, strict=True):
             self.units(x)[np.unravel_index(i, self.grid)] = v
 

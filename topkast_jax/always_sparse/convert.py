@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import optax
 
-from topkast_jax.always_sparse.compact import values_of
+from topkast_jax.always_sparse.host import HostLeaf, Reservoir
+from topkast_jax.always_sparse.kernel import values_of
 from topkast_jax.always_sparse.layout import Layout, on_host, places_of
-from topkast_jax.always_sparse.reservoir import HostLeaf, Reservoir
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.sets import CompactState, SparsifyState, find_states
@@ -36,7 +36,7 @@ def to_masked(
         )
     )
 
-    def spread(array: jax.Array, leaf: HostLeaf) -> np.ndarray:
+    def scattered(array: jax.Array, leaf: HostLeaf) -> np.ndarray:
         dense = np.zeros((*leaf.leaf.stack, *leaf.leaf.shape), array.dtype)
         flags = reservoir.sets[leaf.leaf.path]
         leaf.scatter(dense, leaf.index(flags)[0], on_host(array))
@@ -50,7 +50,7 @@ def to_masked(
         return SparsifyState(compact.step, sets, dict(reservoir.memory), compact.inner_state)
 
     bare = replace_nodes(state, CompactState, lambda c: c._replace(kernels=None))
-    moments = map_parameter_shaped(spread, bare, params, layout.unflatten(layout.leaves))
+    moments = map_parameter_shaped(scattered, bare, params, layout.unflatten(layout.leaves))
     return theta, replace_nodes(moments, CompactState, masked)
 
 
