@@ -25,8 +25,8 @@ from experiments.state import TrainState
 from experiments.task import Task
 from topkast_jax import always_sparse
 from topkast_jax.always_sparse import AlwaysSparse, is_compact
+from topkast_jax.always_sparse.host import host_device
 from topkast_jax.always_sparse.products import KERNELS
-from topkast_jax.always_sparse.reservoir import host_device
 from topkast_jax.patterns import Block
 from topkast_jax.trees import flatten_with_names
 

@@ -30,7 +30,6 @@ from experiments import flags, host_memory
 from experiments.partition import all_devices
 from topkast_jax import Block, Unstructured
 from topkast_jax.always_sparse import CompactKernel, matmul
-from topkast_jax.always_sparse.compact import unit_shape
 from topkast_jax.patterns import units_in
 from topkast_jax.selection import keep_count
 
@@ -70,7 +69,7 @@ def random_kernel(
     a, b = (keep_count(n, d) for d in densities)
     places = rng.choice(n, b, replace=False)
     index = np.concatenate([np.sort(places[:a]), np.sort(places[a:])])
-    values = rng.standard_normal((b, *unit_shape(pattern)), np.float32) * shape[0] ** -0.5
+    values = rng.standard_normal((b, *pattern.unit_shape), np.float32) * shape[0] ** -0.5
     return CompactKernel(
         jnp.asarray(values, dtype), jnp.asarray(index, jnp.int32), shape, pattern, a
     )

@@ -31,7 +31,7 @@ from experiments.errors import UserError
 from experiments.form import Compact
 from experiments.run import Run, build
 from experiments.totals import LOSS
-from topkast_jax.sets import BACKWARD
+from topkast_jax.flags import BACKWARD
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_small.py"
 EVERY = 100

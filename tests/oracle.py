@@ -13,13 +13,18 @@ def keep_count(n, density):
 
 
 def top(magnitude, count):
-    """Bool mask of the `count` largest magnitudes; ties to the lower row-major index, NaN last."""
+    """Bool mask of the `count` largest magnitudes; ties to the lower row-major index, NaN first."""
     flat = np.asarray(magnitude, np.float64).ravel()
-    rank = np.where(np.isnan(flat), -1.0, np.abs(flat))
-    order = np.argsort(-rank, kind="stable")
+    order = np.lexsort((np.arange(flat.size), -np.abs(flat), ~np.isnan(flat)))
     mask = np.zeros(flat.size, bool)
     mask[order[:count]] = True
     return mask.reshape(np.shape(magnitude))
+
+
+def is_top(mask, magnitude):
+    """Whether a mask keeps a largest subset: nothing dropped is larger than what is kept."""
+    rank = np.where(np.isnan(magnitude), np.inf, np.abs(np.asarray(magnitude, np.float64)))
+    return mask.all() or rank[mask].min() >= rank[~mask].max()
 
 
 def block_norms(theta, rows, cols):
@@ -74,14 +79,15 @@ class TopKast:
 
     def __init__(
         self, theta, optimizer, forward, backward, refresh=100, weight=1e-4, norm="l2",
-        stop=None, reset=False, block=None,
+        stop=None, reset=False, block=None, first=None,
     ):  # fmt: skip
+        """`first`: the first sets, where ties leave a choice; else the lower indices."""
         self.theta = np.array(theta, np.float32)
         self.optimizer, self.refresh, self.stop, self.reset = optimizer, refresh, stop, reset
         self.forward, self.backward, self.block = forward, backward, block
         self.weight, self.norm, self.steps = np.float32(weight), norm, 0
-        self.a = select(self.theta, forward, block)
-        self.b = self.a if stop == 0 else select(self.theta, backward, block)
+        self.a, b = first or [select(self.theta, d, block) for d in (forward, backward)]
+        self.b = self.a if stop == 0 else b
 
     @property
     def alpha(self):

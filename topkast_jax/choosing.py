@@ -8,7 +8,7 @@ import math
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,14 +25,14 @@ ByLeaf = dict[str, Any]
 _TOGETHER = 2**22  # entries of leaves that are stacked, so that one program chooses for all
 
 
-class _Static:
+class Static:
     """A value that is a part of a tree's structure: equal values make equal structures."""
 
     def __init__(self, value: Any):
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and _same(self.value, other.value)
+        return isinstance(other, Static) and _same(self.value, other.value)
 
     def __hash__(self) -> int:
         try:
@@ -64,7 +64,7 @@ class Chooser:
       kinds: likewise: shape, type, pattern and stacked axes of each sparse leaf, by its path.
     """
 
-    def __init__(self, numbers: Any, counts: Any, seed: Any, frame: _Static, kinds: _Static):
+    def __init__(self, numbers: Any, counts: Any, seed: Any, frame: Static, kinds: Static):
         self.numbers, self.counts, self.seed = numbers, counts, seed
         self.frame, self.kinds = frame, kinds
 
@@ -75,25 +75,24 @@ class Chooser:
         numbers = {k: _as_scalar(v) for k, v in attributes.items() if _is_number(v)}
         others = {k: v for k, v in attributes.items() if k not in numbers}
         counts = {p: Counts(*(_as_scalar(c) for c in leaf.counts)) for p, leaf in leaves.items()}
-        kinds = [(path, _kind(leaf)) for path, leaf in leaves.items()]
-        frame = _Static((type(method), others))
-        return cls(numbers, counts, seed_scalar(seed), frame, _Static(kinds))
+        kinds = [(path, kind_of(leaf)) for path, leaf in leaves.items()]
+        frame = Static((type(method), others))
+        return cls(numbers, counts, seed_scalar(seed), frame, Static(kinds))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chooser) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]  # holds arrays
 
     @property
     def method(self) -> Method:
         """The method, its number attributes those of the state."""
-        kind, others = self.frame.value
-        made: Method = object.__new__(kind)
-        vars(made).update(others | self.numbers)
-        return made
+        return method_of(self.frame, self.numbers)
 
     @property
     def leaves(self) -> dict[str, Leaf]:
         """The sparse leaves by path, their counts those of the state, without densities."""
-        return {
-            path: Leaf(shape, dtype, pattern, None, None, self.counts[path], stack, axes)  # type: ignore[arg-type]
-            for path, (shape, dtype, pattern, stack, axes) in self.kinds.value
-        }
+        return {path: leaf_of(kind, self.counts[path]) for path, kind in self.kinds.value}
 
     def choose(
         self,
@@ -118,18 +117,19 @@ class Chooser:
         if first:
             flags = memory = None
         keys = {path: layer_keys(self.seed, path, leaf, step) for path, leaf in leaves.items()}
-        columns: list[Any] = [theta, grads, flags, memory, keys]
-        columns.append(allocated(method, leaves, *columns, step))
+        counts = allocated(method, leaves, theta, grads, flags, memory, keys, step)
+        columns: list[Any] = [theta, grads, flags, memory, keys, counts]
         chosen_flags: ByLeaf = {}
         chosen_memory: ByLeaf = {}
         for paths in _alike(leaves, theta, memory):
             leaf = leaves[paths[0]]
             choose = functools.partial(choose_leaf, method, leaf, first)
             rows = [[None if c is None else c[path] for c in columns] for path in paths]
-            if len(rows) == 1:
-                results = [_partitioned(choose, leaf)(*rows[0], step)]
-            else:
-                results = _together(choose, leaf, rows, step)
+            results = (
+                [_partitioned(choose, leaf)(*rows[0], step)]
+                if len(rows) == 1
+                else _together(choose, leaf, rows, step)
+            )
             for path, (new, remembered) in zip(paths, results, strict=True):
                 chosen_flags[path], chosen_memory[path] = new, remembered
         return self.as_chosen(theta, chosen_flags, chosen_memory)
@@ -161,6 +161,14 @@ class Chooser:
         return result
 
 
+def method_of(frame: Static, numbers: Mapping[str, Any]) -> Method:
+    """The method of a `Chooser.frame` with these number attributes."""
+    kind, others = frame.value
+    made: Method = object.__new__(kind)
+    vars(made).update(others | dict(numbers))
+    return made
+
+
 def _flatten_with_keys(chooser: Chooser) -> tuple[Any, Any]:
     children = [(jax.tree_util.GetAttrKey(k), getattr(chooser, k)) for k in _CHILDREN]
     return children, (chooser.frame, chooser.kinds)
@@ -185,9 +193,18 @@ def allocated(
     """Counts of each leaf as the method allocates them, arrays of the stacked axes' shape."""
     counts: Mapping[str, Counts] = {path: leaf.counts for path, leaf in leaves.items()}
     if type(method).allocate is not Method.allocate:
-        columns = (theta, grads, flags, memory, keys)
         layers = {
-            path: _whole_leaf(leaf, *(None if c is None else c[path] for c in columns), step)
+            path: _whole_leaf(
+                leaf,
+                Layer(
+                    theta[path],
+                    None if grads is None else grads[path],
+                    None if flags is None else flags[path],
+                    None if memory is None else memory[path],
+                    keys[path],
+                    step,
+                ),
+            )
             for path, leaf in leaves.items()
         }
         at_densities = {path: _with_counts(leaf, leaf.counts) for path, leaf in leaves.items()}
@@ -215,7 +232,7 @@ def _alike(leaves: Mapping[str, Leaf], theta: ByLeaf, memory: ByLeaf | None) -> 
         # Among several devices, leaves of one role in different layers are sharded alike.
         role = re.sub(r"\d+", "#", path) if several else ""
         sharding = str(explicit_sharding(theta[path]))
-        groups[(_Static(_kind(leaf)), like, sharding, role)].append(path)
+        groups[(Static(kind_of(leaf)), like, sharding, role)].append(path)
     together = []
     for paths in groups.values():
         size = max(1, _TOGETHER // max(1, math.prod(leaves[paths[0]].full_shape)))
@@ -223,9 +240,15 @@ def _alike(leaves: Mapping[str, Leaf], theta: ByLeaf, memory: ByLeaf | None) -> 
     return together
 
 
-def _kind(leaf: Leaf) -> tuple[Any, ...]:
+def kind_of(leaf: Leaf) -> tuple[Any, ...]:
     """What two leaves must share to be chosen by one program."""
     return (leaf.shape, leaf.dtype, leaf.pattern, leaf.stack, leaf.axes)
+
+
+def leaf_of(kind: tuple[Any, ...], counts: Counts) -> Leaf:
+    """The inverse of `kind_of`, without densities."""
+    shape, dtype, pattern, stack, axes = kind
+    return Leaf(shape, dtype, pattern, None, None, counts, stack, axes)  # type: ignore[arg-type]
 
 
 def _with_counts(leaf: Leaf, counts: Counts) -> Leaf:
@@ -314,22 +337,20 @@ def over_stack(function: Callable[..., Any], leaf: Leaf) -> Callable[..., Any]:
     return lambda *args: jax.tree.map(back, mapped(*jax.tree.map(to_front, args)))
 
 
-def _whole_leaf(
-    leaf: Leaf, theta: Any, grad: Any, flags: Any, memory: Any, keys: Any, step: Any
-) -> Layer:
-    """A whole leaf as `allocate` sees it, stacked axes in front."""
+def _whole_leaf(leaf: Leaf, layer: Layer) -> Layer:
+    """A whole leaf as `allocate` sees it: stacked axes in front, flags read as sets by unit."""
     front = range(len(leaf.axes))
-    to_front = lambda x: jnp.moveaxis(x, leaf.axes, front) if leaf.axes else x  # noqa: E731
+
+    def to_front(x: Any) -> Any:
+        return None if x is None else jnp.moveaxis(x, leaf.axes, front)
+
     by_unit: Callable[..., Any] = functools.partial(_by_unit, leaf)
     for _ in leaf.stack:
         by_unit = jax.vmap(by_unit)
-    return Layer(
-        to_front(theta),
-        None if grad is None else to_front(grad),
-        None if flags is None else by_unit(to_front(flags)),
-        memory,
-        keys,
-        step,
+    return layer._replace(
+        theta=to_front(layer.theta),
+        grad=to_front(layer.grad),
+        sets=None if layer.sets is None else by_unit(to_front(layer.sets)),
     )
 
 
@@ -352,7 +373,7 @@ def _checked(method: Method, leaf: Leaf, mask: Any) -> jax.Array:
 
 def _together(
     choose: Callable[..., Any], leaf: Leaf, rows: list[list[Any]], step: Any
-) -> Iterable[tuple[Any, Any]]:
+) -> list[tuple[Any, Any]]:
     """Chooses for leaves of one kind at once, stacked along a new axis in front."""
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
     mapped = jax.vmap(choose, in_axes=(0,) * len(stacked) + (None,))

@@ -18,15 +18,11 @@ Count = int | jax.Array
 
 @runtime_checkable
 class Pattern(Protocol):
-    """Divides a leaf into units that are kept or dropped as a whole, and ranks them.
-
-    Attributes:
-      unit_shape: entries of one unit, () where each entry is one.
-    """
+    """Divides a leaf into units that are kept or dropped as a whole, and ranks them."""
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
-        """Shape of one unit, () where each entry is one."""
+        """Shape of the values of one unit: `()` where a unit is a single entry."""
         ...
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -72,11 +68,7 @@ class Pattern(Protocol):
 class _Ranked:
     """Ranking of units that do not depend on each other: exact top-K over the whole grid."""
 
-    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The leaf's own shape."""
-        return shape
-
-    def count(self, shape: tuple[int, ...], density: float | jax.Array) -> Count:
+    def count(self: Pattern, shape: tuple[int, ...], density: float | jax.Array) -> Count:
         """max(1, ⌊density · units + ½⌋)."""
         return count_of(math.prod(self.grid(shape)), density)
 
@@ -104,8 +96,12 @@ class Unstructured(_Ranked):
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
-        """()."""
+        """`()`: a unit is a single entry."""
         return ()
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The leaf's own shape."""
+        return shape
 
     def magnitudes(self, x: jax.Array) -> jax.Array:
         """The entries themselves: selection ranks by absolute value."""

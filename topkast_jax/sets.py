@@ -13,7 +13,7 @@ import optax
 from topkast_jax.choosing import Chooser
 from topkast_jax.errors import SparsityError
 from topkast_jax.flags import BACKWARD, FORWARD, has
-from topkast_jax.trees import flatten_with_names
+from topkast_jax.trees import flatten_with_names, without_variables
 
 NOT_DUE = 0
 DUE = 1
@@ -198,7 +198,8 @@ def presents(params: Any, state: Any) -> Present:
     thetas = dict(zip(names, leaves, strict=True))
     together = Present({}, {}, {}, {})
     for one in found:
-        for whole, part in zip(together, present(thetas, one), strict=True):
+        now = present(thetas, without_variables(one))
+        for whole, part in zip(together, now, strict=True):
             whole.update(part if isinstance(part, dict) else {})
     return together
 

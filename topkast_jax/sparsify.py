@@ -441,6 +441,6 @@ def _check_sparse(leaves: dict[str, Leaf], names: list[str], held: dict[str, Any
         if in_state != (name in leaves):
             now, then = ("sparse", "dense") if name in leaves else ("dense", "sparse")
             raise SparsityError(
-                f"{name} is {now} under these rules and {then} in this state: the state is of other "
-                "rules"
+                f"{name} is {now} under these rules and {then} in this state: the state was made "
+                "under other rules"
             )

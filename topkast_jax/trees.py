@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,20 @@ def path_name(path: Sequence[Any]) -> str:
     if len(names) > 1 and is_attribute and names[-1] in ("value", "raw_value"):
         names.pop()
     return "/".join(name.lstrip(".") for name in names)
+
+
+def without_variables(tree: Any) -> Any:
+    """The tree with each Flax NNX variable replaced by its array: `nnx.Optimizer` holds those."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return tree
+
+    def is_variable(node: Any) -> bool:
+        return isinstance(node, nnx.Variable)
+
+    return jax.tree.map(
+        lambda node: node.get_raw_value() if is_variable(node) else node, tree, is_leaf=is_variable
+    )
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:

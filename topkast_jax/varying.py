@@ -50,11 +50,11 @@ def let_compiler_partition(
     Returns:
       A function of the same arguments.
     """
-    explicit = {
+    explicit = tuple(
         name
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == jax.sharding.AxisType.Explicit
-    }
+    )
 
     def partitioned(*args: Any) -> Any:
         plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)

@@ -194,7 +194,7 @@ def test_block_kernels_on_several_devices_take_a_part_of_the_tokens_each():
     text = compiling.compile(compiling.lower(run)).as_text()
     assert text.count('custom_call_target="tpu_custom_call"') > 10
     # The feed-forward block's, 256 -> 768: forward, once more where it is rematerialised, backward.
-    made = re.findall(r"%block_spread\S* = \w+\[(\d+),768\]", text)
+    made = re.findall(r"%block_spmm\S* = \w+\[(\d+),768\]", text)
     assert len(made) >= 2
     assert set(made) == {"128"}
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 import topkast_jax as tk
 from topkast_jax.rules import erk_densities, resolve
-from topkast_jax.top_kast import count_of
-from topkast_jax.trees import flatten_with_names
+from topkast_jax.selection import count_of
 
 PARAMS = {
     "stem": {"kernel": jnp.ones((3, 3, 4, 8))},
@@ -23,16 +22,7 @@ PARAMS = {
 
 
 def resolved(rules, forward=0.1, backward=0.2):
-    names = [n for n, _ in named(PARAMS)]
-    return dict(
-        zip(names, resolve(PARAMS, rules, forward, backward, tk.Unstructured()), strict=True)
-    )
-
-
-def named(tree):
-
-    names, leaves, _ = flatten_with_names(tree)
-    return list(zip(names, leaves, strict=True))
+    return resolve(PARAMS, rules, forward, backward, tk.Unstructured())
 
 
 def test_without_rules_floating_matrices_are_sparse():
@@ -65,7 +55,8 @@ def test_the_first_rule_that_matches_wins():
         ([(".*", "dense")], r"rule \('.\*', 'dense'\): must be"),
         ([("stem.*", tk.Sparse(pattern=tk.Block(3, 3))), (".*", tk.Dense())],
          r"stem/kernel: Block\(3, 3\) does not divide"),
-        ([("stem.*", tk.Sparse(stacked=4)), (".*", tk.Dense())], "stacked=4 leaves no axis"),
+        ([("stem.*", tk.Sparse(stacked=4)), (".*", tk.Dense())],
+         r"stem/kernel: stacked=4 must name different axes of \(3, 3, 4, 8\)"),
         ([("stem.*", tk.Sparse(forward_density=0.3, backward_density=0.2)), (".*", tk.Dense())],
          "stem/kernel: backward_density=0.2 is below forward_density=0.3"),
         ([(".*bias", tk.Sparse(pattern=tk.Block(1, 1))), (".*", tk.Dense())], "needs two axes"),
@@ -108,7 +99,7 @@ def test_erk_through_a_rule_shares_one_budget():
     params = {"a": jnp.ones((8, 8)), "b": jnp.ones((64, 64)), "c": jnp.ones((3, 32, 32))}
     rules = [
         ("a|b", tk.Sparse(distribution="erk")),
-        ("c", tk.Sparse(distribution="erk", stacked=1)),
+        ("c", tk.Sparse(distribution="erk", stacked=0)),
     ]
     tx = tk.top_kast(optax.sgd(0.1), 0.1, 0.3, rules=rules)
     counts = tk.statistics.leaf_counts(params, tx.init(params))
@@ -124,7 +115,7 @@ def test_stacked_layers_are_selected_one_by_one():
         jax.random.normal(jax.random.key(0), (3, 6, 8))
         * jnp.array([1.0, 10.0, 100.0])[:, None, None]
     )
-    tx = tk.top_kast(optax.sgd(0.1), 0.25, 0.5, rules=[(".*", tk.Sparse(stacked=1))])
+    tx = tk.top_kast(optax.sgd(0.1), 0.25, 0.5, rules=[(".*", tk.Sparse(stacked=0))])
     mask = np.asarray(tk.keep_masks(theta, tx.init(theta))[0])
     for layer in range(3):
         np.testing.assert_array_equal(mask[layer], oracle.select(np.asarray(theta[layer]), 0.25))

@@ -12,11 +12,11 @@ from topkast_jax.sets import SparsifyState
 
 def state_with(history):
     """The state after the forward sets in `history` (tuples of kept indices of 8 entries)."""
-    from topkast_jax.sets import Sets, first_flags, next_flags
+    from topkast_jax.flags import first_flags, next_flags
 
     def sets(kept):
         forward = jnp.isin(jnp.arange(8), jnp.array(kept))
-        return Sets(forward, forward | (jnp.arange(8) < 4))
+        return tk.Sets(forward, forward | (jnp.arange(8) < 4))
 
     flags = first_flags(sets(history[0]))
     for kept in history[1:]:

@@ -33,15 +33,20 @@ def follow(shape, seed=2, ties=False, inner="sgd", block=None, **options):
     theta, scale, targets = problem(seed, shape, ties)
     make, make_oracle = INNER[inner]
     reset = options.get("inner_state") == "reset"
-    reference = oracle.TopKast(
-        theta, make_oracle(), options["forward_density"], options["backward_density"],
-        options.get("refresh_every", 100), options.get("exploration_weight", 1e-4),
-        options.get("exploration_norm", "l2"), options.get("stop_exploring_at"), reset, block,
-    )  # fmt: skip
     pattern = tk.Block(*block) if block else tk.Unstructured()
     tx = tk.top_kast(make(), rules=[(".*", tk.Sparse())], pattern=pattern, **options)
     params = {"w": jnp.asarray(theta)}
     state = tx.init(params)
+    first = [np.asarray(mask["w"]) for mask in tk.keep_masks(params, state)] if ties else None
+    for mask, density in zip(first or (), ("forward_density", "backward_density"), strict=False):
+        assert mask.sum() == oracle.keep_count(mask.size, options[density])
+        assert oracle.is_top(mask, theta)
+    reference = oracle.TopKast(
+        theta, make_oracle(), options["forward_density"], options["backward_density"],
+        options.get("refresh_every", 100), options.get("exploration_weight", 1e-4),
+        options.get("exploration_norm", "l2"), options.get("stop_exploring_at"), reset, block,
+        first,
+    )  # fmt: skip
 
     @jax.jit
     def step(params, state, target):

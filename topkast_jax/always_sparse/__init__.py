@@ -4,7 +4,9 @@ The device holds of each sparse leaf its backward set only, as a `CompactKernel`
 `matmul`, which takes a dense kernel or a compact one.
 """
 
-from topkast_jax.always_sparse.compact import (
+from topkast_jax.always_sparse.export import FORMS, export, to_bcoo, to_bsr
+from topkast_jax.always_sparse.host import Reservoir
+from topkast_jax.always_sparse.kernel import (
     CompactKernel,
     dense_tile,
     from_masks,
@@ -15,9 +17,7 @@ from topkast_jax.always_sparse.compact import (
     with_tile,
     with_values,
 )
-from topkast_jax.always_sparse.exporting import FORMS, export, to_bcoo, to_bsr
 from topkast_jax.always_sparse.products import BACKENDS, matmul, options
-from topkast_jax.always_sparse.reservoir import Reservoir
 from topkast_jax.always_sparse.training import AlwaysSparse
 
 __all__ = [

@@ -10,26 +10,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topkast_jax.always_sparse import reservoir as hosts
-from topkast_jax.always_sparse.compact import is_compact
-from topkast_jax.always_sparse.reservoir import HostLeaf
+from topkast_jax.always_sparse import host as hosts
+from topkast_jax.always_sparse.host import HostLeaf
+from topkast_jax.always_sparse.kernel import is_compact
 from topkast_jax.errors import SparsityError
-from topkast_jax.patterns import units_in
-from topkast_jax.rules import Leaf
-from topkast_jax.selection import keep_count
 from topkast_jax.sparsify import Plan
 
 
 def check_plan(plan: Plan, leaves: dict[str, HostLeaf], delay: int) -> None:
     """Raises SparsityError unless the method and its leaves have an always-sparse form."""
-    if plan.method.needs_gradient:
+    method = type(plan.method).__name__
+    if plan.method.needs_gradient or plan.method.first_choice == "first_update":
         raise SparsityError(
-            f"{type(plan.method).__name__} chooses by the dense gradient, which always sparse "
-            "never makes: use it on dense arrays"
+            f"{method} chooses by the dense gradient, which always sparse never makes: use it on "
+            "dense arrays"
+        )
+    if plan.method.observes_gradient:
+        raise SparsityError(
+            f"{method} observes the dense gradient in every step, which always sparse never makes: "
+            "use it on dense arrays"
         )
     for name, value in (
         ("forward_density", plan.forward_density), ("backward_density", plan.backward_density),
         ("refresh_every", plan.refresh_every), ("stop_exploring_at", plan.stop_exploring_at),
+        ("seed", plan.seed),
     ):  # fmt: skip
         if isinstance(value, jax.core.Tracer):
             raise SparsityError(f"{name} is traced: always sparse needs a plain number")
@@ -41,18 +45,33 @@ def check_plan(plan: Plan, leaves: dict[str, HostLeaf], delay: int) -> None:
             "is in use before the next begins"
         )
     for leaf in leaves.values():
-        hosts.check(leaf.leaf)
+        hosts.check(leaf)
     hosts.host_device()
 
 
-def unit_counts(leaf: Leaf, frozen: bool) -> tuple[int, int]:
+def check_inner_state(plan: Plan, dense: Any, values: Any) -> None:
+    """Raises SparsityError where an optimizer treats the values of B as another kind of leaf.
+
+    Values are vectors where the leaf is a matrix: an optimizer that treats matrices in a way of its
+    own (Muon) would train them as something else. It then has a state of another structure.
+    """
+    structures = {
+        str(jax.tree.structure(jax.eval_shape(plan.inner.init, tree))) for tree in (dense, values)
+    }
+    if len(structures) > 1:
+        raise SparsityError(
+            "the inner optimizer treats leaves by their number of axes, and always sparse it sees "
+            "the values of each leaf as a vector: take an optimizer that works entry by entry"
+        )
+
+
+def unit_counts(leaf: HostLeaf, frozen: bool) -> tuple[int, int]:
     """Units in A and in B."""
-    units = units_in(leaf.pattern, leaf.shape)
-    forward = keep_count(units, float(leaf.forward_density))
-    return forward, forward if frozen else keep_count(units, float(leaf.backward_density))
+    forward, backward = (int(count) for count in leaf.leaf.counts)
+    return forward, forward if frozen else backward
 
 
-def check_sizes(leaf: Leaf, forward: int, backward: int) -> None:
+def check_sizes(leaf: HostLeaf, forward: int, backward: int) -> None:
     """Raises SparsityError unless these are the units in A and B that the densities say."""
     expected = {unit_counts(leaf, frozen) for frozen in (False, True)}
     if (forward, backward) not in expected:

@@ -12,10 +12,9 @@ import numpy as np
 import optax
 
 from topkast_jax.always_sparse.checks import check_sizes, leaves_like, unit_counts
-from topkast_jax.always_sparse.compact import CompactKernel, is_compact, unit_shape
-from topkast_jax.always_sparse.reservoir import HostLeaf, Reservoir
+from topkast_jax.always_sparse.host import HostLeaf, Reservoir
+from topkast_jax.always_sparse.kernel import CompactKernel, is_compact
 from topkast_jax.errors import SparsityError
-from topkast_jax.rules import Leaf
 from topkast_jax.sets import SparsifyState, find_compact
 from topkast_jax.sparsify import Plan
 from topkast_jax.trees import flatten_with_names
@@ -37,8 +36,8 @@ class Layout:
         self.names, arrays, self._treedef = flatten_with_names(params)
         self.dense = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays]
         leaves = plan.leaves(params)
-        self.leaves = [None if leaf is None else HostLeaf(leaf) for leaf in leaves]
-        self.sparse = {leaf.leaf.path: leaf for leaf in self.leaves if leaf}
+        self.leaves = [None if leaf is None else HostLeaf(p, leaf) for p, leaf in leaves.items()]
+        self.sparse = {leaf.path: leaf for leaf in self.leaves if leaf}
 
     def flatten(self, tree: Tree) -> list[Any]:
         """What a tree of the parameters' structure holds for each leaf."""
@@ -56,7 +55,7 @@ class Layout:
     def abstract(self, frozen: bool) -> Tree:
         """Shapes and types of the tree with compact kernels; `frozen`: B is A."""
         return self.unflatten(
-            dense if leaf is None else _abstract_kernel(leaf.leaf, dense.dtype, frozen)
+            dense if leaf is None else _abstract_kernel(leaf, dense.dtype, frozen)
             for leaf, dense in zip(self.leaves, self.dense, strict=True)
         )
 
@@ -89,7 +88,7 @@ class Layout:
             if leaf is None:
                 return array
             made = leaf.kernel(reservoir.theta[name], reservoir.sets[name])
-            check_sizes(leaf.leaf, made.forward, made.backward)
+            check_sizes(leaf, made.forward, made.backward)
             return made
 
         rows = zip(self.names, self.leaves, self.flatten(params), strict=True)
@@ -112,12 +111,13 @@ def places_of(params: Tree) -> Tree:
 
 
 def _abstract_values(kernel: CompactKernel, dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((*kernel.index.shape, *unit_shape(kernel.pattern)), dtype)
+    return jax.ShapeDtypeStruct((*kernel.index.shape, *kernel.pattern.unit_shape), dtype)
 
 
-def _abstract_kernel(leaf: Leaf, dtype: Any, frozen: bool) -> CompactKernel:
-    forward, backward = unit_counts(leaf, frozen)
-    values = jax.ShapeDtypeStruct((*leaf.stack, backward, *unit_shape(leaf.pattern)), dtype)  # type: ignore[arg-type]
+def _abstract_kernel(host: HostLeaf, dtype: Any, frozen: bool) -> CompactKernel:
+    leaf = host.leaf
+    forward, backward = unit_counts(host, frozen)
+    values = jax.ShapeDtypeStruct((*leaf.stack, backward, *leaf.pattern.unit_shape), dtype)
     index = jax.ShapeDtypeStruct((*leaf.stack, backward), jnp.int32)
     return CompactKernel(values, index, leaf.shape, leaf.pattern, forward)  # type: ignore[arg-type]
 

@@ -20,19 +20,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from topkast_jax.always_sparse import converting
-from topkast_jax.always_sparse import reservoir as hosts
-from topkast_jax.always_sparse.checks import check_plan, check_sizes, whole_number
-from topkast_jax.always_sparse.compact import CompactKernel, unit_shape, values_of
-from topkast_jax.always_sparse.converting import replace_nodes
+from topkast_jax.always_sparse import convert
+from topkast_jax.always_sparse import host as hosts
+from topkast_jax.always_sparse.checks import (
+    check_inner_state,
+    check_plan,
+    check_sizes,
+    whole_number,
+)
+from topkast_jax.always_sparse.convert import replace_nodes
+from topkast_jax.always_sparse.host import HostLeaf, Reservoir
+from topkast_jax.always_sparse.kernel import CompactKernel, values_of
 from topkast_jax.always_sparse.layout import Layout, is_here, on_host, places_of
-from topkast_jax.always_sparse.moving import Mover, Place, first_arrays, unit_axes
-from topkast_jax.always_sparse.reservoir import HostLeaf, Reservoir
+from topkast_jax.always_sparse.refresh import Mover, Place, first_arrays, unit_axes
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
-from topkast_jax.rules import Leaf
-from topkast_jax.sets import CompactState, Sets, SparsifyState, find_compact
-from topkast_jax.sparsify import Plan, SparseTransform, rounded
+from topkast_jax.method import Sets
+from topkast_jax.serialization import register_with_flax
+from topkast_jax.sets import CompactState, SparsifyState, find_compact
+from topkast_jax.sparsify import Plan, SparseTransform, shape_gradient
 from topkast_jax.trees import flatten
 
 Tree = Any
@@ -83,8 +89,11 @@ class AlwaysSparse:
             )
         self.plan: Plan = tx.plan
         self.delay, self._place = whole_number("delay", delay), place
+        register_with_flax()
         layout = self._layout = Layout(self.plan, params)
         check_plan(self.plan, layout.sparse, self.delay)
+        self._choose = hosts.Choice(self.plan, layout.sparse)
+        check_inner_state(self.plan, layout.unflatten(layout.dense), values_of(self.abstract()))
         init, leaves = self.plan.inner.init, self.plan.leaves(params)
         self._axes = unit_axes(init, values_of(self.abstract()), leaves)
         self._firsts = [first_arrays(init, self._axes, number) for number in range(len(leaves))]
@@ -126,9 +135,8 @@ class AlwaysSparse:
         theta = {name: np.empty(x.shape, x.dtype) for name, x in dense.items()}
         sets = {name: np.empty(x.shape, np.uint8) for name, x in theta.items()}
         memory = {
-            leaf.leaf.path: jax.tree.map(
-                lambda x: np.empty(x.shape, x.dtype),
-                jax.eval_shape(functools.partial(self._first_memory, leaf.leaf), theta[name]),
+            name: jax.tree.map(
+                lambda x: np.empty(x.shape, x.dtype), self._choose.first_memory(leaf, theta[name])
             )
             for name, leaf in self._layout.sparse.items()
         }
@@ -136,9 +144,6 @@ class AlwaysSparse:
             {name: (sets[name], memory[name]) for name in self._layout.sparse} if self.delay else {}
         )
         return Reservoir(theta, sets, memory, chosen)
-
-    def _first_memory(self, leaf: Leaf, theta: Any) -> Any:
-        return self.plan.start(leaf, self.plan.keys(leaf, 0), theta)[1]
 
     def start(
         self, params: Tree, tx: optax.GradientTransformation | None = None
@@ -158,11 +163,11 @@ class AlwaysSparse:
         """
         self._ahead = None
         theta = self._layout.theta("start", params)
-        frozen = self.frozen(0)
-        chosen = hosts.in_parallel(
-            lambda leaf, theta: hosts.start(self.plan, leaf.leaf, theta, frozen),
-            self._layout.sparse, theta,
-        )  # fmt: skip
+        chosen = self._choose(0, theta)
+        if self.frozen(0):
+            chosen = {
+                name: (hosts.freeze(flags), memory) for name, (flags, memory) in chosen.items()
+            }
         reservoir = self._reservoir(theta, chosen)
         kernels = self._kernels(params, reservoir)
         state = self._first_state((self.transform if tx is None else tx).init, kernels)
@@ -201,20 +206,14 @@ class AlwaysSparse:
             self._layout.flatten(state.kernels),
         )
         shaped = [
-            grad
-            if leaf is None
-            else _shaped(self.plan, leaf.leaf, grad, values, kernel, state.step)
+            grad if leaf is None else _shaped(self.plan, leaf, grad, values, kernel, state.step)
             for leaf, grad, values, kernel in zip(*columns, strict=True)
         ]
         updates, inner_state = self.plan.inner.update(
             self._layout.unflatten(shaped), state.inner_state, params, **extra
         )
-        finished = [
-            update if leaf is None else rounded(update, state.step)
-            for leaf, update in zip(self._layout.leaves, self._layout.flatten(updates), strict=True)
-        ]
         step = optax.safe_increment(state.step)
-        return self._layout.unflatten(finished), CompactState(step, state.kernels, inner_state)
+        return updates, CompactState(step, state.kernels, inner_state)
 
     def refresh(
         self, step: int, params: Tree, state: T, reservoir: Reservoir
@@ -261,19 +260,13 @@ class AlwaysSparse:
 
     def _chosen(self, step: int, reservoir: Reservoir) -> dict[str, Any]:
         if not self.delay:
-            return self._choose(step, reservoir)
+            return self._choose(step, reservoir.theta, reservoir.sets, reservoir.memory)
         if not reservoir.chosen:
             raise SparsityError(
                 f"refresh: the choice made at step {step - self.delay} is not in this reservoir: "
                 "what is saved must be AlwaysSparse.settled(reservoir)"
             )
         return reservoir.chosen
-
-    def _choose(self, step: int, reservoir: Reservoir) -> dict[str, Any]:
-        return hosts.in_parallel(
-            lambda leaf, *of_leaf: hosts.choose(self.plan, leaf.leaf, step, *of_leaf),
-            self._layout.sparse, reservoir.theta, reservoir.sets, reservoir.memory,
-        )  # fmt: skip
 
     def _choose_ahead(self, step: int, params: Tree, state: Any, reservoir: Reservoir) -> Reservoir:
         """Chooses in a thread, from a copy of the values that the next steps cannot take away.
@@ -286,7 +279,7 @@ class AlwaysSparse:
 
         def choose() -> dict[str, Any]:
             self._scatter(copies, reservoir)
-            return self._choose(step, reservoir)
+            return self._choose(step, reservoir.theta, reservoir.sets, reservoir.memory)
 
         self._ahead = self._chooser.submit(hosts.as_precise_as_here(choose))
         return reservoir
@@ -311,9 +304,10 @@ class AlwaysSparse:
     ) -> tuple[Tree, T, Reservoir]:
         """Brings new sets to the device: only what is new of them is sent."""
         self._ahead = None
+        self._choose.enter(new.theta, old.sets, new.sets)
         moves = hosts.in_parallel(HostLeaf.move, self._layout.sparse, new.theta, old.sets, new.sets)
         for name, leaf in self._layout.sparse.items():
-            check_sizes(leaf.leaf, moves[name].forward, moves[name].source.shape[-1])
+            check_sizes(leaf, moves[name].forward, moves[name].source.shape[-1])
         arrays = self._layout.flatten(params)
         twice = _held_twice((params, state))
         columns = self._layout.names, self._layout.leaves, arrays
@@ -387,7 +381,8 @@ class AlwaysSparse:
             dense form.
         """
         reservoir = self._current("to_masked", params, state, reservoir)
-        return converting.to_masked(self._layout, self.plan.inner, params, state, reservoir)
+        chooser = self._choose.chooser if self.plan.ever_chooses else ()
+        return convert.to_masked(self._layout, self.plan.inner, params, state, reservoir, chooser)
 
     def from_masked(self, params: Tree, state: T) -> tuple[Tree, T, Reservoir]:
         """The inverse of `to_masked`: values, optimizer state and reservoir.
@@ -401,9 +396,9 @@ class AlwaysSparse:
         """
         self._ahead = None
         theta = self._layout.theta("from_masked", params)
-        reservoir = self._reservoir(theta, converting.sets_of(state))
+        reservoir = self._reservoir(theta, convert.sets_of(params, state))
         kernels = self._kernels(params, reservoir)
-        state = converting.from_masked(
+        state = convert.from_masked(
             self._layout, self.plan.inner, params, state, reservoir, kernels, self._put
         )
         return values_of(kernels), state, reservoir
@@ -420,19 +415,20 @@ def _held_twice(tree: Any) -> Callable[[jax.Array], bool]:
 
 def _shaped(
     plan: Plan,
-    leaf: Leaf,
+    host: HostLeaf,
     grad: jax.Array,
     values: jax.Array,
     kernel: CompactKernel,
     step: jax.Array,
 ) -> jax.Array:
+    """The method's gradient of one leaf's values; all of them are in B, the first ones in A."""
     for what, array in (("gradient", grad), ("values", values)):
-        if jnp.shape(array) != (*kernel.index.shape, *unit_shape(kernel.pattern)):
+        if jnp.shape(array) != (*kernel.index.shape, *kernel.pattern.unit_shape):
             raise SparsityError(
-                f"update: {what} of {leaf.path} must be of its {kernel.index.shape} units, found "
+                f"update: {what} of {host.path} must be of its {kernel.index.shape} units, found "
                 f"shape {jnp.shape(array)}"
             )
     in_a = jnp.arange(kernel.backward) < kernel.forward
-    in_a = in_a.reshape(-1, *(1,) * len(unit_shape(kernel.pattern)))
+    in_a = in_a.reshape(-1, *(1,) * len(kernel.pattern.unit_shape))
     sets = Sets(jnp.broadcast_to(in_a, values.shape), jnp.ones(values.shape, bool))
-    return plan.shape_gradient(leaf, grad, values, sets, step)
+    return shape_gradient(plan.method, host.leaf, grad, values, sets, step)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topkast_jax.always_sparse.compact import CompactKernel
-from topkast_jax.always_sparse.reservoir import Move
+from topkast_jax.always_sparse.host import Move
+from topkast_jax.always_sparse.kernel import CompactKernel
 from topkast_jax.errors import SparsityError
-from topkast_jax.rules import Leaf
+from topkast_jax.method import Leaf
 from topkast_jax.trees import flatten
 
 Path = tuple[Any, ...]
@@ -25,7 +25,7 @@ Place = Callable[[tuple[int, ...]], jax.sharding.Sharding]
 
 
 def unit_axes(
-    init: Callable[[Any], Any], values: Any, leaves: Sequence[Leaf | None]
+    init: Callable[[Any], Any], values: Any, leaves: Mapping[str, Leaf | None]
 ) -> dict[Path, tuple[int, int]]:
     """Which axis of which array of an optimizer's state numbers the units of which leaf.
 
@@ -35,7 +35,7 @@ def unit_axes(
     Args:
       init: of the optimizer.
       values: abstract tree of values.
-      leaves: in flattening order; None where a leaf is dense.
+      leaves: by path, in flattening order; None where a leaf is dense.
 
     Returns:
       Path in the state → (number of the leaf, axis).
@@ -46,7 +46,7 @@ def unit_axes(
     shapes = _shapes_of(init, values)
     arrays, treedef = flatten(values)
     axes = {}
-    for number, leaf in enumerate(leaves):
+    for number, (name, leaf) in enumerate(leaves.items()):
         if leaf is None:
             continue
         fewer = list(arrays)
@@ -55,7 +55,14 @@ def unit_axes(
         for path, shape in shapes.items():
             if others.get(path) != shape:
                 units = arrays[number].shape[len(leaf.stack)]
-                axes[path] = number, _unit_axis(path, shape, others.get(path), leaf, units)
+                axis = _unit_axis(shape, others.get(path), leaf.stack, units)
+                if axis is None:
+                    raise SparsityError(
+                        f"the inner optimizer's state{jax.tree_util.keystr(path)} {shape} depends "
+                        f"on the units of {name} in a way that a refresh cannot follow: take "
+                        "another optimizer, or pattern"
+                    )
+                axes[path] = number, axis
     return axes
 
 
@@ -70,22 +77,18 @@ def _without_one_unit(values: jax.ShapeDtypeStruct, stack: int) -> jax.ShapeDtyp
 
 
 def _unit_axis(
-    path: Path, shape: tuple[int, ...], fewer: tuple[int, ...] | None, leaf: Leaf, units: int
-) -> int:
-    differ = [i for i, pair in enumerate(zip(shape, fewer or (), strict=False)) if len({*pair}) > 1]
-    if fewer and len(fewer) == len(shape) and len(differ) == 1:
-        (axis,) = differ
-        first = axis - len(leaf.stack)
-        if (
-            first >= 0
-            and shape[first:axis] == leaf.stack
-            and shape[axis] == units == fewer[axis] + 1
-        ):
-            return axis
-    raise SparsityError(
-        f"the inner optimizer's state{jax.tree_util.keystr(path)} {shape} depends on the units of "
-        f"{leaf.path} in a way that a refresh cannot follow: take another optimizer, or pattern"
-    )
+    shape: tuple[int, ...], fewer: tuple[int, ...] | None, stack: tuple[int, ...], units: int
+) -> int | None:
+    """The axis that is shorter by one with one unit fewer; None if that is not all that differs."""
+    if fewer is None or len(fewer) != len(shape):
+        return None
+    differ = [i for i, pair in enumerate(zip(shape, fewer, strict=True)) if len({*pair}) > 1]
+    if len(differ) != 1:
+        return None
+    (axis,) = differ
+    first = axis - len(stack)
+    numbers_units = shape[axis] == units == fewer[axis] + 1
+    return axis if first >= 0 and shape[first:axis] == stack and numbers_units else None
 
 
 def first_arrays(

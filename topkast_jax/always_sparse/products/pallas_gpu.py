@@ -1,8 +1,8 @@
 """Block products as Pallas GPU (Triton) kernels.
 
-`spread` gives one program a tile of tokens and a panel of the output: it walks the blocks that feed
+`spmm` gives one program a tile of tokens and a panel of the output: it walks the blocks that feed
 the panel, a run of the blocks sorted by target, and writes the panel whether there were any or not.
-`outer` gives one program one block and walks the tokens. Blocks larger than 128 are cut into parts.
+`sddmm` gives one program one block and walks the tokens. Blocks larger than 128 are cut into parts.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from topkast_jax.always_sparse.varying import result_like
-from topkast_jax.always_sparse.xla import padded
+from topkast_jax.always_sparse.products.xla import padded
+from topkast_jax.varying import result_like
 
 SMALLEST = 16
 PART = 128
 """Largest side of the tile one program accumulates in registers."""
 TOKENS = 128
 STEP = 64
-"""Tokens that `outer`, features that `spread` takes in one dot."""
+"""Tokens that `sddmm`, features that `spmm` takes in one dot."""
 
 
 def refuses(block: tuple[int, int]) -> str | None:
@@ -33,7 +33,7 @@ def refuses(block: tuple[int, int]) -> str | None:
     return None
 
 
-def spread(
+def spmm(
     x_TxI: jax.Array,
     values: jax.Array,
     source: jax.Array,
@@ -63,19 +63,19 @@ def spread(
     order = jnp.argsort(target).astype(jnp.int32)
     start = jnp.searchsorted(target[order], jnp.arange(width // cols + 1)).astype(jnp.int32)
     y_TxN = pl.pallas_call(
-        functools.partial(_spread_kernel, rows=rows, cols=cols, part=part, transposed=transposed),
+        functools.partial(_spmm_kernel, rows=rows, cols=cols, part=part, transposed=transposed),
         grid=(width // part, x_TxI.shape[0] // TOKENS),
         out_specs=pl.BlockSpec((TOKENS, part), lambda j, t: (t, j)),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 5,
         out_shape=result_like((x_TxI.shape[0], width), x_TxI.dtype, x_TxI),
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
         interpret=interpret,
-        name="block_spread",
+        name="block_spmm",
     )(start, order, source[order], x_TxI, values)
     return y_TxN[:tokens]
 
 
-def _spread_kernel(  # type: ignore[no-untyped-def]
+def _spmm_kernel(  # type: ignore[no-untyped-def]
     start,
     order,
     source,
@@ -108,7 +108,7 @@ def _spread_kernel(  # type: ignore[no-untyped-def]
     y_ref[...] = total.astype(y_ref.dtype)
 
 
-def outer(
+def sddmm(
     x_TxK: jax.Array,
     dy_TxN: jax.Array,
     row: jax.Array,
@@ -132,18 +132,18 @@ def outer(
     x_TxK, dy_TxN = padded(x_TxK, STEP), padded(dy_TxN, STEP)
     rows, cols = (min(side, PART) for side in block)
     return pl.pallas_call(
-        functools.partial(_outer_kernel, block=block, steps=x_TxK.shape[0] // STEP),
+        functools.partial(_sddmm_kernel, block=block, steps=x_TxK.shape[0] // STEP),
         grid=(row.shape[0], block[0] // rows, block[1] // cols),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 4,
         out_specs=pl.BlockSpec((None, rows, cols), lambda i, r, c: (i, r, c)),
         out_shape=result_like((row.shape[0], *block), jnp.float32, x_TxK),
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
         interpret=interpret,
-        name="block_outer",
+        name="block_sddmm",
     )(row, col, x_TxK, dy_TxN)
 
 
-def _outer_kernel(  # type: ignore[no-untyped-def]
+def _sddmm_kernel(  # type: ignore[no-untyped-def]
     row, col, x_ref, dy_ref, dw_ref, *, block: tuple[int, int], steps: int
 ) -> None:
     i, (rows, cols) = pl.program_id(0), dw_ref.shape

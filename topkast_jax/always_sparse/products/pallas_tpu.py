@@ -1,7 +1,7 @@
 """Block products as Pallas TPU kernels: block indices prefetched as scalars.
 
-`spread` keeps a tile of tokens, all its features, in VMEM and walks the blocks sorted by the output
-panel they add to, so each output panel is written once, from a float32 accumulator. `outer` walks
+`spmm` keeps a tile of tokens, all its features, in VMEM and walks the blocks sorted by the output
+panel they add to, so each output panel is written once, from a float32 accumulator. `sddmm` walks
 the blocks of B, the columns of tokens it reads in tiles as long as VMEM allows: ascending indices
 then load the same panel of x once for all blocks of a row. Blocks larger than 512 are cut into
 parts, each a block of its own to the kernels.
@@ -19,8 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from topkast_jax.always_sparse.varying import result_like
-from topkast_jax.always_sparse.xla import padded
+from topkast_jax.always_sparse.products.xla import padded
+from topkast_jax.varying import result_like
 
 LANES = 128
 PART = 512
@@ -67,7 +67,7 @@ def _tile(tokens: int, most: int) -> int:
 
 
 def work_list(target: jax.Array, targets: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The order in which `spread` visits blocks: by target, every target at least once.
+    """The order in which `spmm` visits blocks: by target, every target at least once.
 
     Args:
       target: int32 `[a]`, output panel of each block.
@@ -89,7 +89,7 @@ def work_list(target: jax.Array, targets: int) -> tuple[jax.Array, jax.Array, ja
     return jnp.minimum(keys[order], targets - 1), block, counts.astype(jnp.int32)
 
 
-def spread(
+def spmm(
     x_TxI: jax.Array,
     values: jax.Array,
     source: jax.Array,
@@ -120,7 +120,7 @@ def spread(
     else:
         source, target = _cut(source, target, down, across)
     rows, cols = part[::-1] if transposed else part
-    tile = _spread_tile(tokens, features, rows, cols, x_TxI.dtype.itemsize)
+    tile = _spmm_tile(tokens, features, rows, cols, x_TxI.dtype.itemsize)
     x_TxI = padded(x_TxI, tile)
     panel, block, counts = work_list(target, width // cols)
     grid_spec = pltpu.PrefetchScalarGridSpec(
@@ -136,18 +136,18 @@ def spread(
         scratch_shapes=[pltpu.VMEM((tile, cols), jnp.float32)],
     )
     y_TxN = pl.pallas_call(
-        functools.partial(_spread_kernel, rows=rows, transposed=transposed),
+        functools.partial(_spmm_kernel, rows=rows, transposed=transposed),
         grid_spec=grid_spec,
         out_shape=result_like((x_TxI.shape[0], width), x_TxI.dtype, x_TxI),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        **_spread_cost(x_TxI, panel.shape[0], source.shape[0], part, tile, width),
+        **_spmm_cost(x_TxI, panel.shape[0], source.shape[0], part, tile, width),
         interpret=pltpu.InterpretParams() if interpret else False,
-        name="block_spread",
+        name="block_spmm",
     )(panel, block, source[block], counts, x_TxI, values)
     return y_TxN[:tokens]
 
 
-def _spread_tile(tokens: int, features: int, rows: int, cols: int, itemsize: int) -> int:
+def _spmm_tile(tokens: int, features: int, rows: int, cols: int, itemsize: int) -> int:
     """x, blocks and y are double-buffered, the float32 sum is not."""
     each = 2 * (features + cols) * itemsize + 4 * cols
     rest = 2 * rows * cols * itemsize
@@ -156,10 +156,10 @@ def _spread_tile(tokens: int, features: int, rows: int, cols: int, itemsize: int
     )
 
 
-def _spread_cost(
+def _spmm_cost(
     x_TxI: jax.Array, visits: int, blocks: int, size: tuple[int, int], tile: int, width: int
 ) -> dict[str, Any]:
-    """What `spread` does: blocks are read once a tile of tokens, x, y and the work list once."""
+    """What `spmm` does: blocks are read once a tile of tokens, x, y and the work list once."""
     tokens, features = x_TxI.shape
     reads = blocks if blocks == 1 else blocks * (tokens // tile)  # a single one stays
     entries = tokens * features, reads * size[0] * size[1], tokens * width
@@ -183,7 +183,7 @@ def _cost(flops: int, moved: int, least: Sequence[int], most: Sequence[int]) -> 
     return {"cost_estimate": estimate, "metadata": metadata}
 
 
-def _spread_kernel(  # type: ignore[no-untyped-def]
+def _spmm_kernel(  # type: ignore[no-untyped-def]
     panel, block, source, counts, x_ref, values_ref, y_ref, sum_ref, *, rows: int, transposed: bool
 ) -> None:
     del block
@@ -209,7 +209,7 @@ def _spread_kernel(  # type: ignore[no-untyped-def]
         y_ref[...] = sum_ref[...].astype(y_ref.dtype)
 
 
-def outer(
+def sddmm(
     x_TxK: jax.Array,
     dy_TxN: jax.Array,
     row: jax.Array,
@@ -234,7 +234,7 @@ def outer(
     down, across = block[0] // rows, block[1] // cols
     blocks = row.shape[0]
     row, col = _cut(row, col, down, across)
-    tile = _outer_tile(x_TxK.shape[0], rows, cols, x_TxK.dtype.itemsize)
+    tile = _sddmm_tile(x_TxK.shape[0], rows, cols, x_TxK.dtype.itemsize)
     x_TxK, dy_TxN = padded(x_TxK, tile), padded(dy_TxN, tile)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
@@ -246,17 +246,17 @@ def outer(
         out_specs=pl.BlockSpec((None, rows, cols), lambda i, t, row, col: _place(i, down, across)),
     )
     return pl.pallas_call(
-        _outer_kernel,
+        _sddmm_kernel,
         grid_spec=grid_spec,
         out_shape=result_like((blocks, *block), jnp.float32, x_TxK),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        **_outer_cost(x_TxK, dy_TxN, row.shape[0], (rows, cols), tile),
+        **_sddmm_cost(x_TxK, dy_TxN, row.shape[0], (rows, cols), tile),
         interpret=pltpu.InterpretParams() if interpret else False,
-        name="block_outer",
+        name="block_sddmm",
     )(row, col, x_TxK, dy_TxN)
 
 
-def _outer_tile(tokens: int, rows: int, cols: int, itemsize: int) -> int:
+def _sddmm_tile(tokens: int, rows: int, cols: int, itemsize: int) -> int:
     """All tokens where `TILE_BYTES / 2` hold a panel: then x is loaded once.
 
     The panels and the float32 output are double-buffered, x's transpose and the product are not.
@@ -267,10 +267,10 @@ def _outer_tile(tokens: int, rows: int, cols: int, itemsize: int) -> int:
     return _tile(tokens, min(TILE_BYTES // 2 // panel, (VMEM_BYTES - rest) // each))
 
 
-def _outer_cost(
+def _sddmm_cost(
     x_TxK: jax.Array, dy_TxN: jax.Array, blocks: int, size: tuple[int, int], tile: int
 ) -> dict[str, Any]:
-    """What `outer` does; how often a panel is read is known only where it runs.
+    """What `sddmm` does; how often a panel is read is known only where it runs.
 
     It is once for each block, but where one tile holds all tokens it stays for the next block of
     the same row or column: no two blocks share both, and none are more than a row or column has.
@@ -288,7 +288,7 @@ def _outer_cost(
     return _cost(2 * blocks * rows * cols * tokens, sum(least) + more, least, most)
 
 
-def _outer_kernel(row, col, x_ref, dy_ref, dw_ref) -> None:  # type: ignore[no-untyped-def]
+def _sddmm_kernel(row, col, x_ref, dy_ref, dw_ref) -> None:  # type: ignore[no-untyped-def]
     del row, col
 
     @pl.when(pl.program_id(1) == 0)

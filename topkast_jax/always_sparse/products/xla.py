@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from topkast_jax.always_sparse.varying import varying_like
+from topkast_jax.varying import varying_like
 
 # Blocks in one batched dot, as measured on two cores.
-SPREAD_AT_ONCE = 8
-OUTER_AT_ONCE = 4
+SPMM_AT_ONCE = 8
+SDDMM_AT_ONCE = 4
 
 
-def spread(
+def spmm(
     x_TxI: jax.Array,
     values: jax.Array,
     source: jax.Array,
@@ -59,17 +59,17 @@ def spread(
     zero = jnp.minimum(source[0], 0).astype(sums)
     y_PxTxC = jnp.full((width // cols, x_TxI.shape[0], cols), zero)
     (y_PxTxC,) = varying_like((y_PxTxC,), x_TxI)
-    whole, rest = divmod(source.shape[0], SPREAD_AT_ONCE)
+    whole, rest = divmod(source.shape[0], SPMM_AT_ONCE)
     if whole:
         y_PxTxC = lax.fori_loop(
-            0, whole, lambda i, y: add_blocks(i * SPREAD_AT_ONCE, SPREAD_AT_ONCE, y), y_PxTxC
+            0, whole, lambda i, y: add_blocks(i * SPMM_AT_ONCE, SPMM_AT_ONCE, y), y_PxTxC
         )
     if rest:
-        y_PxTxC = add_blocks(whole * SPREAD_AT_ONCE, rest, y_PxTxC)
+        y_PxTxC = add_blocks(whole * SPMM_AT_ONCE, rest, y_PxTxC)
     return y_PxTxC.swapaxes(0, 1).reshape(x_TxI.shape[0], width).astype(x_TxI.dtype)
 
 
-def outer(
+def sddmm(
     x_TxK: jax.Array, dy_TxN: jax.Array, row: jax.Array, col: jax.Array, block: tuple[int, int]
 ) -> jax.Array:
     """Blocks of xᵀ·dy, block i at panel `row[i]` of x and panel `col[i]` of dy.
@@ -88,7 +88,7 @@ def outer(
     # Transposed once, each dot is a plain [rows, T] @ [T, cols], the fastest form on a CPU. The
     # narrower of the two is the cheaper one to transpose.
     if x_TxK.shape[1] > dy_TxN.shape[1]:
-        return outer(dy_TxN, x_TxK, col, row, (cols, rows)).swapaxes(1, 2)
+        return sddmm(dy_TxN, x_TxK, col, row, (cols, rows)).swapaxes(1, 2)
     sums = sums_in(x_TxK.dtype)
     x_PxRxT = x_TxK.T.reshape(x_TxK.shape[1] // rows, rows, x_TxK.shape[0])
     dy_PxTxC = panels(dy_TxN, cols)
@@ -97,7 +97,7 @@ def outer(
         r, c = where
         return jnp.matmul(x_PxRxT[r], dy_PxTxC[c], preferred_element_type=sums)
 
-    return lax.map(one_block, (row, col), batch_size=OUTER_AT_ONCE)
+    return lax.map(one_block, (row, col), batch_size=SDDMM_AT_ONCE)
 
 
 def panels(x_TxI: jax.Array, size: int) -> jax.Array:

@@ -9,13 +9,12 @@ import jax
 import numpy as np
 import optax
 
-from topkast_jax.always_sparse.compact import values_of
+from topkast_jax.always_sparse.host import HostLeaf, Reservoir
+from topkast_jax.always_sparse.kernel import values_of
 from topkast_jax.always_sparse.layout import Layout, on_host, places_of
-from topkast_jax.always_sparse.reservoir import HostLeaf, Reservoir
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
-from topkast_jax.sets import CompactState, SparsifyState, find_states
-from topkast_jax.trees import flatten_with_names
+from topkast_jax.sets import NOT_DUE, CompactState, SparsifyState, presents
 
 Tree = Any
 T = TypeVar("T")
@@ -27,6 +26,7 @@ def to_masked(
     params: Tree,
     state: T,
     reservoir: Reservoir,
+    chooser: Any,
 ) -> tuple[Tree, T]:
     """Dense parameters and state; `AlwaysSparse.to_masked`, θ current in the reservoir."""
     theta = layout.unflatten(
@@ -36,9 +36,9 @@ def to_masked(
         )
     )
 
-    def spread(array: jax.Array, leaf: HostLeaf) -> np.ndarray:
+    def scattered(array: jax.Array, leaf: HostLeaf) -> np.ndarray:
         dense = np.zeros((*leaf.leaf.stack, *leaf.leaf.shape), array.dtype)
-        flags = reservoir.sets[leaf.leaf.path]
+        flags = reservoir.sets[leaf.path]
         leaf.scatter(dense, leaf.index(flags)[0], on_host(array))
         return dense
 
@@ -47,20 +47,22 @@ def to_masked(
     def masked(compact: CompactState) -> SparsifyState:
         dense = layout.unflatten(layout.dense)
         _check("to_masked", compact.inner_state, inner, dense)
-        return SparsifyState(compact.step, sets, dict(reservoir.memory), compact.inner_state)
+        return SparsifyState(
+            compact.step, sets, dict(reservoir.memory), compact.inner_state,
+            due=np.int8(NOT_DUE), chooser=chooser,
+        )  # fmt: skip
 
     bare = replace_nodes(state, CompactState, lambda c: c._replace(kernels=None))
-    moments = map_parameter_shaped(spread, bare, params, layout.unflatten(layout.leaves))
+    moments = map_parameter_shaped(scattered, bare, params, layout.unflatten(layout.leaves))
     return theta, replace_nodes(moments, CompactState, masked)
 
 
-def sets_of(state: Any) -> dict[str, tuple[np.ndarray, Any]]:
-    """Flags and memory of each sparse leaf of a masked run's state, on the host, by name."""
-    (masked,) = find_states(state)
-    names, flags, _ = flatten_with_names(masked.sets)
+def sets_of(params: Tree, state: Any) -> dict[str, tuple[np.ndarray, Any]]:
+    """Flags and memory of each sparse leaf of a masked run, on the host, by name."""
+    now = presents(params, state)
     return {
-        name: (np.array(f, order="C"), jax.device_get(masked.memory[name]))
-        for name, f in zip(names, flags, strict=True)
+        name: (np.array(flags, order="C"), jax.device_get(now.memory[name]))
+        for name, flags in now.flags.items()
     }
 
 
@@ -76,7 +78,7 @@ def from_masked(
     """The always-sparse state; `AlwaysSparse.from_masked`, with the kernels that it holds then."""
 
     def gather(array: jax.Array, leaf: HostLeaf) -> jax.Array:
-        index, _ = leaf.index(reservoir.sets[leaf.leaf.path])
+        index, _ = leaf.index(reservoir.sets[leaf.path])
         found = leaf.gather(np.asarray(array), index)
         return put(found.reshape(*leaf.leaf.stack, *found.shape[1:]))
 

@@ -13,7 +13,7 @@ import topkast_jax as tk
 from topkast_jax.always_sparse import FORMS, AlwaysSparse, CompactKernel, export
 
 SHAPES = {"matrix": (8, 12), "stack": (3, 8, 4), "window": (3, 3, 4, 8)}
-RULES = [("stack/kernel", tk.Sparse(stacked=1)), (".*kernel", tk.Sparse()), (".*", tk.Dense())]
+RULES = [("stack/kernel", tk.Sparse(stacked=0)), (".*kernel", tk.Sparse()), (".*", tk.Dense())]
 
 
 @functools.lru_cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -17,11 +16,22 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from topkast_jax.always_sparse.compact import CompactKernel, from_masks, unit_shape, units_of
+from topkast_jax.always_sparse.kernel import CompactKernel, from_masks, units_of
+from topkast_jax.choosing import (
+    Chooser,
+    Static,
+    allocated,
+    choose_leaf,
+    kind_of,
+    layer_keys,
+    leaf_of,
+    method_of,
+    over_stack,
+)
 from topkast_jax.errors import SparsityError
+from topkast_jax.flags import BACKWARD, FORWARD, frozen_flags
+from topkast_jax.method import Counts, Leaf, enters_anew
 from topkast_jax.patterns import Block, Unstructured, units_in
-from topkast_jax.rules import Leaf
-from topkast_jax.sets import BACKWARD, FORWARD, frozen_flags
 from topkast_jax.sparsify import Plan
 
 T = TypeVar("T")
@@ -75,19 +85,26 @@ def host_device() -> jax.Device:
         ) from None
 
 
-def check(leaf: Leaf) -> None:
+def check(host: HostLeaf) -> None:
     """Raises SparsityError unless the leaf has a compact form at its density."""
+    leaf = host.leaf
     if not isinstance(leaf.pattern, Block | Unstructured):
         raise SparsityError(
-            f"{leaf.path}: pattern {leaf.pattern} has no compact form; allowed: Unstructured(), "
+            f"{host.path}: pattern {leaf.pattern} has no compact form; allowed: Unstructured(), "
             "Block(rows, cols)"
         )
     if not leaf.shape:
-        raise SparsityError(f"{leaf.path} is a scalar, which has no compact form: must be dense")
-    units = units_in(leaf.pattern, leaf.shape)
-    if isinstance(leaf.pattern, Block) and leaf.forward_density * units < 0.5:
+        raise SparsityError(f"{host.path} is a scalar, which has no compact form: must be dense")
+    if leaf.axes != tuple(range(len(leaf.axes))):
         raise SparsityError(
-            f"{leaf.path}: forward density {leaf.forward_density:g} of {units} blocks "
+            f"{host.path}: stacked axes {leaf.axes} have no compact form; allowed: leading axes "
+            "in order"
+        )
+    units = units_in(leaf.pattern, leaf.shape)
+    density = float(leaf.forward_density)
+    if leaf.pattern.unit_shape and density * units < 0.5:
+        raise SparsityError(
+            f"{host.path}: forward density {density:g} of {units} blocks "
             f"{leaf.pattern} leaves less than one block; must be at least {0.5 / units:g}, or the "
             "blocks smaller, or the leaf dense"
         )
@@ -95,8 +112,14 @@ def check(leaf: Leaf) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class HostLeaf:
-    """What the host does with one sparse leaf; layers are those of its stacked axes."""
+    """What the host does with one sparse leaf; layers are those of its stacked axes.
 
+    Attributes:
+      path: its place in the tree.
+      leaf: what does not change about it.
+    """
+
+    path: str
     leaf: Leaf
 
     @property
@@ -119,7 +142,7 @@ class HostLeaf:
 
     def index(self, flags: np.ndarray) -> tuple[np.ndarray, int]:
         """Units of B, those of A first, both ascending: int32 `[S, b]`, and the size of A."""
-        return _same_sizes(self.leaf, [self._layer_index(layer) for layer in self.layers(flags)])
+        return _same_sizes(self.path, [self._layer_index(layer) for layer in self.layers(flags)])
 
     def _layer_index(self, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         units = self.units(flags)
@@ -134,7 +157,7 @@ class HostLeaf:
 
     def scatter(self, dense: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
         """Writes units `values [S, m, *unit]` at `index [S, m]` into the dense leaf."""
-        values = values.reshape(*index.shape, *unit_shape(self.pattern))
+        values = values.reshape(*index.shape, *self.pattern.unit_shape)
         for x, i, v in zip(self.layers(dense), index, values, strict=True):
             self.units(x)[np.unravel_index(i, self.grid)] = v
 
@@ -162,10 +185,10 @@ class HostLeaf:
         return Move(source, index, self.gather(theta, index), forward)
 
 
-def _same_sizes(leaf: Leaf, sets: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, int]:
+def _same_sizes(path: str, sets: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, int]:
     if len({(a.size, rest.size) for a, rest in sets}) != 1:
         raise SparsityError(
-            f"{leaf.path}: layers of a stacked leaf must keep the same number of units each; found "
+            f"{path}: layers of a stacked leaf must keep the same number of units each; found "
             f"forward sets of {[a.size for a, _ in sets]}"
         )
     rows = [np.concatenate(pair).astype(np.int32) for pair in sets]
@@ -183,21 +206,88 @@ def _padded(fresh: list[np.ndarray], most: int) -> np.ndarray:
     return index
 
 
-def start(plan: Plan, leaf: Leaf, theta: np.ndarray, frozen: bool) -> tuple[np.ndarray, Any]:
-    """First flags and memory of a leaf, on the host."""
-    with jax.default_device(host_device()):
-        flags, memory = _call(_start, plan, leaf, plan.keys(leaf, 0), theta)
-        return np.asarray(frozen_flags(flags) if frozen else flags), jax.device_get(memory)
+class Choice:
+    """Chooses on the host: the method itself on JAX's cpu backend, one program a kind of leaf."""
+
+    def __init__(self, plan: Plan, leaves: Mapping[str, HostLeaf]):
+        self._method = plan.method
+        self._leaves = leaves
+        with jax.default_device(host_device()):
+            chooser = Chooser.of(plan.method, {p: h.leaf for p, h in leaves.items()}, plan.seed)
+            self.chooser = jax.device_get(chooser)
+
+    def first_memory(self, host: HostLeaf, theta: Any) -> Any:
+        """Shapes and types of what the method remembers about a leaf."""
+        one = functools.partial(_choose, self.chooser.frame, Static(kind_of(host.leaf)), True)
+        keys = jax.eval_shape(lambda: layer_keys(0, host.path, host.leaf, 0))
+        count: Any = jax.ShapeDtypeStruct(host.leaf.stack, np.int32)
+        counts = Counts(count, count)
+        return jax.eval_shape(one, self.chooser.numbers, theta, None, None, keys, counts, 0)[1]
+
+    def __call__(
+        self,
+        step: int,
+        theta: dict[str, np.ndarray],
+        sets: dict[str, np.ndarray] | None = None,
+        memory: dict[str, Any] | None = None,
+    ) -> dict[str, tuple[np.ndarray, Any]]:
+        """Flags and memory of each leaf after `step` finished steps; without sets, the first."""
+        with jax.default_device(host_device()):
+            counts = self._counts(np.int32(step), theta, sets, memory)
+        empty = dict.fromkeys(theta)
+        columns = theta, sets or empty, memory or empty, counts
+
+        def choose(host: HostLeaf, theta: Any, flags: Any, memory: Any, counts: Counts) -> Any:
+            chooser = self.chooser
+            with jax.default_device(host_device()):
+                keys = layer_keys(chooser.seed, host.path, host.leaf, step)
+                new, remembered = _choose(
+                    chooser.frame, Static(kind_of(host.leaf)), sets is None, chooser.numbers,
+                    theta, flags, memory, keys, counts, np.int32(step),
+                )  # fmt: skip
+                return np.asarray(new), jax.device_get(remembered)
+
+        return in_parallel(choose, self._leaves, *columns)
+
+    def _counts(self, step: Any, theta: Any, sets: Any, memory: Any) -> dict[str, Counts]:
+        leaves = self.chooser.leaves
+        keys = {
+            path: layer_keys(self.chooser.seed, path, leaf, step) for path, leaf in leaves.items()
+        }
+        counts = allocated(self.chooser.method, leaves, theta, None, sets, memory, keys, step)
+        found: dict[str, Counts] = jax.device_get(counts)
+        return found
+
+    def enter(self, theta: dict[str, np.ndarray], old: Any, new: Any) -> None:
+        """Writes into θ what the method gives to entries that have just entered B."""
+        if not enters_anew(self._method):
+            return
+
+        def enter(host: HostLeaf, theta: np.ndarray, old: np.ndarray, new: np.ndarray) -> None:
+            enters = (new & BACKWARD != 0) & (old & BACKWARD == 0)
+            with jax.default_device(host_device()):
+                fresh = over_stack(lambda x: self._method.enter(x, host.leaf), host.leaf)(theta)
+            theta[enters] = np.asarray(fresh)[enters]
+
+        in_parallel(enter, self._leaves, theta, old, new)
 
 
-def choose(
-    plan: Plan, leaf: Leaf, step: int, theta: np.ndarray, flags: np.ndarray, memory: Any
-) -> tuple[np.ndarray, Any]:
-    """Next flags and memory of a leaf from θ after `step` finished steps, on the host."""
-    with jax.default_device(host_device()):
-        keys = plan.keys(leaf, step)
-        new, memory = _call(_change, plan, leaf, keys, np.int32(step), theta, flags, memory)
-        return np.asarray(new), jax.device_get(memory)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _choose(
+    frame: Static,
+    kind: Static,
+    first: bool,
+    numbers: Any,
+    theta: Any,
+    flags: Any,
+    memory: Any,
+    keys: Any,
+    counts: Any,
+    step: Any,
+) -> Any:
+    method = method_of(frame, numbers)
+    leaf = leaf_of(kind.value, counts)
+    return choose_leaf(method, leaf, first, theta, None, flags, memory, keys, counts, step)
 
 
 def freeze(flags: np.ndarray) -> np.ndarray:
@@ -232,54 +322,3 @@ def in_parallel(function: Any, leaves: Mapping[str, HostLeaf], *columns: Any) ->
             for name, leaf in leaves.items()
         }
         return {name: future.result() for name, future in futures.items()}
-
-
-class _NameRead(Exception):
-    """A method looks at a leaf's name."""
-
-
-class _Nameless(Leaf):
-    """Leaves that differ in name alone are equal, and so share a compiled program."""
-
-    def __getattribute__(self, attribute: str) -> Any:
-        if attribute == "path":
-            raise _NameRead
-        return super().__getattribute__(attribute)
-
-    def _rest(self) -> tuple[Any, ...]:
-        return tuple(vars(self).values())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Nameless) and self._rest() == other._rest()
-
-    def __hash__(self) -> int:
-        return hash(self._rest())
-
-
-def _nameless(leaf: Leaf) -> _Nameless:
-    return _Nameless(**(vars(leaf) | {"path": ""}))
-
-
-_reads_names: weakref.WeakSet[Plan] = weakref.WeakSet()
-
-
-def _call(function: Callable[..., Any], plan: Plan, leaf: Leaf, *arrays: Any) -> Any:
-    """A compiled function of a leaf, the same for leaves of any name unless the method asks."""
-    if plan not in _reads_names:
-        try:
-            return function(plan, _nameless(leaf), *arrays)
-        except _NameRead:
-            _reads_names.add(plan)
-    return function(plan, leaf, *arrays)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(plan: Plan, leaf: Leaf, keys: jax.Array, theta: jax.Array) -> Any:
-    return plan.start(leaf, keys, theta)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _change(
-    plan: Plan, leaf: Leaf, keys: jax.Array, step: Any, theta: Any, flags: Any, memory: Any
-) -> Any:
-    return plan.change(leaf, keys, step, theta, None, flags, memory)

@@ -84,11 +84,6 @@ def _with_arrays(kernel: CompactKernel, values: Any, index: Any) -> CompactKerne
     return dataclasses.replace(kernel, values=values, index=index)
 
 
-def unit_shape(pattern: Block | Unstructured) -> tuple[int, ...]:
-    """Shape of one unit's values: `()` or `(rows, cols)`."""
-    return (pattern.rows, pattern.cols) if isinstance(pattern, Block) else ()
-
-
 def matrix_shape(kernel: CompactKernel) -> tuple[int, int]:
     """`(K, N)` of a kernel that is one matrix, axes of length 1 in front allowed."""
     if len(kernel.shape) < 2 or math.prod(kernel.shape[:-2]) != 1:
@@ -107,22 +102,22 @@ def check_single(kernel: CompactKernel) -> None:
 
 def units_of(dense: Any, pattern: Block | Unstructured) -> Any:
     """A dense leaf by units, `[*grid]` or `[*grid, rows, cols]`; of a NumPy array, a view of it."""
-    if not isinstance(pattern, Block):
+    if not pattern.unit_shape:
         return dense
-    *lead, across = pattern.grid(dense.shape)
-    return dense.reshape(*lead, pattern.rows, across, pattern.cols).swapaxes(-3, -2)
+    (*lead, across), (rows, cols) = pattern.grid(dense.shape), pattern.unit_shape
+    return dense.reshape(*lead, rows, across, cols).swapaxes(-3, -2)
 
 
 def split_units(dense: Any, pattern: Block | Unstructured) -> Any:
     """The units of a dense leaf in row-major order, `[n]` or `[n, rows, cols]`; NumPy or traced."""
-    return units_of(dense, pattern).reshape(-1, *unit_shape(pattern))
+    return units_of(dense, pattern).reshape(-1, *pattern.unit_shape)
 
 
 def join_units(flat: Any, shape: tuple[int, ...], pattern: Block | Unstructured) -> Any:
     """The inverse of `split_units`: all units of a leaf, as a dense leaf of that shape."""
-    if not isinstance(pattern, Block):
+    if not pattern.unit_shape:
         return flat.reshape(shape)
-    split = flat.reshape(*pattern.grid(shape), pattern.rows, pattern.cols)
+    split = flat.reshape(*pattern.grid(shape), *pattern.unit_shape)
     return split.swapaxes(-3, -2).reshape(shape)
 
 
@@ -185,7 +180,7 @@ def to_dense(kernel: CompactKernel, forward_only: bool = False) -> np.ndarray:
         layers = zip(values, index, strict=True)
         return np.stack([to_dense(_with_arrays(kernel, v, i), forward_only) for v, i in layers])
     kept = kernel.forward if forward_only else kernel.backward
-    flat_shape = (units_in(kernel.pattern, kernel.shape), *unit_shape(kernel.pattern))
+    flat_shape = (units_in(kernel.pattern, kernel.shape), *kernel.pattern.unit_shape)
     flat = np.zeros(flat_shape, values.dtype)
     flat[index[:kept]] = values[:kept]
     return np.asarray(join_units(flat, kernel.shape, kernel.pattern))
@@ -224,7 +219,7 @@ def with_tile(fn: Callable[..., jax.Array], kernel: CompactKernel, *args: Any) -
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _tile(layout: CompactKernel, forward_only: bool, values: jax.Array, index: jax.Array) -> Any:
     kept = layout.forward if forward_only else index.shape[-1]
-    flat_shape = (units_in(layout.pattern, layout.shape), *unit_shape(layout.pattern))
+    flat_shape = (units_in(layout.pattern, layout.shape), *layout.pattern.unit_shape)
     flat = jnp.zeros(flat_shape, values.dtype)
     flat = flat.at[index[:kept]].set(
         values[:kept], indices_are_sorted=forward_only, unique_indices=True

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.sparse import BCOO, BCSR
 
-from topkast_jax.always_sparse.compact import (
+from topkast_jax.always_sparse.kernel import (
     CompactKernel,
     from_masks,
     is_compact,
@@ -19,8 +19,9 @@ from topkast_jax.always_sparse.compact import (
     to_dense,
 )
 from topkast_jax.errors import SparsityError
-from topkast_jax.patterns import Block, Unstructured
-from topkast_jax.sets import forward_params, is_dense, map_flags, unpack
+from topkast_jax.flags import unpack
+from topkast_jax.patterns import Unstructured
+from topkast_jax.sets import forward_params, is_dense, map_flags
 
 Form = Literal["dense", "compact", "bcoo", "bsr"]
 FORMS: tuple[str, ...] = get_args(Form)
@@ -92,7 +93,7 @@ def to_bcoo(kernel: CompactKernel) -> BCOO:
 
 def _entries(kernel: CompactKernel, index: np.ndarray) -> np.ndarray:
     """Row-major numbers `[..., entries]` of the entries of units `[..., units]`."""
-    if not isinstance(kernel.pattern, Block):
+    if not kernel.pattern.unit_shape:
         return index
     numbers = np.arange(math.prod(kernel.shape)).reshape(kernel.shape)
     entries: np.ndarray = split_units(numbers, kernel.pattern)[index]

@@ -25,16 +25,15 @@ from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from topkast_jax.always_sparse import pallas_gpu, pallas_tpu, xla
-from topkast_jax.always_sparse.compact import (
+from topkast_jax.always_sparse.kernel import (
     CompactKernel,
     check_single,
     matrix_shape,
     with_tile,
 )
-from topkast_jax.always_sparse.varying import varying_like
+from topkast_jax.always_sparse.products import pallas_gpu, pallas_tpu, xla
 from topkast_jax.errors import SparsityError
-from topkast_jax.patterns import Block
+from topkast_jax.varying import varying_like
 
 KERNELS: dict[str, tuple[str, ModuleType]] = {
     "pallas_tpu": ("tpu", pallas_tpu),
@@ -137,7 +136,7 @@ def matmul(
     x = jnp.asarray(x)
     if x.shape[-1:] != (k,):
         raise SparsityError(f"x of shape {x.shape} does not fit a kernel of shape {(k, n)}")
-    if not isinstance(kernel.pattern, Block):
+    if not kernel.pattern.unit_shape:
         return with_tile(lambda w, x: jnp.matmul(x, w.reshape(k, n)), kernel, x)
     kernel.pattern.grid((k, n))  # refuses blocks that do not divide the shape
     return _over_mesh(x, kernel, n, how)
@@ -149,14 +148,13 @@ class _Static:
 
     n: int
     forward: int
-    block: tuple[int, int]
+    block: tuple[int, ...]
     backend: str | None
     interpret: bool
 
 
 def _over_mesh(x: jax.Array, kernel: CompactKernel, n: int, how: Options) -> jax.Array:
-    block = (kernel.pattern.rows, kernel.pattern.cols)  # type: ignore[union-attr]
-    static = _Static(n, kernel.forward, block, how.backend, how.interpret)
+    static = _Static(n, kernel.forward, kernel.pattern.unit_shape, how.backend, how.interpret)
     dtype = jnp.result_type(x, kernel.values)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise SparsityError(f"a product of {x.dtype} and {kernel.dtype} blocks: must be floating")
@@ -201,7 +199,7 @@ def _block_matmul(
     static: _Static, x_TxK: jax.Array, values: jax.Array, index: jax.Array
 ) -> jax.Array:
     row, col = _places(static, index[: static.forward])
-    return _run(static, "spread", (static.n, False), x_TxK, values, row, col)
+    return _run(static, "spmm", (static.n, False), x_TxK, values, row, col)
 
 
 def _block_matmul_fwd(
@@ -216,8 +214,8 @@ def _block_matmul_bwd(
     x_TxK, values, index = saved
     row, col = _places(static, index)
     a = static.forward
-    dx_TxK = _run(static, "spread", (x_TxK.shape[1], True), dy_TxN, values, col[:a], row[:a])
-    dvalues = _run(static, "outer", (static.block,), x_TxK, dy_TxN, row, col)
+    dx_TxK = _run(static, "spmm", (x_TxK.shape[1], True), dy_TxN, values, col[:a], row[:a])
+    dvalues = _run(static, "sddmm", (static.block,), x_TxK, dy_TxN, row, col)
     return dx_TxK, dvalues.astype(values.dtype), None
 
 

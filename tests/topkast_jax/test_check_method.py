@@ -1,0 +1,28 @@
+"""Every method of the package against the conformance suite, and the suite against broken ones."""
+
+import functools
+
+import pytest
+
+import topkast_jax as tk
+from topkast_jax import testing
+
+METHODS = {
+    "top_kast": functools.partial(tk.top_kast, forward_density=0.1, backward_density=0.2,
+                                  refresh_every=2),
+    "top_kast_every_step": functools.partial(tk.top_kast, forward_density=0.1,
+                                             backward_density=0.2, refresh_every=1,
+                                             inner_state="reset"),
+    "top_kast_stopping": functools.partial(tk.top_kast, forward_density=0.1, backward_density=0.2,
+                                           refresh_every=2, stop_exploring_at=3,
+                                           inner_state="reset"),
+    "top_kast_blocks": functools.partial(tk.top_kast, forward_density=0.25, backward_density=0.5,
+                                         refresh_every=2, pattern=tk.Block(4, 2)),
+    "static_random": functools.partial(tk.static_random, forward_density=0.1, seed=3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("check", testing.CHECKS)
+def test_conformance(method, check):
+    testing.check_method(METHODS[method], checks=[check])
