@@ -60,7 +60,8 @@ class Chooser:
       numbers: the number attributes of the method, as scalars.
       counts: int32 scalars by leaf: the units that one layer keeps unless the method allocates.
       seed: uint32 scalar.
-      frame: what is a part of the tree's structure: type and other attributes of the method.
+      frame: what is a part of the tree's structure: type and other attributes of the method, and
+        whether it chooses again after the first choice.
       kinds: likewise: shape, type, pattern and stacked axes of each sparse leaf, by its path.
     """
 
@@ -69,14 +70,19 @@ class Chooser:
         self.frame, self.kinds = frame, kinds
 
     @classmethod
-    def of(cls, method: Method, leaves: Mapping[str, Leaf], seed: Any) -> Chooser:
-        """The chooser of a method for these leaves, its numbers made arrays."""
+    def of(
+        cls, method: Method, leaves: Mapping[str, Leaf], seed: Any, refreshes: bool = True
+    ) -> Chooser:
+        """The chooser of a method for these leaves, its numbers made arrays.
+
+        `refreshes`: whether sets are chosen again after the first choice.
+        """
         attributes = vars(method)
         numbers = {k: _as_scalar(v) for k, v in attributes.items() if _is_number(v)}
         others = {k: v for k, v in attributes.items() if k not in numbers}
         counts = {p: Counts(*(_as_scalar(c) for c in leaf.counts)) for p, leaf in leaves.items()}
         kinds = [(path, kind_of(leaf)) for path, leaf in leaves.items()]
-        frame = Static((type(method), others))
+        frame = Static((type(method), others, refreshes))
         return cls(numbers, counts, seed_scalar(seed), frame, Static(kinds))
 
     def __eq__(self, other: object) -> bool:
@@ -88,6 +94,11 @@ class Chooser:
     def method(self) -> Method:
         """The method, its number attributes those of the state."""
         return method_of(self.frame, self.numbers)
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether sets are chosen again after the first choice."""
+        return bool(self.frame.value[2])
 
     @property
     def leaves(self) -> dict[str, Leaf]:
@@ -163,7 +174,7 @@ class Chooser:
 
 def method_of(frame: Static, numbers: Mapping[str, Any]) -> Method:
     """The method of a `Chooser.frame` with these number attributes."""
-    kind, others = frame.value
+    kind, others, _ = frame.value
     made: Method = object.__new__(kind)
     vars(made).update(others | dict(numbers))
     return made

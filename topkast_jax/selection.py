@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ MOST_ENTRIES = 2**31 - 1  # of one layer of a leaf: positions and counts are int
 _MILLION = 1_000_000
 _WHOLE: dict[Callable, Callable] = {lax.add: lax.reduce_sum, lax.min: lax.reduce_min}
 _FOLD = 32  # entries that _reduce_flat combines into one
+_SMALL = 2**14  # entries up to which plain bisection is used: few lines to compile, many passes
 _LARGE = 2**20  # entries from which float32 magnitudes often tie
 # Distances of the first probes from the start, log2 in units of float32's last place: a warm start
 # is about 2**9 to 2**13 off, that of a cold start on normal entries too.
@@ -395,6 +396,41 @@ def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket, order: _Order
     return order.end - _search(x, reached, wanted, bracket, probes, ties.low[:, None]).low
 
 
+def _bisected(x: jax.Array, wanted: jax.Array, order: _Order) -> Thresholds:
+    """The thresholds of a small leaf: one bit a pass, first of the key, then of the position."""
+    axes = tuple(range(x.ndim))
+    keys = lax.expand_dims(_keys(x), [x.ndim])
+    position = lax.expand_dims(order.position(_row_major(x.shape)), [x.ndim])
+
+    def cells(ends: jax.Array) -> jax.Array:
+        return lax.expand_dims(ends, axes)
+
+    def search(low: jax.Array, high: jax.Array, goes_up: Callable[..., Any]) -> jax.Array:
+        """The last value of the bracket from which to go up, which `low` is, and `high` not."""
+
+        def halve(_: Any, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            low, high = bracket
+            middle = low + (high - low) // 2
+            up = goes_up(middle)
+            return jnp.where(up, middle, low), jnp.where(up, high, middle)
+
+        return lax.fori_loop(0, 8 * low.dtype.itemsize, halve, (low, high))[0]
+
+    def counted(cell: jax.Array) -> jax.Array:
+        return jnp.sum(cell, axis=axes, dtype=jnp.int32)
+
+    low = jnp.zeros_like(wanted).astype(_key_dtype(x.dtype)) - np.int32(1)
+    high = low + (_largest(x.dtype) + np.int32(3))
+    edge = search(low, high, lambda probe: counted(keys >= cells(probe)) >= wanted)
+    left = wanted - counted(keys > cells(edge))
+    tied = keys == cells(edge)
+    none = jnp.zeros_like(wanted)
+    before = search(
+        none, none + (order.end + 1), lambda end: counted(tied & (position < cells(end))) < left
+    )
+    return Thresholds(edge, before + (left > 0).astype(jnp.int32))
+
+
 def _check(x: jax.Array, counts: Sequence[Count]) -> None:
     if x.dtype.name not in DTYPES:
         raise SparsityError(f"selection: dtype {x.dtype}; allowed: {', '.join(DTYPES)}")
@@ -425,7 +461,7 @@ def thresholds(
 
     Args:
         x: The leaf, of any shape and sharding.
-        counts: How many entries each set keeps, 1 to x.size; may be traced.
+        counts: How many entries each set keeps, 1 to x.size; a traced one may be 0.
         start: Thresholds of an earlier selection with as many counts, to save passes. The result
             does not depend on it.
         among: Booleans of the leaf's shape: entries that are False rank below all others.
@@ -441,11 +477,14 @@ def thresholds(
     x = lax.stop_gradient(x)
     wanted = jnp.stack([jnp.asarray(count, jnp.int32) for count in counts])
     wanted, none = varying_like((wanted, jnp.zeros_like(wanted)), x)
+    if x.size <= _SMALL:
+        return _bisected(_eligible(x, among), wanted, _Order(x.size, salt))
     guess = _normal_guess(x, wanted) if start is None else start.key + none
     x = _eligible(x, among)
     bracket = _search_keys(x, wanted, guess)
     edge = _search_index(x, wanted, bracket, _Order(x.size, salt))
-    return Thresholds(_smallest_kept(x, bracket), edge)
+    nothing = _largest(x.dtype) + np.int32(1)
+    return Thresholds(jnp.where(wanted > 0, _smallest_kept(x, bracket), nothing), edge)
 
 
 def keep(
@@ -485,7 +524,7 @@ def top_k_masks(
 
     Args:
         x: The leaf, of any shape and sharding.
-        counts: How many entries each mask keeps, 1 to x.size; may be traced.
+        counts: How many entries each mask keeps, 1 to x.size; a traced one may be 0.
         start: Thresholds of an earlier selection with as many counts, to save passes.
         among: Booleans of the leaf's shape: entries that are False are kept last.
         salt: uint32 scalar that numbers the order in which ties are kept; None: row-major.

@@ -134,10 +134,12 @@ def present(
     if not isinstance(state.chooser, Chooser):
         return Present(theta, flags, state.memory, flags)
     chooser: Chooser = state.chooser
-    stored = _by_leaf(state.gradient) if chooser.method.needs_gradient else None
-    new, memory = _chosen_if(
-        chooser, False, state.due == DUE, theta, stored, flags, state.memory, state.step
-    )
+    new, memory = flags, state.memory
+    if chooser.refreshes:
+        stored = _by_leaf(state.gradient) if chooser.method.needs_gradient else None
+        new, memory = _chosen_if(
+            chooser, False, state.due == DUE, theta, stored, flags, memory, state.step
+        )
     if gradients is not None and chooser.method.first_choice == "first_update":
         first = {path: gradients[path] for path in flags}
         waiting = state.due == DUE_WITH_GRADIENT

@@ -168,7 +168,7 @@ def _first_state(plan: Plan, params: Any) -> SparsifyState:
         return SparsifyState(step, params, due, inner_state, due, gradient, due)
     sparse = {path: leaf for path, leaf in leaves.items() if leaf is not None}
     theta = {n: jnp.asarray(a) for n, a in zip(names, arrays, strict=True) if n in sparse}
-    chooser = Chooser.of(plan.method, sparse, plan.seed)
+    chooser = Chooser.of(plan.method, sparse, plan.seed, plan.refresh_every is not None)
     if plan.method.first_choice == "first_update":
         flags, memory = _everything(theta), chooser.first_memory(theta)
         due = jnp.asarray(DUE_WITH_GRADIENT, jnp.int8)
@@ -248,7 +248,9 @@ def _update(
     if plan.method.needs_gradient:
         seen = [gradients[n] if n in leaves else optax.MaskedNode() for n in names]
         gradient = treedef.unflatten(seen)
-    chooser = Chooser.of(plan.method, leaves, plan.seed) if plan.ever_chooses else ()
+    chooser: Any = ()
+    if plan.ever_chooses:
+        chooser = Chooser.of(plan.method, leaves, plan.seed, plan.refresh_every is not None)
     state = SparsifyState(step, sets, memory, inner_state, due, gradient, chooser)
     return treedef.unflatten([updates[name] for name in names]), state
 

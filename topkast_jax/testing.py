@@ -112,7 +112,7 @@ def step_of(tx: optax.GradientTransformation) -> Callable[[Params, Any], tuple[P
 
 def train(tx: optax.GradientTransformation, params: Params, steps: int = _STEPS) -> list[Any]:
     """(parameters, state) before the first step and after each, compiled once."""
-    step = jax.jit(step_of(tx))
+    step: Any = jax.jit(step_of(tx))
     history = [(params, tx.init(params))]
     for _ in range(steps):
         history.append(step(*history[-1]))
@@ -268,6 +268,10 @@ def _types(tree: Any) -> Any:
     return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
 
 
+def _structure(tree: Any) -> Any:
+    return jax.tree.structure(tree)
+
+
 def _close(found: Any, expected: Any, where: str, rtol: float = 1e-4) -> None:
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -298,9 +302,9 @@ def check_extra_arguments(factory: Factory, params: Params) -> None:
     tx = factory(inner)
     state = tx.init(params)
     grads = gradient(forward_params(params, state))
-    run = functools.partial(tx.update, grads, state, params)  # type: ignore[call-arg]
-    once, _ = run(scale=1.0, unknown=None)  # type: ignore[call-arg]
-    twice, _ = run(scale=2.0, unknown=None)  # type: ignore[call-arg]
+    run = functools.partial(tx.update, grads, state, params)
+    once, _ = run(scale=1.0, unknown=None)
+    twice, _ = run(scale=2.0, unknown=None)
     _close(twice, jax.tree.map(lambda x: 2 * x, once), "an extra argument")
     moved = sum(float(jnp.sum(jnp.abs(x))) for x in jax.tree.leaves(once))
     assert moved > 0, "nothing is updated"
@@ -330,7 +334,7 @@ def check_map_params(factory: Factory, params: Params) -> None:
     tx = factory(optax.adam(1e-2))
     state = tx.init(params)
     mapped = optax.tree.map_params(tx, lambda x: x, state)
-    assert jax.tree.structure(mapped) == jax.tree.structure(state), "map_params changes the state"
+    assert _structure(mapped) == _structure(state), "map_params changes the state"
     marked = optax.tree.map_params(tx, lambda x: x[None], state)
     raised = [
         x.shape
@@ -358,7 +362,8 @@ def check_ensemble(factory: Factory, params: Params) -> None:
     found = jax.jit(jax.vmap(run))(stacked)
     _close(found, expected, "vmap")
     if jax.device_count() >= 2:
-        mesh = jax.make_mesh((2,), ("member",), devices=jax.devices()[:2])
+        kind = jax.sharding.AxisType.Auto
+        mesh = jax.make_mesh((2,), ("member",), axis_types=(kind,), devices=jax.devices()[:2])
         spec = jax.sharding.PartitionSpec("member")
         one = lambda x: jax.tree.map(lambda y: y[None], run(jax.tree.map(lambda y: y[0], x)))  # noqa: E731
         mapped = jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec)
@@ -409,8 +414,9 @@ def check_checkpoints(factory: Factory, params: Params) -> None:
     step = jax.jit(step_of(tx))
     expected = step(half, state)
     target = jax.eval_shape(tx.init, params)
-    arrays, treedef = jax.tree.flatten(state)
-    assert jax.tree.structure(target) == treedef, "init and update make other structures"
+    arrays = jax.tree.leaves(state)
+    treedef: Any = _structure(state)
+    assert _structure(target) == treedef, "init and update make other structures"
     readers: dict[str, Any] = {"arrays": treedef.unflatten(jax.device_get(arrays))}
     if _installed("flax"):
         serialization = importlib.import_module("flax.serialization")
@@ -426,7 +432,7 @@ def check_checkpoints(factory: Factory, params: Params) -> None:
             readers["orbax"] = saver.restore(f"{folder}/state", target)
     for name, read in readers.items():
         found = step(half, read)
-        assert jax.tree.structure(found) == jax.tree.structure(expected), f"{name}: structure"
+        assert _structure(found) == _structure(expected), f"{name}: structure"
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True), name
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +40,22 @@ def smallest_kept(x, mask):
     return np.minimum(bits, above_infinity).min()
 
 
-@partial(jax.jit, static_argnums=2)
-def select(x, counts, warm, start):
-    return top_k_masks(x, (counts[0], counts[1]), start if warm else None)
+@partial(jax.jit, static_argnums=(2, 3))
+def select(x, counts, warm, small, start):
+    """`small`: the number of entries up to which bisection is used in place of the search."""
+    with mock.patch.object(selection, "_SMALL", small):
+        return top_k_masks(x, (counts[0], counts[1]), start if warm else None)
 
 
 def check(x, counts, start=None):
     warm = start is not None
     start = start or Thresholds(jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32))
-    masks, found = select(x, jnp.asarray(counts, jnp.int32), warm, start)
+    bisected = select(x, jnp.asarray(counts, jnp.int32), False, 2**14, start)
+    masks, found = select(x, jnp.asarray(counts, jnp.int32), warm, 0, start)
+    for one, other in zip(
+        jax.tree.leaves((masks, found.key)), jax.tree.leaves(bisected), strict=False
+    ):
+        np.testing.assert_array_equal(one, other)
     for i, count in enumerate(counts):
         expected = oracle(x, count)
         assert np.asarray(masks[i]).sum() == count

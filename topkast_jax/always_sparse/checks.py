@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,16 +53,29 @@ def check_inner_state(plan: Plan, dense: Any, values: Any) -> None:
     """Raises SparsityError where an optimizer treats the values of B as another kind of leaf.
 
     Values are vectors where the leaf is a matrix: an optimizer that treats matrices in a way of its
-    own (Muon) would train them as something else. It then has a state of another structure.
+    own (Muon) would train them as something else, and keeps their state in another place.
     """
-    structures = {
-        str(jax.tree.structure(jax.eval_shape(plan.inner.init, tree))) for tree in (dense, values)
-    }
-    if len(structures) > 1:
+    if _slots(plan.inner.init, dense) != _slots(plan.inner.init, values):
         raise SparsityError(
             "the inner optimizer treats leaves by their number of axes, and always sparse it sees "
             "the values of each leaf as a vector: take an optimizer that works entry by entry"
         )
+
+
+def _slots(init: Callable[[Any], Any], params: Any) -> set[tuple[tuple[str, ...], ...]]:
+    """For each parameter, the places in an optimizer's state that hold something of it."""
+
+    def paths(tree: Any) -> list[tuple[str, ...]]:
+        return [tuple(map(str, path)) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+    names = set(paths(params))
+    return {
+        (path[:i], path[i:j])
+        for path in paths(jax.eval_shape(init, params))
+        for i in range(len(path))
+        for j in range(i, len(path) + 1)
+        if path[i:j] in names
+    }
 
 
 def unit_counts(leaf: HostLeaf, frozen: bool) -> tuple[int, int]:

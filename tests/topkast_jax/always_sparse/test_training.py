@@ -1,6 +1,5 @@
 """Always-sparse training against the masked path with its inner state reset."""
 
-import functools
 import threading
 
 import jax
@@ -12,7 +11,7 @@ import pytest
 import topkast_jax as tk
 from topkast_jax.always_sparse import AlwaysSparse, matmul, values_of, with_tile
 from topkast_jax.always_sparse import host as hosts
-from topkast_jax.sets import find_compact
+from topkast_jax.sets import find_compact, presents
 
 ALL = [("stack/.*", tk.Sparse(stacked=0)), (".*kernel", tk.Sparse()), (".*", tk.Dense())]
 ONE = [("first/kernel", tk.Sparse()), (".*", tk.Dense())]  # compiles in a third of the time
@@ -78,6 +77,11 @@ def assert_same(dense, other, rtol=1e-5):
         assert np.max(np.abs(a - b)) <= rtol * max(np.max(np.abs(a)), 1e-3)
 
 
+@jax.jit
+def flags_of(params, state):
+    return presents(params, state).flags
+
+
 def on_b(inner_state, sets):
     """An inner state's arrays of a sparse leaf's shape, 0 outside B."""
     flags = [f for f in jax.tree.leaves(sets) if np.ndim(f)]
@@ -138,33 +142,13 @@ def test_follows_the_masked_path(inner, rules, pattern, stop):
             continue
         found, found_state = sparse.to_masked(values, held, reservoir)
         assert_same(dense, found)
+        now = flags_of(dense, state)
         for name, flags in reservoir.sets.items():
-            section, leaf = name.split("/")
-            np.testing.assert_array_equal(state.sets[section][leaf], flags, err_msg=f"{name} {i}")
-        inner_b = on_b(state.inner_state, state.sets)
-        assert_same(inner_b, on_b(found_state.inner_state, state.sets), 1e-4)
+            np.testing.assert_array_equal(now[name], flags, err_msg=f"{name} {i}")
+        inner_b = on_b(state.inner_state, now)
+        assert_same(inner_b, on_b(found_state.inner_state, now), 1e-4)
         changed += float(tk.statistics.churn_since_last_refresh(dense, state))
     assert changed > 0.05 or stop == 0
-
-
-def test_updates_are_rounded_as_the_masked_path_rounds_them():
-    """To the bit, compiled: no product is fused into the sum that applies it."""
-    theta = grid(16, 16)
-    tx = tk.top_kast(optax.sgd(0.3, momentum=0.9), 1.0, 1.0, refresh_every=None)
-    sparse = AlwaysSparse(tx, theta)
-    values, held, _ = sparse.start(theta)
-
-    def step(tx, params, state, gradient):
-        updates, state = tx.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
-
-    dense, state = theta, tx.init(theta)
-    for seed in range(10):
-        gradient = jax.random.normal(jax.random.key(seed), (16, 16))
-        dense, state = jax.jit(functools.partial(step, tx))(dense, state, gradient)
-        run = jax.jit(functools.partial(step, sparse.transform))
-        values, held = run(values, held, gradient.reshape(-1))
-    np.testing.assert_array_equal(values, dense.reshape(-1))
 
 
 def test_the_device_holds_nothing_dense():
@@ -245,21 +229,20 @@ def test_a_fixed_random_mask_and_multi_steps():
         assert state.acc_grads["first"]["kernel"].shape == mu.shape
 
 
-class ByName(tk.Method):
-    """Keeps the first or the last half of a leaf, as its name says; scales its gradient."""
+class FirstHalf(tk.Method):
+    """Keeps the first half of a leaf and scales its gradient."""
 
-    def start(self, theta, leaf, key):
-        half = jnp.arange(theta.size).reshape(theta.shape) < theta.size // 2
-        mask = half if leaf.path.startswith("a") else ~half
+    def choose(self, layer, leaf, counts):
+        mask = jnp.arange(layer.theta.size).reshape(layer.theta.shape) < counts.forward
         return tk.Sets(mask, mask), ()
 
-    def gradient(self, grad, theta, sets, leaf):
-        return grad * 2 + jnp.sign(theta) * (1 if leaf.path.startswith("a") else 3)
+    def gradient(self, grad, theta, sets, leaf, step):
+        return grad * 2 + jnp.sign(theta) * (3 + step)
 
 
-def test_a_method_that_reads_names_and_has_a_gradient_of_its_own():
+def test_a_method_with_a_gradient_of_its_own():
     params = {name: jnp.asarray(np.random.default_rng(1).normal(size=(4, 6))) for name in "ab"}
-    tx = tk.sparsify(optax.sgd(0.1), ByName(), forward_density=0.5, refresh_every=2)
+    tx = tk.sparsify(optax.sgd(0.1), FirstHalf(), forward_density=0.5, refresh_every=2)
     sparse = AlwaysSparse(tx, params)
     values, held, reservoir = sparse.start(params)
     state = tx.init(params)
@@ -413,15 +396,15 @@ def test_a_choice_under_way_is_waited_for_before_theta_is_written(monkeypatch):
     params = {"w": grid(16, 16)}
     sparse = AlwaysSparse(tx, params, delay=2)
     values, state, reservoir = sparse.start(params)
-    choose, seen, hold = hosts.choose, [], threading.Event()
+    choose, seen, hold = hosts.Choice.__call__, [], threading.Event()
 
-    def slow(plan, leaf, step, theta, *rest):
-        seen.append(theta.copy())
+    def slow(self, step, theta, *rest):
+        seen.append(theta["w"].copy())
         hold.wait(0.3)
-        seen.append(theta.copy())
-        return choose(plan, leaf, step, theta, *rest)
+        seen.append(theta["w"].copy())
+        return choose(self, step, theta, *rest)
 
-    monkeypatch.setattr(hosts, "choose", slow)
+    monkeypatch.setattr(hosts.Choice, "__call__", slow)
     values, state, reservoir = sparse.refresh(4, values, state, reservoir)
     sparse.refresh(5, jax.tree.map(lambda x: x * 2, values), state, reservoir)
     np.testing.assert_array_equal(*seen)
@@ -500,13 +483,14 @@ def test_what_a_first_loop_gets_wrong():
 class ByGradient(tk.Method):
     needs_gradient = True
 
-    def start(self, theta, leaf, key):
-        return tk.Sets(jnp.ones(theta.shape, bool), jnp.ones(theta.shape, bool)), ()
+    def choose(self, layer, leaf, counts):
+        everything = jnp.ones(leaf.grid, bool)
+        return tk.Sets(everything, everything), ()
 
 
 class Uneven(tk.Method):
-    def start(self, theta, leaf, key):
-        mask = jnp.arange(theta.size).reshape(theta.shape) < 5
+    def choose(self, layer, leaf, counts):
+        mask = jnp.arange(layer.theta.size).reshape(layer.theta.shape) < 5
         return tk.Sets(mask, mask), ()
 
 

@@ -1,0 +1,318 @@
+"""The method contract carries what the literature needs: each by a short method and by NumPy."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import topkast_jax as tk
+from docs.examples.set_method import SET, set_method
+from topkast_jax import testing
+
+SHAPES = {"a": (12, 10), "b": (8, 6)}
+
+
+def start(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()
+    }
+
+
+def gradients(steps, seed=1):
+    rng = np.random.default_rng(seed)
+    return [
+        {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
+        for _ in range(steps)
+    ]
+
+
+def run(tx, params, grads):
+    """(θ, forward set, θ of the step) after the first choice and after each step, NumPy by leaf."""
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    look = jax.jit(lambda p, s: (tk.keep_masks(p, s), tk.forward_params(p, s)))
+    records = []
+    for g in [*grads, None]:
+        (forward, backward), view = jax.device_get(look(params, state))
+        records.append((jax.device_get(params), forward, backward, view))
+        if g is not None:
+            updates, state = update(g, state, params)
+            params = optax.apply_updates(params, updates)
+    return records
+
+
+def kept(entries, density):
+    return oracle.keep_count(entries, density)
+
+
+def largest(scores, count, among):
+    """Mask of the `count` largest scores among some, ties to the lower index."""
+    ranked = np.where(among.ravel(), np.abs(scores.ravel()), -1.0)
+    mask = np.zeros(ranked.size, bool)
+    mask[np.lexsort((np.arange(ranked.size), -ranked))[:count]] = True
+    return mask.reshape(scores.shape)
+
+
+def test_set_drops_the_smallest_and_grows_zeros_at_random():
+    tx = set_method(optax.sgd(0.1, momentum=0.9), 0.3, refresh_every=2, drop_fraction=0.4)
+    records = run(tx, start(), gradients(6))
+    moved = 0
+    for t in range(1, len(records)):
+        theta, now, backward, view = records[t]
+        before = records[t - 1][1]
+        for name, x in theta.items():
+            count = kept(x.size, 0.3)
+            assert now[name].sum() == count
+            np.testing.assert_array_equal(now[name], backward[name])
+            if t % 2:
+                np.testing.assert_array_equal(now[name], before[name])
+                continue
+            stays = largest(x, count - int(np.floor(np.float32(0.4) * count)), before[name])
+            assert np.all(now[name][stays])
+            fresh = now[name] & ~before[name]
+            assert np.all(view[name][fresh] == 0)
+            np.testing.assert_array_equal(view[name][stays], x[stays])
+            moved += fresh.sum()
+    assert moved > 10
+    # After the step the grown entries have moved away from zero, not from the reservoir's value.
+    theta, now = records[3][0], records[2][1]
+    fresh = now["a"] & ~records[1][1]["a"]
+    assert np.all(np.abs(theta["a"][fresh]) < 0.5)
+    assert np.any(np.abs(records[1][0]["a"][fresh]) > 0.5)
+
+
+def test_set_always_sparse_follows_the_masked_path():
+    from topkast_jax.always_sparse import AlwaysSparse, values_of
+
+    tx = set_method(optax.sgd(0.1, momentum=0.9), 0.3, refresh_every=2)
+    params, grads = start(), gradients(6)
+    records = run(tx, params, grads)
+    sparse = AlwaysSparse(tx, params)
+    values, state, reservoir = sparse.start(params)
+    for t, g in enumerate(grads, start=1):
+
+        def at_units(kernel, g):
+            return jnp.asarray(g).ravel()[kernel.index]
+
+        kernels = tk.forward_params(values, state)
+        compact = {name: at_units(kernels[name], g[name]) for name in SHAPES}
+        updates, state = sparse.transform.update(compact, state, values_of(kernels))
+        values = optax.apply_updates(values, updates)
+        values, state, reservoir = sparse.refresh(t, values, state, reservoir)
+        forward, _ = tk.keep_masks(*sparse.masks(reservoir))
+        view = tk.forward_params(values, state)
+        for name in SHAPES:
+            np.testing.assert_array_equal(forward[name], records[t][1][name], err_msg=f"{name} {t}")
+            dense = np.zeros(SHAPES[name], np.float32).ravel()
+            dense[view[name].index] = view[name].values
+            np.testing.assert_allclose(dense.reshape(SHAPES[name]), records[t][3][name], atol=1e-5)
+
+
+class RigL(SET):
+    """Grows where the dense gradient is largest (Evci et al., 2020)."""
+
+    needs_gradient = True
+
+    def choose(self, layer, leaf, counts):
+        if layer.sets is None:
+            return super().choose(layer, leaf, counts)
+        dropped = jnp.floor(self.drop_fraction * counts.forward).astype(jnp.int32)
+        magnitudes = leaf.pattern.magnitudes(layer.theta)
+        (stays,), _ = leaf.pattern.top(
+            magnitudes, [counts.forward - dropped], among=layer.sets.forward
+        )
+        (grown,), _ = leaf.pattern.top(leaf.pattern.magnitudes(layer.grad), [dropped], among=~stays)
+        return tk.Sets(stays | grown, stays | grown), ()
+
+
+def test_zero_growth_by_the_dense_gradient():
+    tx = tk.sparsify(optax.sgd(0.1), RigL(0.3), forward_density=0.25, refresh_every=3)
+    grads = gradients(9)
+    records = run(tx, start(), grads)
+    for t in range(3, len(records), 3):
+        theta, now, _, view = records[t]
+        for name, x in theta.items():
+            before, count = records[t - 1][1][name], kept(x.size, 0.25)
+            dropped = int(np.floor(np.float32(0.3) * count))
+            stays = largest(x, count - dropped, before)
+            grown = largest(np.asarray(grads[t - 1][name]), dropped, ~stays)
+            np.testing.assert_array_equal(now[name], stays | grown)
+            assert np.all(view[name][grown & ~before] == 0)
+
+
+class Pruning(tk.Method):
+    """Counts that fall from all to the target between two steps; what is pruned may come back."""
+
+    def __init__(self, begin, end):
+        self.begin, self.end = begin, end
+
+    def allocate(self, layers, leaves, step):
+        share = jnp.clip((step - self.begin) / (self.end - self.begin), 0.0, 1.0)
+        found = {}
+        for path, leaf in leaves.items():
+            units = int(np.prod(leaf.grid))
+            falling = (units - leaf.counts.forward) * (1 - share) ** 3
+            count = leaf.counts.forward + jnp.round(falling).astype(jnp.int32)
+            found[path] = tk.Counts(count, units)
+        return found
+
+    def choose(self, layer, leaf, counts):
+        (forward,), _ = leaf.pattern.top(leaf.pattern.magnitudes(layer.theta), [counts.forward])
+        return tk.Sets(forward, jnp.ones_like(forward)), ()
+
+
+def test_counts_that_follow_a_schedule():
+    tx = tk.sparsify(optax.sgd(0.1), Pruning(2, 8), forward_density=0.1, refresh_every=2)
+    records = run(tx, start(), gradients(10))
+    for t in range(0, len(records), 2):
+        share = np.clip((t - 2) / 6, 0, 1)
+        for name, x in records[t][0].items():
+            target = kept(x.size, 0.1)
+            count = target + round((x.size - target) * (1 - share) ** 3)
+            np.testing.assert_array_equal(records[t][1][name], oracle.top(x, count))
+            assert records[t][2][name].all()
+
+
+class SNFS(RigL):
+    """Momentum of the dense gradient, observed in every step, decides where units go."""
+
+    observes_gradient = True
+    needs_gradient = False
+
+    def allocate(self, layers, leaves, step):
+        own = {path: leaf.counts.forward for path, leaf in leaves.items()}
+        if any(layer.memory is None for layer in layers.values()):
+            return {path: tk.Counts(count, count) for path, count in own.items()}
+        counts = tk.counts_of_global_top_k(
+            {path: layer.memory for path, layer in layers.items()}, sum(own.values())
+        )
+        return {path: tk.Counts(count, count) for path, count in counts.items()}
+
+    def choose(self, layer, leaf, counts):
+        scores = layer.theta if layer.sets is None else layer.memory
+        (now,), _ = leaf.pattern.top(leaf.pattern.magnitudes(scores), [counts.forward])
+        memory = jnp.zeros_like(layer.theta) if layer.memory is None else layer.memory
+        return tk.Sets(now, now), memory
+
+    def observe(self, grad, theta, memory, leaf):
+        return 0.9 * memory + grad
+
+
+def test_counts_that_move_between_leaves_with_a_memory_of_every_step():
+    tx = tk.sparsify(optax.sgd(0.1), SNFS(), forward_density=0.2, refresh_every=3)
+    grads = gradients(6)
+    for g in grads:
+        g["b"] = 3 * g["b"]
+    records = run(tx, start(), grads)
+    total = sum(kept(np.prod(shape), 0.2) for shape in SHAPES.values())
+    for t in (3, 6):
+        momentum = dict.fromkeys(SHAPES, np.float32(0))
+        for g in grads[:t]:
+            momentum = {n: np.float32(0.9) * momentum[n] + np.asarray(g[n]) for n in SHAPES}
+        flat = np.concatenate([np.abs(m).ravel() for m in momentum.values()])
+        threshold = np.sort(flat)[-total]
+        for name, m in momentum.items():
+            np.testing.assert_array_equal(records[t][1][name], np.abs(m) >= threshold)
+        assert records[t][1]["b"].sum() > kept(48, 0.2)
+        assert sum(mask.sum() for mask in records[t][1].values()) == total
+
+
+class SNIP(tk.Method):
+    """One choice, from the first gradient, by one ranking over all leaves (Lee et al., 2019)."""
+
+    first_choice = "first_update"
+
+    def allocate(self, layers, leaves, step):
+        total = sum(leaf.counts.forward for leaf in leaves.values())
+        scores = {path: layer.theta * layer.grad for path, layer in layers.items()}
+        counts = tk.counts_of_global_top_k(scores, total)
+        return {path: tk.Counts(count, count) for path, count in counts.items()}
+
+    def choose(self, layer, leaf, counts):
+        scores = leaf.pattern.magnitudes(layer.theta * layer.grad)
+        (kept,), _ = leaf.pattern.top(scores, [counts.forward])
+        return tk.Sets(kept, kept), ()
+
+
+def test_the_first_sets_from_the_first_gradient_by_one_ranking():
+    tx = tk.sparsify(optax.sgd(0.1, momentum=0.9), SNIP(), forward_density=0.2, refresh_every=None)
+    params, grads = start(), gradients(4)
+    records = run(tx, params, grads)
+    assert all(mask.all() for mask in records[0][1].values())
+    scores = {n: np.abs(np.asarray(params[n] * grads[0][n])) for n in SHAPES}
+    total = sum(kept(np.prod(shape), 0.2) for shape in SHAPES.values())
+    threshold = np.sort(np.concatenate([s.ravel() for s in scores.values()]))[-total]
+    for theta, forward, _, view in records[1:]:
+        for name in SHAPES:
+            mask = scores[name] >= threshold
+            np.testing.assert_array_equal(forward[name], mask)
+            # The first update is already restricted, and the rest keeps its initial value.
+            np.testing.assert_array_equal(theta[name][~mask], np.asarray(params[name])[~mask])
+            assert np.all(view[name][~mask] == 0)
+
+
+class RandomExtra(tk.Method):
+    """A by magnitude, the rest of B at random (the paper's table 1)."""
+
+    def choose(self, layer, leaf, counts):
+        scores = leaf.pattern.magnitudes(layer.theta)
+        (forward,), _ = leaf.pattern.top(scores, [counts.forward])
+        chance = jax.random.uniform(layer.key, leaf.grid)
+        (extra,), _ = leaf.pattern.top(chance, [counts.backward - counts.forward], among=~forward)
+        return tk.Sets(forward, forward | extra), ()
+
+
+def test_a_backward_set_at_random():
+    tx = tk.sparsify(
+        optax.sgd(0.1), RandomExtra(), forward_density=0.1, backward_density=0.4, refresh_every=1
+    )
+    records = run(tx, start(), gradients(5))
+    extras = []
+    for theta, forward, backward, _ in records:
+        for name, x in theta.items():
+            np.testing.assert_array_equal(forward[name], oracle.select(x, 0.1))
+            assert backward[name].sum() == kept(x.size, 0.4)
+        extras.append(backward["a"] & ~forward["a"])
+    overlap = np.mean([np.mean(a[b]) for a, b in itertools.pairwise(extras)])
+    assert 0.1 < overlap < 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(tk.Method):
+    """Wrong in the way that `fault` names."""
+
+    fault: str = ""
+
+    def choose(self, layer, leaf, counts):
+        count = counts.forward + (1 if self.fault == "count" else 0)
+        (kept,), _ = leaf.pattern.top(leaf.pattern.magnitudes(layer.theta), [count])
+        if self.fault == "outside":
+            return tk.Sets(kept, jnp.roll(kept, 1)), ()
+        if self.fault == "shape":
+            return tk.Sets(kept.ravel(), kept.ravel()), ()
+        return tk.Sets(kept, kept), ()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("count", "inner_optimizers: around momentum: in/kernel, step 0: A has 39"),
+     ("outside", "A is not inside B")],
+)  # fmt: skip
+def test_the_suite_finds_what_is_broken(fault, message):
+    def factory(inner):
+        return tk.sparsify(inner, Broken(fault), forward_density=0.1, refresh_every=1)
+
+    with pytest.raises(AssertionError, match=message):
+        testing.check_method(factory, checks=["inner_optimizers"])
+
+
+def test_a_set_of_another_shape_is_named():
+    tx = tk.sparsify(optax.sgd(0.1), Broken("shape"), forward_density=0.1)
+    with pytest.raises(tk.SparsityError, match=r"Broken.choose returned a set .* shape \(12, 10\)"):
+        tx.init({"a": start()["a"]})
