@@ -7,7 +7,7 @@ from topkast_jax.description import describe
 from topkast_jax.errors import SparsityError
 from topkast_jax.method import Counts, Layer, Leaf, Method, Sets
 from topkast_jax.methods.static import static_random
-from topkast_jax.patterns import Block, Pattern, Unstructured
+from topkast_jax.patterns import Block, Channel, FanIn, NOfM, Pattern, Unstructured
 from topkast_jax.rules import Dense, Sparse
 from topkast_jax.selection import counts_of_global_top_k, keep_count, top_k_masks
 from topkast_jax.sets import SparsifyState, forward_params, keep_masks, value_and_grad
@@ -18,11 +18,14 @@ __version__ = importlib.metadata.version("topkast-jax")
 
 __all__ = [
     "Block",
+    "Channel",
     "Counts",
     "Dense",
+    "FanIn",
     "Layer",
     "Leaf",
     "Method",
+    "NOfM",
     "Pattern",
     "Sets",
     "Sparse",

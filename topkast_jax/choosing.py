@@ -368,7 +368,7 @@ def _whole_leaf(leaf: Leaf, layer: Layer) -> Layer:
 def _by_unit(leaf: Leaf, flags: jax.Array) -> Sets:
     """The sets of one layer by unit."""
     entries = unpack(flags)
-    if not leaf.pattern.unit_shape:
+    if leaf.grid == leaf.shape:
         return entries
     return Sets(*(leaf.pattern.magnitudes(mask.astype(jnp.float32)) > 0 for mask in entries))
 

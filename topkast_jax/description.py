@@ -61,8 +61,7 @@ def _row(name: str, shape: tuple[int, ...], leaf: Leaf | None) -> list[Any]:
     entries = math.prod(shape)
     if leaf is None:
         return [name, shape, "dense", 1, 1, entries, entries, entries]
-    unit, layers = math.prod(leaf.pattern.unit_shape), math.prod(leaf.stack)
-    kept, updated = (int(count) * unit * layers for count in leaf.counts)
+    kept, updated = (leaf.entries_in(int(count)) for count in leaf.counts)
     densities = (f"{float(d):.4g}" for d in (leaf.forward_density, leaf.backward_density))
     return [name, shape, leaf.pattern, *densities, kept, updated, entries]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -71,6 +72,11 @@ class Leaf:
         """Shape of the array of units of one layer."""
         return self.pattern.grid(self.shape)
 
+    def entries_in(self, units: int) -> int:
+        """Entries of the whole leaf in so many units of each of its layers."""
+        each = math.prod(self.shape) // math.prod(self.grid)
+        return units * each * math.prod(self.stack)
+
     @property
     def full_shape(self) -> tuple[int, ...]:
         """Shape of the parameter, stacked axes included."""
@@ -116,6 +122,8 @@ class Method(abc.ABC):
       needs_gradient: whether `choose` and `allocate` read the dense gradient. The state then holds
         the last one, an array more for each sparse leaf.
       observes_gradient: whether `observe` runs in every step on the dense gradient.
+      skips_update: whether the step whose gradient a choice reads moves neither parameters nor inner
+        state.
       first_choice: "init": the first sets are chosen from the initial parameters. "first_update":
         all units are in both sets until the first gradient is seen; the first update then chooses
         from the parameters and their gradient, and is already restricted to these sets.
@@ -123,6 +131,7 @@ class Method(abc.ABC):
 
     needs_gradient: bool = False
     observes_gradient: bool = False
+    skips_update: bool = False
     first_choice: Literal["init", "first_update"] = "init"
 
     @abc.abstractmethod

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from topkast_jax.errors import SparsityError
-from topkast_jax.selection import Thresholds, count_of, top_k_masks
+from topkast_jax.selection import Thresholds, count_of, keys_of, top_k_masks
 
 Count = int | jax.Array
 
@@ -162,6 +162,160 @@ class Block(_Ranked):
         bands = bands.reshape(*lead, shape[-2], cols)
         entries = jnp.broadcast_to(bands[..., None], (*lead, shape[-2], cols, self.cols))
         return entries.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel(_Ranked):
+    """Whole output features: a unit is all entries with one index of the last axis (L1 norm)."""
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """`(-1, 1)`: all inputs of one output feature."""
+        return (-1, 1)
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """One unit an output feature: `shape[-1:]`."""
+        if len(shape) < 2:
+            raise SparsityError(f"Channel() needs two axes, found {shape}")
+        return shape[-1:]
+
+    def magnitudes(self, x: jax.Array) -> jax.Array:
+        """The L1 norm of each output feature, summed in float32."""
+        return jnp.sum(jnp.abs(x), axis=tuple(range(x.ndim - 1)), dtype=jnp.float32)
+
+    def expand(self, units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Each output feature's value, given to all of its entries."""
+        return jnp.broadcast_to(units.reshape(*(1,) * (len(shape) - 1), -1), shape)
+
+
+class _Grouped:
+    """Single entries of which each group keeps the same number."""
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """`()`: a unit is a single entry."""
+        return ()
+
+    def magnitudes(self, x: jax.Array) -> jax.Array:
+        """The entries themselves: selection ranks by absolute value."""
+        return x
+
+    def expand(self, units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The units themselves."""
+        del shape
+        return units
+
+
+@dataclasses.dataclass(frozen=True)
+class NOfM(_Grouped):
+    """N of M: of every `m` entries in a row along the input axis, the last but one, `n` are kept.
+
+    The forward set keeps `n` of `m`, so the forward density must be n / m; the backward density a
+    multiple of 1 / m. Of equal entries the lower index is kept.
+
+    Attributes:
+      n: entries of a group in the forward set, 1 to `m`.
+      m: entries of a group.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (self.n, self.m))
+        if not whole or not 1 <= self.n <= self.m:
+            raise SparsityError(f"NOfM({self.n!r}, {self.m!r}): must be integers with 1 ≤ n ≤ m")
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The leaf's own shape."""
+        if len(shape) < 2 or shape[-2] % self.m:
+            raise SparsityError(
+                f"NOfM({self.n}, {self.m}) does not divide the last axis but one of {shape}"
+            )
+        return shape
+
+    def check_densities(self, forward: float, backward: float) -> None:
+        """Raises SparsityError unless n of m is the forward density, and the backward one fits."""
+        if abs(forward * self.m - self.n) > 1e-6:
+            raise SparsityError(
+                f"forward_density={forward:g} with NOfM({self.n}, {self.m}): must be "
+                f"{self.n / self.m:g}"
+            )
+        if abs(backward * self.m - round(backward * self.m)) > 1e-6:
+            raise SparsityError(
+                f"backward_density={backward:g} with NOfM({self.n}, {self.m}): must be a multiple "
+                f"of {1 / self.m:g}"
+            )
+
+    def count(self, shape: tuple[int, ...], density: float | jax.Array) -> Count:
+        """As many of each group, at least one, times the number of groups."""
+        return math.prod(shape) // self.m * count_of(self.m, density)
+
+    def top(
+        self,
+        scores: jax.Array,
+        counts: Sequence[Count],
+        *,
+        among: jax.Array | None = None,
+        start: Any = None,
+        ties: jax.Array | None = None,
+    ) -> tuple[tuple[jax.Array, ...], Any]:
+        """The largest entries of each group, by comparing each with each; no memory."""
+        del start
+        *lead, rows, cols = scores.shape
+        keys = keys_of(scores)
+        if among is not None:
+            keys = jnp.where(among, keys, -1)
+        keys = keys.reshape(*lead, rows // self.m, self.m, cols)
+        place = jnp.arange(self.m, dtype=jnp.int32)
+        if ties is not None:
+            place = jax.random.permutation(ties, place)
+        before = place[:, None] < place[None, :]  # [other, one]
+        one, other = keys[..., None, :, :], keys[..., :, None, :]
+        ahead = (other > one) | ((other == one) & before[:, :, None])
+        rank = jnp.sum(ahead, axis=-3, dtype=jnp.int32)
+        groups = scores.size // self.m
+        masks = (rank < jnp.asarray(c, jnp.int32) // groups for c in counts)
+        return tuple(mask.reshape(scores.shape) for mask in masks), ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FanIn(_Grouped):
+    """Constant fan-in: every output feature, an index of the last axis, keeps as many inputs.
+
+    The pattern of SRigL (Lasby et al., 2023).
+    """
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The leaf's own shape."""
+        if len(shape) < 2:
+            raise SparsityError(f"FanIn() needs two axes, found {shape}")
+        return shape
+
+    def count(self, shape: tuple[int, ...], density: float | jax.Array) -> Count:
+        """As many of each output feature's inputs, at least one, times the output features."""
+        return shape[-1] * count_of(math.prod(shape[:-1]), density)
+
+    def top(
+        self,
+        scores: jax.Array,
+        counts: Sequence[Count],
+        *,
+        among: jax.Array | None = None,
+        start: Any = None,
+        ties: jax.Array | None = None,
+    ) -> tuple[tuple[jax.Array, ...], Any]:
+        """The largest inputs of each output feature; no memory."""
+        del start
+        features = scores.shape[-1]
+        each = [jnp.asarray(c, jnp.int32) // features for c in counts]
+        salts = None if ties is None else jax.random.bits(ties, (features,), jnp.uint32)
+
+        def of_one(x: jax.Array, among: Any, salt: Any) -> tuple[jax.Array, ...]:
+            return top_k_masks(x, each, among=among, salt=salt)[0]
+
+        axes = (-1, None if among is None else -1, None if salts is None else 0)
+        return jax.vmap(of_one, in_axes=axes, out_axes=-1)(scores, among, salts), ()
 
 
 def units_in(pattern: Pattern, shape: tuple[int, ...]) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from topkast_jax.errors import SparsityError
 from topkast_jax.method import Counts, Density, Leaf
-from topkast_jax.patterns import Pattern
+from topkast_jax.patterns import NOfM, Pattern
 from topkast_jax.selection import DTYPES, MOST_ENTRIES
 from topkast_jax.trees import flatten_with_names
 
@@ -249,6 +249,8 @@ def _leaf(
     pattern = spec.pattern or pattern
     try:
         pattern.grid(layer)
+        if isinstance(pattern, NOfM) and isinstance(forward, float):
+            pattern.check_densities(forward, float(backward))
     except SparsityError as error:
         raise SparsityError(f"{name}: {error}") from None
     if not 0 < math.prod(layer) <= MOST_ENTRIES:

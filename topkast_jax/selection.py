@@ -101,7 +101,7 @@ def count_of(units: int, density: float | jax.Array) -> Count:
     return jnp.maximum(1, count)
 
 
-def _keys(x: jax.Array) -> jax.Array:
+def keys_of(x: jax.Array) -> jax.Array:
     """Integers in the order of |x|, NaN above all; an array of keys is what it is."""
     if jnp.issubdtype(x.dtype, jnp.integer):
         return x
@@ -325,14 +325,14 @@ def _normal_guess(x: jax.Array, wanted: jax.Array) -> jax.Array:
     total = _reduce(x, of=lambda e, _: jnp.abs(e.astype(jnp.float32)), combine=lax.add)
     deviation = total * np.float32(math.sqrt(math.pi / 2) / x.size)
     quantile = -ndtri(wanted.astype(jnp.float32) / np.float32(2 * x.size))
-    return _keys((deviation * quantile).astype(x.dtype))
+    return keys_of((deviation * quantile).astype(x.dtype))
 
 
 def _search_keys(x: jax.Array, wanted: jax.Array, guess: jax.Array) -> _Bracket:
     """The bracket of every threshold's key."""
 
     def reached(e: jax.Array, _: jax.Array, probe: jax.Array) -> jax.Array:
-        return (_keys(e) >= probe).astype(jnp.int32)
+        return (keys_of(e) >= probe).astype(jnp.int32)
 
     low, none = jnp.full_like(guess, -1), jnp.zeros_like(wanted)
     bracket = _Bracket(low, low + (_largest(x.dtype) + np.int32(2)), none + x.size, none)
@@ -348,7 +348,7 @@ def _smallest_kept(x: jax.Array, bracket: _Bracket) -> jax.Array:
     unsigned = np.dtype(f"u{bracket.low.dtype.itemsize}")
 
     def over(e: jax.Array, _: jax.Array, low: jax.Array) -> jax.Array:
-        return (_keys(e) - low).astype(unsigned)  # keys below low wrap around to the largest
+        return (keys_of(e) - low).astype(unsigned)  # keys below low wrap around to the largest
 
     def find() -> jax.Array:
         above = _reduce(x, bracket.low, of=over, combine=lax.min)
@@ -368,7 +368,7 @@ def _look_at_one_tie(
     first = wanted <= bracket.at_low - wanted
 
     def distance(e: jax.Array, i: jax.Array, tied: jax.Array, first: jax.Array) -> jax.Array:
-        return jnp.where(_keys(e) == tied, jnp.where(first, i, last - i), last)
+        return jnp.where(keys_of(e) == tied, jnp.where(first, i, last - i), last)
 
     nearest = _reduce(x, tied, first, of=distance, combine=lax.min)
     probe = jnp.where(first, last - nearest, nearest + 1)
@@ -381,7 +381,7 @@ def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket, order: _Order
     last = np.int32(order.end - 1)
 
     def reached(e: jax.Array, i: jax.Array, probe: jax.Array, tied: jax.Array) -> jax.Array:
-        rank = jnp.where(_keys(e) == tied, last - order.position(i), -1)
+        rank = jnp.where(keys_of(e) == tied, last - order.position(i), -1)
         return (rank >= probe).astype(jnp.int32)
 
     zero, wanted = jnp.zeros_like(wanted), wanted - ties.at_high
@@ -399,7 +399,7 @@ def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket, order: _Order
 def _bisected(x: jax.Array, wanted: jax.Array, order: _Order) -> Thresholds:
     """The thresholds of a small leaf: one bit a pass, first of the key, then of the position."""
     axes = tuple(range(x.ndim))
-    keys = lax.expand_dims(_keys(x), [x.ndim])
+    keys = lax.expand_dims(keys_of(x), [x.ndim])
     position = lax.expand_dims(order.position(_row_major(x.shape)), [x.ndim])
 
     def cells(ends: jax.Array) -> jax.Array:
@@ -443,7 +443,7 @@ def _check(x: jax.Array, counts: Sequence[Count]) -> None:
 
 def _eligible(x: jax.Array, among: jax.Array | None) -> jax.Array:
     """The entries, or where only some may be kept, keys in which the others rank below all."""
-    return x if among is None else jnp.where(among, _keys(x), -1)
+    return x if among is None else jnp.where(among, keys_of(x), -1)
 
 
 def thresholds(
@@ -507,7 +507,7 @@ def keep(
     Returns:
         Booleans of the leaf's shape, True for exactly that many entries.
     """
-    key, edge = _keys(_eligible(x, among)), thresholds.key[i]
+    key, edge = keys_of(_eligible(x, among)), thresholds.key[i]
     position = _Order(x.size, salt).position(_row_major(x.shape))
     return (key > edge) | ((key == edge) & (position < thresholds.index[i]))
 
@@ -568,7 +568,7 @@ def counts_of_global_top_k(leaves: Mapping[str, jax.Array], count: Count) -> dic
     wanted = jnp.asarray(count, jnp.int32)[None]
 
     def reached(e: jax.Array, _: jax.Array, probe: jax.Array) -> jax.Array:
-        return (_keys(e) >= probe).astype(jnp.int32)
+        return (keys_of(e) >= probe).astype(jnp.int32)
 
     def counted(probes: jax.Array) -> list[jax.Array]:
         return [_reduce(x, probes, of=reached, combine=lax.add) for x in xs]

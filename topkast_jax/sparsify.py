@@ -242,6 +242,10 @@ def _update(
     memory = now.memory
     if plan.method.observes_gradient:
         memory = _observed(plan, leaves, gradients, now)
+    if plan.method.skips_update and plan.refresh_every is not None:
+        chooses = step % jnp.asarray(plan.refresh_every, jnp.int32) == 0
+        held = jax.tree.map(jnp.zeros_like, updates), state.inner_state
+        updates, inner_state = jax.lax.cond(chooses, lambda: held, lambda: (updates, inner_state))
     flags, due, inner_state = _after(plan, step, now.flags, inner_state, theta)
     sets = treedef.unflatten([flags.get(name, optax.MaskedNode()) for name in names])
     gradient: Any = ()

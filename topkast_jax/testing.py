@@ -13,7 +13,6 @@ import functools
 import importlib
 import importlib.util
 import itertools
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -156,7 +155,7 @@ def check_history(
             leaf = leaves[name]
             for which, mask, count in zip(("A", "B"), (a, b), leaf.counts, strict=True):
                 _check_units(leaf, mask, f"{name}, step {t}: {which}")
-                wanted = int(count) * math.prod(leaf.pattern.unit_shape) * math.prod(leaf.stack)
+                wanted = leaf.entries_in(int(count))
                 sizes = {wanted} if which == "A" else {wanted, int(a.sum())}  # B := A in the end
                 if exact and settled:
                     found = int(mask.sum())

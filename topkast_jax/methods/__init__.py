@@ -7,6 +7,13 @@ from collections.abc import Callable
 import optax
 
 from topkast_jax.errors import SparsityError
+from topkast_jax.methods.dnw import dnw
+from topkast_jax.methods.pruning import pruning
+from topkast_jax.methods.rigl import rigl
+from topkast_jax.methods.set import set_evolution
+from topkast_jax.methods.snfs import snfs
+from topkast_jax.methods.snip import snip
+from topkast_jax.methods.srigl import srigl
 from topkast_jax.methods.static import static_random
 from topkast_jax.top_kast import top_kast
 
@@ -43,3 +50,10 @@ def get(name: str) -> Factory:
 
 register("top_kast", top_kast)
 register("static_random", static_random)
+register("set", set_evolution)
+register("rigl", rigl)
+register("snfs", snfs)
+register("snip", snip)
+register("dnw", dnw)
+register("pruning", pruning)
+register("srigl", srigl)
