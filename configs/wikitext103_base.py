@@ -24,7 +24,7 @@ sparsity runs on); smoke (three steps of a tiny model on Python's own documentat
 from ml_collections import ConfigDict
 
 from experiments.config import base_config
-from experiments.language_modelling.variants import apply_variant, shrink_to_smoke
+from experiments.language_modelling.config import apply_variant, shrink_to_smoke
 
 
 def get_config(variant: str = "90/80") -> ConfigDict:

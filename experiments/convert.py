@@ -20,18 +20,19 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments import flags, saved, workdir
-from experiments.checkpoints import Checkpoints
+from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.form import Compact
-from experiments.partition import all_devices
-from experiments.run import build
-from experiments.state import TrainState
+from experiments.records import restore, workdir
+from experiments.records.checkpoints import Checkpoints
+from experiments.training.partition import all_devices
+from experiments.training.program import build
+from experiments.training.representation import Compact
+from experiments.training.state import TrainState
 
 FORMS = ("masked", "always_sparse")
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     args = _parser().parse_args(argv)
@@ -41,15 +42,15 @@ def main(argv: list[str]) -> None:
 
 def convert(directory: Path, out: Path, to: str) -> int:
     """Writes the newest state of a run to a new folder in another form; returns its step."""
-    config = saved.read_config(directory)
-    twin_config = saved.other_form(config)
-    if saved.is_compact(twin_config) != (to == "always_sparse"):
+    config = restore.read_config(directory)
+    twin_config = restore.other_form(config)
+    if restore.is_compact(twin_config) != (to == "always_sparse"):
         raise UserError(f"--to={to}: the run in {directory} is that already")
     workdir.check_no_address("--out", out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: exists; must be a new or an empty folder")
-    found = saved.read(directory)
-    twin = build(saved.on_one_device(twin_config), all_devices()[:1])
+    found = restore.read(directory)
+    twin = build(restore.on_one_device(twin_config), all_devices()[:1])
     state = _in_form_of(twin.form, found)
     _check_shapes(twin.form.abstract(int(state.step)), state)
     with workdir.whole(out) as unfinished:
@@ -69,7 +70,7 @@ def _write(directory: Path, config: ConfigDict, state: TrainState, meta: dict[st
         store.close()
 
 
-def _in_form_of(form: object, found: saved.Saved) -> TrainState:
+def _in_form_of(form: object, found: restore.Saved) -> TrainState:
     state = found.state
     if isinstance(form, Compact):
         held = form.sparse.from_masked(state.params, state.opt_state)
@@ -91,8 +92,8 @@ def _check_shapes(abstract: TrainState, state: TrainState) -> None:
             )
 
 
-def _parser() -> flags.Parser:
-    parser = flags.Parser(prog="experiments.convert", description=__doc__)
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="experiments.convert", description=__doc__)
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--to", required=True, choices=FORMS)

@@ -23,9 +23,10 @@ import safetensors
 import safetensors.numpy
 from jax.experimental.sparse import BCOO, BCSR
 
-from experiments import flags, saved, workdir
+from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.optimizers import read_pattern
+from experiments.records import restore, workdir
+from experiments.training.methods import read_pattern
 from topkast_jax import Block
 from topkast_jax.always_sparse import FORMS, CompactKernel, export, is_compact
 from topkast_jax.trees import flatten_with_names
@@ -35,7 +36,7 @@ STATE = "model_state/"
 SUFFIXES = (".safetensors", ".npz")
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     args = _parser().parse_args(argv)
@@ -51,8 +52,8 @@ def write(directory: Path, out: Path, form: str) -> tuple[str, int]:
         raise UserError(f"--out={out}: exists; nothing is written over")
     if not out.parent.is_dir():
         raise UserError(f"--out={out}: cannot be written: there is no folder {out.parent}")
-    found = saved.read(directory)
-    params, opt_state = saved.in_compact_form(found)
+    found = restore.read(directory)
+    params, opt_state = restore.in_compact_form(found)
     if found.config.method.name == "dense":
         form, tree = "dense", jax.tree.map(np.asarray, params)
     else:
@@ -175,8 +176,8 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _parser() -> flags.Parser:
-    parser = flags.Parser(prog="experiments.export", description=__doc__)
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="experiments.export", description=__doc__)
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--out", required=True, help="a new file")
     parser.add_argument("--form", default="compact", choices=FORMS)

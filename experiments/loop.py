@@ -9,17 +9,17 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from experiments import final, workdir
-from experiments.checkpoints import Checkpoints
 from experiments.errors import UserError
-from experiments.evaluation import evaluate
-from experiments.metrics import Metrics
-from experiments.prefetch import Prefetcher
-from experiments.run import Run, build
-from experiments.signals import StopRequest
-from experiments.state import TrainState
+from experiments.records import summary, workdir
+from experiments.records.checkpoints import Checkpoints
+from experiments.records.metrics import Metrics
 from experiments.task import DataIterator
-from experiments.totals import NonFiniteError, Window
+from experiments.training.evaluation import evaluate
+from experiments.training.metric_sums import NonFiniteError, Window
+from experiments.training.prefetch import Prefetcher
+from experiments.training.program import Run, build
+from experiments.training.state import TrainState
+from experiments.training.stopping import StopRequest
 
 Outcome = Literal["finished", "stopped", "finished before"]
 
@@ -171,8 +171,8 @@ def _finish(session: Session, state: TrainState) -> None:
         for split in dict.fromkeys([run.task.eval_split, run.task.test_split]):
             results[split] = evaluate(run, state, split)
             session.metrics.write(step, split, results[split] | {"final": True})
-    summary = final.summary(run, state, results, session.seconds())
-    final.write(session.directory, summary)
+    value = summary.summary(run, state, results, session.seconds())
+    summary.write(session.directory, value)
 
 
 def _not_finite(session: Session, error: NonFiniteError) -> str:

@@ -18,8 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import flags
-from experiments.config import load, resolve
+from experiments.config import command_line, load, resolve
 from experiments.errors import UserError
 from experiments.loop import Outcome, train
 from experiments.report import report
@@ -39,10 +38,10 @@ class Planned:
         return " ".join([self.name, self.config, *(f"--config.{o}" for o in self.overrides)])
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> int:
     """Runs the command line."""
-    args, overrides = flags.parse(_parser(), argv)
+    args, overrides = command_line.parse(_parser(), argv)
     runs = plan(args.config, args.seeds, overrides)
     chosen = _choose(args.only, len(runs))
     if args.list:
@@ -102,7 +101,7 @@ def _run(run: Planned, workdir: Path) -> Outcome | None:
     try:
         return train(resolve(run.config, run.overrides), workdir / run.name)
     except (UserError, SparsityError) as error:
-        flags.fail(UserError(f"{run.name}: {error}"))
+        command_line.fail(UserError(f"{run.name}: {error}"))
     except Exception:
         print(f"error: {run.name}:", file=sys.stderr)
         traceback.print_exc()
@@ -149,13 +148,15 @@ exec {command} --only="$SLURM_ARRAY_TASK_ID\""""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(prog="experiments.sweep", description=__doc__)
+    parser = command_line.Parser(prog="experiments.sweep", description=__doc__)
     parser.add_argument("--config", required=True, help="configs/sweeps/NAME.py")
     parser.add_argument("--workdir", required=True, help="folder of all runs")
     parser.add_argument("--list", action="store_true", help="print the numbered runs")
     parser.add_argument("--only", help="numbers of the runs to do, like 0,3; no report")
     parser.add_argument("--slurm", action="store_true", help="print an sbatch array script")
-    parser.add_argument("--seeds", type=flags.positive, default=1, help="runs of each, by seed")
+    parser.add_argument(
+        "--seeds", type=command_line.positive, default=1, help="runs of each, by seed"
+    )
     return parser
 
 

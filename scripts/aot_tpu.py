@@ -31,12 +31,11 @@ from typing import Any
 
 import jax
 
-from experiments import flags
-from experiments.config import resolve
-from experiments.run import build
+from experiments.config import command_line, resolve
 from experiments.tpu import compiling, hlo, library
 from experiments.tpu.chips import Chip
 from experiments.tpu.cost import Cost, cost, dearest
+from experiments.training.program import build
 
 
 def report(spec: str, overrides: Sequence[str], topology: str, count: int | None) -> dict[str, Any]:
@@ -96,14 +95,14 @@ def roofline(step: Cost, peaks: Chip) -> dict[str, Any]:
     }
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    parser = flags.Parser(prog="scripts/aot_tpu.py", description=__doc__)
+    parser = command_line.Parser(prog="scripts/aot_tpu.py", description=__doc__)
     parser.add_argument("--config", required=True, help="path/to/NAME.py:VARIANT")
     parser.add_argument("--topology", required=True, help="CHIP:SHAPE, for example v5e:2x2")
-    parser.add_argument("--devices", type=flags.positive, help="only the first so many")
-    args, overrides = flags.parse(parser, argv)
+    parser.add_argument("--devices", type=command_line.positive, help="only the first so many")
+    args, overrides = command_line.parse(parser, argv)
     library.require()
     jax.config.update("jax_platforms", "cpu")
     print(json.dumps(report(args.config, overrides, args.topology, args.devices)))

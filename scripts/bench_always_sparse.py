@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import flags, host_memory
-from experiments.partition import all_devices
+from experiments.config import command_line
+from experiments.training import host_memory
+from experiments.training.partition import all_devices
 from topkast_jax import Block, Unstructured
 from topkast_jax.always_sparse import CompactKernel, matmul
 from topkast_jax.always_sparse.compact import unit_shape
@@ -202,13 +203,17 @@ def _add_sparselab(
     return densities
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Parses flags, prints the table and the JSON line."""
-    parser = flags.Parser(prog="scripts/bench_always_sparse.py", description=__doc__)
-    parser.add_argument("--repeats", type=flags.positive, default=9)
-    parser.add_argument("--patterns", type=flags.some_of(PATTERNS), default=",".join(PATTERNS))
-    parser.add_argument("--densities", type=flags.some_of(DENSITIES), default=",".join(DENSITIES))
+    parser = command_line.Parser(prog="scripts/bench_always_sparse.py", description=__doc__)
+    parser.add_argument("--repeats", type=command_line.positive, default=9)
+    parser.add_argument(
+        "--patterns", type=command_line.some_of(PATTERNS), default=",".join(PATTERNS)
+    )
+    parser.add_argument(
+        "--densities", type=command_line.some_of(DENSITIES), default=",".join(DENSITIES)
+    )
     args = parser.parse_args(argv)
     host_memory.keep_freed()
     all_devices()  # says so, where JAX was told to use some that are not here

@@ -32,12 +32,12 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from experiments import flags, optimizers
-from experiments import state as states
-from experiments.config import resolve
-from experiments.run import Run, build
+from experiments.config import command_line, resolve
 from experiments.task import make_task
 from experiments.tpu import compiling, library
+from experiments.training import optimizers
+from experiments.training import state as states
+from experiments.training.program import Run, build
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_large.py"
 TOPOLOGY = "v5e:2x2"
@@ -201,14 +201,14 @@ def _deepest(run: Variant, start: Measured, target: compiling.Target) -> Measure
     return deepest(start, memory, lambda layers: measure(run, target, layers))
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Prints a row for each compiled step, and the JSON line."""
-    parser = flags.Parser(prog="scripts/bench_memory.py", description=__doc__)
+    parser = command_line.Parser(prog="scripts/bench_memory.py", description=__doc__)
     parser.add_argument("--patterns", default=PATTERNS, help="comma list")
     parser.add_argument("--skip_largest", action="store_true", help="only at the config's depth")
     parser.add_argument("--masked", action="store_true", help="masks over dense arrays")
-    args, overrides = flags.parse(parser, argv)
+    args, overrides = command_line.parse(parser, argv)
     library.require()
     jax.config.update("jax_platforms", "cpu")
     runs = variants(args.patterns.split(","), args.masked, overrides)

@@ -25,12 +25,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import flags
-from experiments.config import resolve
+from experiments.config import command_line, resolve
 from experiments.errors import UserError
-from experiments.form import Compact
-from experiments.run import Run, build
-from experiments.totals import LOSS
+from experiments.training.metric_sums import LOSS
+from experiments.training.program import Run, build
+from experiments.training.representation import Compact
 from topkast_jax.sets import BACKWARD
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_small.py"
@@ -38,10 +37,10 @@ EVERY = 100
 WARM = 3
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    args, overrides = flags.parse(_parser(), argv)
+    args, overrides = command_line.parse(_parser(), argv)
     print(json.dumps(measure(args.variant, args.steps, args.repeats, overrides)))
 
 
@@ -123,10 +122,14 @@ def _entering(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> fl
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(prog="bench_refresh", description=__doc__)
+    parser = command_line.Parser(prog="bench_refresh", description=__doc__)
     parser.add_argument("--variant", default="90/80")
-    parser.add_argument("--steps", type=flags.positive, default=10, help="between two refreshes")
-    parser.add_argument("--repeats", type=flags.positive, default=7, help="refreshes counted")
+    parser.add_argument(
+        "--steps", type=command_line.positive, default=10, help="between two refreshes"
+    )
+    parser.add_argument(
+        "--repeats", type=command_line.positive, default=7, help="refreshes counted"
+    )
     return parser
 
 

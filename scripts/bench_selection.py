@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import flags
-from experiments.partition import all_devices
+from experiments.config import command_line
+from experiments.training.partition import all_devices
 from topkast_jax import selection
 
 DENSITIES = (0.1, 0.2)
@@ -107,12 +107,12 @@ def ratios(seconds: Mapping[str, tuple[float, float]], clock: int) -> dict[str, 
     return {name: round(value, 2) for name, value in values.items()}
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Measures every size and prints a table and the JSON line."""
-    parser = flags.Parser(prog="scripts/bench_selection.py", description=__doc__)
+    parser = command_line.Parser(prog="scripts/bench_selection.py", description=__doc__)
     parser.add_argument("--entries", type=_sizes, default=f"{4 * 2**20},{16 * 2**20}")
-    parser.add_argument("--repeats", type=flags.positive, default=15)
+    parser.add_argument("--repeats", type=command_line.positive, default=15)
     args = parser.parse_args(argv)
     all_devices()  # says so, where JAX was told to use some that are not here
     results = []

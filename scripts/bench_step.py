@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import optax
 
 import topkast_jax as tk
-from experiments import flags
-from experiments.partition import all_devices
+from experiments.config import command_line
 from experiments.tpu import compiling
+from experiments.training.partition import all_devices
 
 Loss = Callable[[Any, Any], jax.Array]
 CONFIG = Path(__file__).parents[1] / "configs" / "enwik8_small.py"
@@ -83,8 +83,9 @@ def mlp(batch: int, refresh_every: int) -> Training:
 
 def transformer_xl(refresh_every: int) -> Training:
     """`configs/enwik8_small.py` on random bytes, its memory full."""
-    from experiments import config, optimizers
+    from experiments import config
     from experiments.task import make_task
+    from experiments.training import optimizers
 
     with_refresh = [f"method.refresh_every={refresh_every}"]
     sparse = config.resolve(f"{CONFIG}:90/80", with_refresh)
@@ -165,12 +166,14 @@ def measure(case: Case, pairs: int) -> dict[str, float]:
     return {"step_ratio": round(statistics.median(ratios), 3), "memory_ratio": round(memory, 3)}
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the chosen cases and prints the results."""
-    parser = flags.Parser(prog="scripts/bench_step.py", description=__doc__)
-    parser.add_argument("--cases", type=flags.some_of(CASES), default=",".join(CASES))
-    parser.add_argument("--pairs", type=flags.positive, default=15, help="timed pairs a case")
+    parser = command_line.Parser(prog="scripts/bench_step.py", description=__doc__)
+    parser.add_argument("--cases", type=command_line.some_of(CASES), default=",".join(CASES))
+    parser.add_argument(
+        "--pairs", type=command_line.positive, default=15, help="timed pairs a case"
+    )
     args = parser.parse_args(argv)
     all_devices()  # says so, where JAX was told to use some that are not here
     results = []

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from experiments import config as configs
-from experiments import optimizers, state
 from experiments.errors import UserError
 from experiments.task import make_task
+from experiments.training import optimizers, state
 
 ROOT = pathlib.Path(__file__).parent.parent / "configs"
 IMAGE_CONFIGS = ("quickstart", "cifar10_resnet20", "imagenet_resnet50")

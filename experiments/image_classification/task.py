@@ -10,14 +10,21 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments.image_classification import pipeline, settings
-from experiments.image_classification.models import ARCHITECTURES, ResNet
-from experiments.image_classification.preprocessing import RECIPES, Recipe
-from experiments.image_classification.sources import Source
+from experiments.image_classification.config import (
+    default_config as default_config,
+)
+from experiments.image_classification.config import (
+    num_classes,
+    open_source,
+)
+from experiments.image_classification.config import (
+    validate as validate,
+)
+from experiments.image_classification.data import pipeline
+from experiments.image_classification.data.preprocessing import RECIPES, Recipe
+from experiments.image_classification.data.sources import Source
+from experiments.image_classification.models.resnet import ARCHITECTURES, ResNet
 from experiments.task import Batch, Sums, Totals, Tree, ratios
-
-default_config = settings.default_config
-validate = settings.validate
 
 
 class ImageClassification:
@@ -34,7 +41,7 @@ class ImageClassification:
         self.units_per_step = config.batch_size
         self._sources: dict[str, Source] = {}
         self._recipe: Recipe = RECIPES[config.data.recipe]
-        self._num_classes = settings.num_classes(config.data)
+        self._num_classes = num_classes(config.data)
         abstract = nnx.eval_shape(lambda: self._make_model(jax.random.key(0)))
         self._graph = nnx.graphdef(abstract)
         self._abstract_params = nnx.state(abstract, nnx.Param)
@@ -127,7 +134,7 @@ class ImageClassification:
 
     def _source(self, split: str) -> Source:
         if split not in self._sources:
-            self._sources[split] = settings.open_source(self._data, split, self._recipe)
+            self._sources[split] = open_source(self._data, split, self._recipe)
         return self._sources[split]
 
     def _options(self) -> pipeline.Options:

@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import flags
+from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.language_modelling.reference_weights import (
+from experiments.language_modelling.models.reference_weights import (
     from_reference,
     settings_from_reference,
     to_reference,
 )
-from experiments.language_modelling.settings import Lengths
-from experiments.language_modelling.transformer_xl import LanguageModel, Memory, Params
+from experiments.language_modelling.models.settings import Lengths
+from experiments.language_modelling.models.transformer_xl import LanguageModel, Memory, Params
 
 BOUNDS = {"nll": 2e-5, "memory": 2e-5, "gradient": 1e-4}
 SMALLEST_GRADIENT = 1e-9  # a tensor whose largest entry is below is compared with this
@@ -196,10 +196,12 @@ def _max(a: float, b: float) -> float:
     return float(np.maximum(a, b))
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> int:
     """Checks one file; the status is 0 only within the bounds."""
-    parser = flags.Parser(prog="experiments.language_modelling.check_parity", description=__doc__)
+    parser = command_line.Parser(
+        prog="experiments.language_modelling.check_parity", description=__doc__
+    )
     parser.add_argument("file", metavar="FILE.npz")
     args = parser.parse_args(argv)
     try:

@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import export, flags, saved
+from experiments import export
+from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.language_modelling import options
+from experiments.language_modelling.config import lengths, open_corpus, transformer_config
+from experiments.language_modelling.data.vocabulary import Vocabulary
 from experiments.language_modelling.sampling import Sampling, generate
 from experiments.language_modelling.task import LanguageModelling
-from experiments.language_modelling.vocabulary import Vocabulary
+from experiments.records import restore
 from topkast_jax.always_sparse import is_compact
 from topkast_jax.trees import flatten_with_names
 
@@ -31,7 +33,7 @@ from topkast_jax.trees import flatten_with_names
 FREE = ("dropout", "dropatt", "dtype", "remat")
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     args = _parser().parse_args(argv)
@@ -59,7 +61,7 @@ def continuation(
       seed: of the draws.
       params: a file from `experiments.export`, in place of the run's newest parameters.
     """
-    found = saved.read(directory, "language_modelling")
+    found = restore.read(directory, "language_modelling")
     run, state = found.run, found.state
     assert isinstance(run.task, LanguageModelling)
     if params is None:
@@ -68,8 +70,8 @@ def continuation(
         alpha = exported(params, found.config, run.task.model.abstract_params)
     vocabulary = _vocabulary(found.config, found.meta["data"]["text"])
     numbers = encode_prompt(vocabulary, prompt)
-    lengths = options.lengths(found.config, "evaluation")
-    drawn = generate(run.task.model, alpha, lengths, numbers, tokens, sampling, seed)
+    reach = lengths(found.config, "evaluation")
+    drawn = generate(run.task.model, alpha, reach, numbers, tokens, sampling, seed)
     return vocabulary.decode([*numbers, *drawn])
 
 
@@ -111,7 +113,7 @@ def _what_fits(config: Any) -> dict[str, Any]:
     config = ConfigDict(config)
     if config.task != "language_modelling":
         return {"task": config.task}
-    model = dataclasses.asdict(options.transformer_config(config))
+    model = dataclasses.asdict(transformer_config(config))
     fits = {key: value for key, value in model.items() if key not in FREE}
     return {"task": config.task, "vocabulary": config.data.vocabulary} | fits
 
@@ -144,7 +146,7 @@ def _vocabulary(config: ConfigDict, text: dict[str, Any]) -> Vocabulary:
     """Out of the checkpoint, or, where it is large, out of the prepared data."""
     if text["symbols"] is not None:
         return Vocabulary(config.data.level, tuple(text["symbols"]))
-    found = options.open_corpus(config.data).vocabulary
+    found = open_corpus(config.data).vocabulary
     if found.fingerprint != text["vocabulary"]:
         raise UserError(
             f"config.data.dir={config.data.dir!r}: its vocabulary is {found.fingerprint}, "
@@ -153,11 +155,15 @@ def _vocabulary(config: ConfigDict, text: dict[str, Any]) -> Vocabulary:
     return found
 
 
-def _parser() -> flags.Parser:
-    parser = flags.Parser(prog="experiments.language_modelling.generate", description=__doc__)
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(
+        prog="experiments.language_modelling.generate", description=__doc__
+    )
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--prompt", required=True, help="what the text begins with")
-    parser.add_argument("--tokens", required=True, type=flags.positive, help="how many to add")
+    parser.add_argument(
+        "--tokens", required=True, type=command_line.positive, help="how many to add"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="0: most probable token")
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability")

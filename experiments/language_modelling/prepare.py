@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import sys
 
-from experiments import flags
-from experiments.language_modelling.prepared import PREPARED, prepare
+from experiments.config import command_line
+from experiments.language_modelling.data.prepared import PREPARED, prepare
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    parser = flags.Parser(prog="prepare_text", description=__doc__)
+    parser = command_line.Parser(prog="prepare_text", description=__doc__)
     parser.add_argument("name", choices=sorted(PREPARED))
     parser.add_argument("--data_dir", default="", help="where to; default: ~/tensorflow_datasets")
     parser.add_argument("--manual_dir", default="", help="holds the file, if it is here already")

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments.errors import UserError
-from experiments.language_modelling.settings import Lengths
-from experiments.language_modelling.transformer_xl import LanguageModel, Memory
+from experiments.language_modelling.models.settings import Lengths
+from experiments.language_modelling.models.transformer_xl import LanguageModel, Memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,24 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments.language_modelling import options, streams
-from experiments.language_modelling.corpus import Corpus
-from experiments.language_modelling.transformer_xl import LanguageModel, Memory
-from experiments.partition import BATCH
+from experiments.language_modelling.config import (
+    OWN,
+    check_lengths,
+    lengths,
+    open_corpus,
+    transformer_config,
+)
+from experiments.language_modelling.config import (
+    default_config as default_config,
+)
+from experiments.language_modelling.config import (
+    validate as validate,
+)
+from experiments.language_modelling.data import streams
+from experiments.language_modelling.data.corpus import Corpus
+from experiments.language_modelling.models.transformer_xl import LanguageModel, Memory
 from experiments.task import Batch, Sums, Totals, Tree
-
-default_config = options.default_config
-validate = options.validate
+from experiments.training.partition import BATCH
 
 
 class LanguageModelling:
@@ -30,11 +40,11 @@ class LanguageModelling:
     def __init__(self, config: ConfigDict):
         self._config = config
         self._lanes = config.batch_size
-        self._train = options.lengths(config, "train")
-        self._evaluation = options.lengths(config, "evaluation")
+        self._train = lengths(config, "train")
+        self._evaluation = lengths(config, "evaluation")
         self.units_per_step = self._lanes * self._train.target
         self.eval_split = config.data.eval_split
-        self.model = LanguageModel(options.transformer_config(config))
+        self.model = LanguageModel(transformer_config(config))
         self._share = streams.Share(jax.process_index(), jax.process_count())
         self._corpus: Corpus | None = None
 
@@ -119,14 +129,14 @@ class LanguageModelling:
 
     def _open(self) -> Corpus:
         if self._corpus is None:
-            self._corpus = options.open_corpus(self._config.data)
-            options.check_lengths(self._config, self._corpus)
+            self._corpus = open_corpus(self._config.data)
+            check_lengths(self._config, self._corpus)
         return self._corpus
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a position in the text to mean the same."""
         corpus = self._open()
-        own = self._config.data.name in options.OWN
+        own = self._config.data.name in OWN
         return {
             "vocabulary": corpus.vocabulary.fingerprint,
             "tokens": len(corpus.splits["train"]),

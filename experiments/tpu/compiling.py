@@ -14,9 +14,9 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from experiments.errors import UserError
-from experiments.partition import BATCH, make_mesh
-from experiments.run import Run
 from experiments.tpu.chips import Chip, chip_of
+from experiments.training.partition import BATCH, make_mesh
+from experiments.training.program import Run
 
 _TOO_LARGE = (
     r"Used (?P<needed>[\d.]+[KMGT]?) of (?P<available>[\d.]+[KMGT]?) hbm",

@@ -9,9 +9,10 @@ import pytest
 import toy_runs
 
 import topkast_jax as tk
-from experiments import convert, export, saved, workdir
-from experiments.checkpoints import Checkpoints
-from experiments.run import build
+from experiments import convert, export
+from experiments.records import restore, workdir
+from experiments.records.checkpoints import Checkpoints
+from experiments.training.program import build
 from topkast_jax.always_sparse import FORMS, to_dense
 from topkast_jax.trees import flatten_with_names
 
@@ -188,7 +189,7 @@ def test_a_file_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch, suffi
 def test_a_run_is_read_on_any_platform():
     blocks = (*COMPACT, "method.pattern=block:4x4", "method.backend=pallas_gpu")
     config = toy_runs.config("80/60", *blocks)
-    build(saved.on_one_device(config), jax.devices()[:1])
+    build(restore.on_one_device(config), jax.devices()[:1])
     assert config.method.backend == "pallas_gpu"
 
 

@@ -8,10 +8,10 @@ import sys
 import pytest
 from toy_runs import CACHE, CONFIG, last_state, records
 
-from experiments import workdir
 from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.main import main
+from experiments.records import workdir
 
 
 def call(capsys, *args):

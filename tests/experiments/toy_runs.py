@@ -5,12 +5,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import workdir
-from experiments.checkpoints import load
 from experiments.config import resolve
 from experiments.loop import train
-from experiments.metrics import read_records
-from experiments.run import build
+from experiments.records import workdir
+from experiments.records.checkpoints import load
+from experiments.records.metrics import read_records
+from experiments.training.program import build
 from topkast_jax.sets import BACKWARD, FORWARD
 
 HERE = Path(__file__).parent

@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 import topkast_jax as tk
-from experiments import main, workdir
-from experiments.checkpoints import load
+from experiments import main
 from experiments.config import resolve
 from experiments.loop import train
-from experiments.run import build
+from experiments.records import workdir
+from experiments.records.checkpoints import load
+from experiments.training.program import build
 
 ROOT = pathlib.Path(__file__).parents[3]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.config import resolve
-from experiments.image_classification.preprocessing import RECIPES
+from experiments.image_classification.data.preprocessing import RECIPES
 from experiments.task import make_task
 
 

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 
 import topkast_jax as tk
-from experiments import export, main, workdir
-from experiments.checkpoints import load
+from experiments import export, main
 from experiments.config import resolve
 from experiments.errors import UserError
-from experiments.evaluation import evaluate
-from experiments.language_modelling import generate, narrow, options, sampling
-from experiments.metrics import read_records
-from experiments.run import build
+from experiments.language_modelling import config as configs
+from experiments.language_modelling import generate, sampling
+from experiments.language_modelling.models import narrow
+from experiments.records import workdir
+from experiments.records.checkpoints import load
+from experiments.records.metrics import read_records
 from experiments.task import make_task
+from experiments.training.evaluation import evaluate
+from experiments.training.program import build
 from topkast_jax.sets import FORWARD
 from topkast_jax.trees import flatten_with_names
 
@@ -115,9 +118,9 @@ def build_task(config):
 
 @pytest.mark.parametrize("name", ["enwik8_small", "wikitext103_large"])
 def test_small_dense_has_the_active_parameters(name):
-    full = options.transformer_config(resolve(spec(name, "dense")))
+    full = configs.transformer_config(resolve(spec(name, "dense")))
     config = resolve(spec(name, "small-dense-90"))
-    small = options.transformer_config(config)
+    small = configs.transformer_config(config)
     budget = narrow.active_parameters(full, config.model.small_dense.rules, 0.1)
     names, leaves, _ = flatten_with_names(build_task(spec(name, "dense")).model.abstract_params)
     kernels = sum(
@@ -174,7 +177,7 @@ def test_evaluation_is_exact_at_any_number_of_lanes(tmp_path, same_length):
     state = run.form.abstract(0)._replace(params=params)
     tokens = task._open().splits["test"]
     whole = tokens.read(0, len(tokens))
-    memory = task.model.init_memory(1, options.lengths(run.config, "evaluation"))
+    memory = task.model.init_memory(1, configs.lengths(run.config, "evaluation"))
     step, total = jax.jit(task.eval_step), 0.0
     for start in range(0, len(whole) - 1, 16):
         row = whole[start : start + 17]
@@ -317,7 +320,7 @@ def test_generation_runs_on_the_forward_set(runs, capsys, monkeypatch):
     alpha = tk.forward_params(state.params, state.opt_state)
     jax.tree.map(np.testing.assert_array_equal, params, alpha)
     assert (alpha["layers"]["feed_forward"]["up"]["kernel"] == 0).mean() > 0.89
-    assert lengths == options.lengths(config_of(text), "evaluation")
+    assert lengths == configs.lengths(config_of(text), "evaluation")
     assert "".join(meta["text"]["symbols"][i] for i in prompt) == "so it"
 
 

@@ -1,0 +1,143 @@
+"""Batches of images, read by Grain: endless shuffled epochs, and exact passes for evaluation."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from experiments.image_classification.data.preprocessing import Recipe
+from experiments.image_classification.data.sources import ArraySource, Example, Source
+
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How batches are made.
+
+    Attributes:
+        recipe: how an image is prepared.
+        image_size: height and width of the model's input.
+        batch_size: over all hosts.
+        seed: of the order and the augmentation.
+        threads: how many batches are made at a time, in one process.
+        workers: processes that make batches; 0 makes them in this one.
+        host: the number of this host.
+        hosts: how many there are; each makes its part of every batch.
+    """
+
+    recipe: Recipe
+    image_size: int
+    batch_size: int
+    seed: int
+    threads: int
+    workers: int = 0
+    host: int = 0
+    hosts: int = 1
+
+
+class TrainBatches:
+    """Endless batches of freshly shuffled epochs; knows its position.
+
+    An epoch takes every image once, and its end may lie inside a batch. What a batch holds depends
+    on the seed and its number alone, not on threads, workers or hosts.
+    """
+
+    def __init__(self, source: Source, options: Options):
+        self._options = options
+        examples = grain.MapDataset.source(source).seed(options.seed).shuffle().repeat()
+        examples = examples.random_map(_Augment(options))
+        mine = examples[options.host :: options.hosts]
+        self._batches = mine.batch(options.batch_size // options.hosts)
+        self._position = 0
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+        if self._iterator is None:
+            self._iterator = iter(_prefetch(self._batches[self._position :], self._options))
+        batch = next(self._iterator)
+        self._position += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """How many batches were taken."""
+        return {"batches": self._position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on after that many batches."""
+        self.close()
+        self._position = state["batches"]
+
+    def close(self) -> None:
+        """Stops the threads."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def eval_batches(source: Source, options: Options) -> Iterator[Batch]:
+    """Every image once, in order; the last batch is filled up with weight 0."""
+    total = math.ceil(len(source) / options.batch_size) * options.batch_size
+    examples = grain.MapDataset.range(total).map(_PaddedExample(source, options))
+    mine = examples[options.host :: options.hosts]
+    batches = iter(_prefetch(mine.batch(options.batch_size // options.hosts), options))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def cached(source: Source, recipe: Recipe, size: int) -> ArraySource:
+    """All images of a source, decoded and kept in memory."""
+    examples = [source[i] for i in range(len(source))]
+    images = [recipe.to_fixed_size(example["image"], size) for example in examples]
+    return ArraySource(images, [example["label"] for example in examples])
+
+
+def _prefetch(batches: grain.MapDataset, options: Options) -> grain.IterDataset:
+    read = grain.ReadOptions(
+        num_threads=options.threads, prefetch_buffer_size=max(2, options.threads)
+    )
+    made = batches.to_iter_dataset(read)
+    if options.workers:
+        if not flags.FLAGS.is_parsed():  # Grain's processes read its flags; a test parses none
+            flags.FLAGS.mark_as_parsed()
+        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=options.workers))
+    return made
+
+
+class _Augment(grain.transforms.RandomMap):
+    """The training view of an example."""
+
+    def __init__(self, options: Options):
+        self._recipe, self._size = options.recipe, options.image_size
+
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        return element | {"image": self._recipe.augment(element["image"], self._size, rng)}
+
+
+class _PaddedExample(grain.transforms.Map):
+    """The evaluation view of the example of a number, or black with weight 0 after the last."""
+
+    def __init__(self, source: Source, options: Options):
+        self._source = source
+        self._recipe, self._size = options.recipe, options.image_size
+
+    def map(self, element: int) -> Example:
+        real = element < len(self._source)
+        example = self._source[int(element) if real else 0]
+        image = self._recipe.centre(example["image"], self._size)
+        return {
+            "image": image if real else np.zeros_like(image),
+            "label": example["label"] if real else np.int32(0),
+            "weight": np.float32(real),
+        }

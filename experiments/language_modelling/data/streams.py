@@ -1,0 +1,199 @@
+"""Segments of text for lanes that run side by side, read by Grain."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from experiments.errors import UserError
+from experiments.language_modelling.data.corpus import Tokens
+
+Batch = dict[str, np.ndarray]
+_ENDLESS = 1 << 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which lanes are this host's: an equal part of them, in order."""
+
+    host: int = 0
+    hosts: int = 1
+
+    def of(self, lanes: int) -> range:
+        """Their numbers."""
+        own = lanes // self.hosts
+        return range(self.host * own, (self.host + 1) * own)
+
+
+class TrainStream:
+    """Endless segments: lane b starts at b/lanes of the text and reads on, round and round.
+
+    The memory of a lane therefore always holds what stood before the segment, and no token is left
+    out; the only break is where the end of the text meets its beginning. What a segment holds
+    depends on its number alone.
+    """
+
+    def __init__(self, tokens: Tokens, lanes: int, target: int, share: Share, text: dict[str, Any]):
+        """Starts at the first segment.
+
+        Args:
+          tokens: the training part.
+          lanes: of all hosts.
+          target: tokens of a segment.
+          share: this host's.
+          text: what the position belongs to, JSON-able: another text has other positions.
+        """
+        starts = [lane * len(tokens) // lanes for lane in share.of(lanes)]
+        segments = _TrainSegment(tokens, starts, target)
+        self._batches = grain.MapDataset.range(_ENDLESS).map(segments)
+        self._text = text
+        self._position = 0
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """The next segment of every lane of this host."""
+        if self._iterator is None:
+            self._iterator = iter(_read(self._batches[self._position :]))
+        batch: Batch = next(self._iterator)
+        self._position += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """How many segments were taken, and of which text."""
+        return {"segments": self._position, "text": self._text}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on after that many segments.
+
+        Raises:
+          UserError: the position is of another text.
+        """
+        for key, here in self._text.items():
+            there = state["text"].get(key)
+            if there != here:
+                raise UserError(
+                    f"the checkpoint was trained on another text: {key} is {_short(there)} there "
+                    f"and {_short(here)} here; bring back that text, or choose another --workdir"
+                )
+        self.close()
+        self._position = state["segments"]
+
+    def close(self) -> None:
+        """Stops the threads."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalPlan:
+    """Which lane counts which segments of a text, so that the result does not depend on the lanes.
+
+    The text's segments are those of one lane that reads it all. A lane that starts inside reads
+    `warmup` segments before its own without counting them: as many as reach, through all layers'
+    memories, whatever its own segments can see. The first lane has nothing before it and counts
+    from its first segment on. After the end of the text there is padding of weight 0.
+
+    Attributes:
+      targets: tokens to predict: all but the first.
+      target: tokens of a segment.
+      lanes: how many share the work.
+      warmup: segments.
+    """
+
+    targets: int
+    target: int
+    lanes: int
+    warmup: int
+
+    @property
+    def segments(self) -> int:
+        """Of the whole text."""
+        return math.ceil(self.targets / self.target)
+
+    @property
+    def own(self) -> int:
+        """How many segments each lane counts, but for the first, which counts `warmup` more."""
+        return max(1, math.ceil((self.segments - self.warmup) / self.lanes))
+
+    @property
+    def steps(self) -> int:
+        """How many segments each lane reads."""
+        return min(self.warmup + self.own, self.segments)
+
+    def weights(self, lane: int, step: int) -> tuple[int, np.ndarray]:
+        """Where a lane's segment of that number starts, and which of its targets count."""
+        start = (lane * self.own + step) * self.target
+        counted = (lane == 0 or step >= self.warmup) and lane < self.lanes
+        left = np.arange(start, start + self.target) < self.targets
+        return start, (left & counted).astype(np.float32)
+
+
+def reach(n_layer: int, memory: int, target: int) -> int:
+    """How many segments back a prediction can look, through the memories of all layers."""
+    return n_layer * math.ceil(memory / target)
+
+
+def eval_segments(tokens: Tokens, plan: EvalPlan, rows: range) -> Iterator[Batch]:
+    """The segments of some lanes, of which those that the plan lacks are padding."""
+    batches = iter(_read(grain.MapDataset.range(plan.steps).map(_EvalSegment(tokens, plan, rows))))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def _read(batches: grain.MapDataset) -> grain.IterDataset:
+    # One thread: the records of a text are read one after the other.
+    return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+class _TrainSegment(grain.transforms.Map):
+    """The segment of a number, of all lanes."""
+
+    def __init__(self, tokens: Tokens, starts: list[int], target: int):
+        self._tokens, self._starts, self._target = tokens, starts, target
+
+    def map(self, element: int) -> Batch:
+        rows = [self._round(start + int(element) * self._target) for start in self._starts]
+        both = np.stack(rows)
+        return {"tokens": both[:, :-1], "targets": both[:, 1:]}
+
+    def _round(self, start: int) -> np.ndarray:
+        total = len(self._tokens)
+        start %= total
+        stop = start + self._target + 1
+        row = self._tokens.read(start, min(stop, total))
+        return row if stop <= total else np.concatenate([row, self._tokens.read(0, stop - total)])
+
+
+class _EvalSegment(grain.transforms.Map):
+    """The segment of a number, of all lanes, with weights."""
+
+    def __init__(self, tokens: Tokens, plan: EvalPlan, lanes: range):
+        self._tokens, self._plan, self._lanes = tokens, plan, lanes
+
+    def map(self, element: int) -> Batch:
+        rows, weights = [], []
+        for lane in self._lanes:
+            start, weight = self._plan.weights(lane, int(element))
+            stop = min(start + self._plan.target + 1, len(self._tokens))
+            row = self._tokens.read(min(start, stop), stop)
+            rows.append(np.pad(row, (0, self._plan.target + 1 - len(row))))
+            weights.append(weight)
+        both = np.stack(rows)
+        return {"tokens": both[:, :-1], "targets": both[:, 1:], "weights": np.stack(weights)}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters)"

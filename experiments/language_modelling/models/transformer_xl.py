@@ -1,0 +1,255 @@
+"""Transformer-XL (Dai et al. 2019) in Flax NNX, and its functional front.
+
+Its numbers are those of the authors' PyTorch model (`check_parity` shows it), with one difference
+in form: memory has a fixed shape and a count of how much of it is valid, in place of growing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.language_modelling.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from experiments.language_modelling.models.attention import (
+    AttentionBias,
+    RelativeAttention,
+    attention_mask,
+)
+from experiments.language_modelling.models.layers import (
+    LayerNorm,
+    Linear,
+    dropout,
+    sinusoids,
+    split,
+)
+from experiments.language_modelling.models.settings import Lengths, TransformerXLConfig
+
+Params = Mapping[str, Any]
+
+
+class Memory(NamedTuple):
+    """The inputs that each layer saw last.
+
+    Attributes:
+      states: [layers, lanes, memory, d_model], the newest last.
+      valid: int32 scalar; so many of the newest are real, the others are padding.
+    """
+
+    states: jax.Array
+    valid: jax.Array
+
+
+class FeedForward(nnx.Module):
+    """ReLU network with one hidden layer."""
+
+    def __init__(self, config: TransformerXLConfig, rngs: nnx.Rngs):
+        self.dropout = config.dropout
+        self.up = Linear(config.d_model, config.d_inner, rngs, bias=True)
+        self.down = Linear(config.d_inner, config.d_model, rngs, bias=True)
+
+    def __call__(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """[..., d_model] → [..., d_model]."""
+        return self.down(dropout(jax.nn.relu(self.up(x)), self.dropout, rng))
+
+
+class Layer(nnx.Module):
+    """Attention and feed-forward block, each with residual sum and layer norm before or after."""
+
+    def __init__(self, config: TransformerXLConfig, rngs: nnx.Rngs):
+        self.pre_lnorm, self.dropout = config.pre_lnorm, config.dropout
+        self.attention = RelativeAttention(config, rngs)
+        self.attention_norm = LayerNorm(config.d_model, rngs)
+        self.feed_forward = FeedForward(config, rngs)
+        self.feed_forward_norm = LayerNorm(config.d_model, rngs)
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        memory_BxMxD: jax.Array,
+        position_KxD: jax.Array,
+        mask_TxK: jax.Array,
+        bias: AttentionBias | None,
+        rng: jax.Array | None,
+    ) -> jax.Array:
+        """Returns the next layer's input, [B, T, D]; arguments as for `RelativeAttention`."""
+        rngs = split(rng, 4)
+        context_BxKxD = jnp.concatenate([memory_BxMxD, x_BxTxD], axis=1)
+        if self.pre_lnorm:
+            context_BxKxD = self.attention_norm(context_BxKxD)
+        segment_BxTxD = context_BxKxD[:, memory_BxMxD.shape[1] :]
+        y = self.attention(segment_BxTxD, context_BxKxD, position_KxD, mask_TxK, bias, rngs[0])
+        x_BxTxD = x_BxTxD + dropout(y, self.dropout, rngs[1])
+        if not self.pre_lnorm:
+            x_BxTxD = self.attention_norm(x_BxTxD)
+        y = self.feed_forward_norm(x_BxTxD) if self.pre_lnorm else x_BxTxD
+        x_BxTxD = x_BxTxD + dropout(self.feed_forward(y, rngs[2]), self.dropout, rngs[3])
+        return x_BxTxD if self.pre_lnorm else self.feed_forward_norm(x_BxTxD)
+
+
+class TransformerXL(nnx.Module):
+    """The network: tokens and memory to hidden states."""
+
+    def __init__(self, config: TransformerXLConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = AdaptiveEmbedding(config, rngs)
+        self.layers: Any = _layers(config, rngs)
+        width = config.n_head * config.d_head
+        self.attention_bias = None if config.untie_r else AttentionBias(width, rngs)
+        self.softmax = AdaptiveSoftmax(config, rngs)
+
+    def __call__(
+        self, tokens_BxT: jax.Array, memory: Memory, lengths: Lengths, rng: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs one segment.
+
+        Args:
+          tokens_BxT: the segment; it may have any length.
+          memory: of the segments before it.
+          lengths: its `clamp` and `same_length` count here; the memory's shape is the memory's.
+          rng: for dropout; None in evaluation.
+
+        Returns:
+          The last layer's output [B, T, D], and the input of each layer [L, B, T, D].
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        t, m = tokens_BxT.shape[1], memory.states.shape[2]
+        rng_in, rng_position, rng_layers, rng_out = split(rng, 4)
+        x_BxTxD = dropout(self.embedding(tokens_BxT), self.config.dropout, rng_in)
+        position_KxD = sinusoids(m + t, self.config.d_model, lengths.clamp, dtype)
+        position_KxD = dropout(position_KxD, self.config.dropout, rng_position)
+        mask_TxK = attention_mask(t, m + t, memory.valid, lengths.same_length)
+        states = jax.lax.stop_gradient(memory.states).astype(dtype)
+        x_BxTxD, inputs_LxBxTxD = self._run(x_BxTxD, states, position_KxD, mask_TxK, rng_layers)
+        return dropout(x_BxTxD, self.config.dropout, rng_out), inputs_LxBxTxD
+
+    def _run(
+        self,
+        x_BxTxD: jax.Array,
+        states_LxBxMxD: jax.Array,
+        position_KxD: jax.Array,
+        mask_TxK: jax.Array,
+        rng: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        layers = [self.layers] if self.config.scan else list(self.layers.values())
+        graphdef = nnx.graphdef(layers[0])
+        bias_graphdef, bias = nnx.split(self.attention_bias)
+
+        def body(x: jax.Array, of_layer: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+            state, memory, key = of_layer
+            layer, shared = nnx.merge(graphdef, state), nnx.merge(bias_graphdef, bias)
+            return layer(x, memory, position_KxD, mask_TxK, shared, key), x
+
+        if self.config.remat:
+            body = jax.checkpoint(body)
+        keys = None if rng is None else jax.random.split(rng, self.config.n_layer)
+        if self.config.scan:
+            return jax.lax.scan(body, x_BxTxD, (nnx.state(self.layers), states_LxBxMxD, keys))
+        inputs = []
+        for i, layer in enumerate(layers):
+            key = None if keys is None else keys[i]
+            x_BxTxD, x_in = body(x_BxTxD, (nnx.state(layer), states_LxBxMxD[i], key))
+            inputs.append(x_in)
+        return x_BxTxD, jnp.stack(inputs)
+
+
+def _layers(config: TransformerXLConfig, rngs: nnx.Rngs) -> Layer | nnx.Dict:
+    """One layer whose parameters have a leading axis, or one by one, with the same numbers.
+
+    Made in one go either way: 24 layers compile as fast as one.
+    """
+    stacked = jax.vmap(lambda key: nnx.state(Layer(config, nnx.Rngs(key))))(
+        jax.random.split(rngs.params(), config.n_layer)
+    )
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0))))
+    if config.scan:
+        return nnx.merge(graphdef, stacked)
+    states = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(config.n_layer)]
+    return nnx.Dict({str(i): nnx.merge(graphdef, state) for i, state in enumerate(states)})
+
+
+class LanguageModel:
+    """Pure functions of plain nested parameters, for a loop that knows nothing of Flax.
+
+    Attributes:
+      config: what was asked for.
+      abstract_params: shapes and types of the parameters, as `init` would return them.
+    """
+
+    def __init__(self, config: TransformerXLConfig):
+        self.config = config
+        model = nnx.eval_shape(lambda: TransformerXL(config, nnx.Rngs(0)))
+        self._graphdef, state = nnx.split(model)
+        self.abstract_params: Params = nnx.to_pure_dict(state)
+
+    def init(self, rng: jax.Array) -> Params:
+        """Fresh parameters, float32; the same numbers stacked or not."""
+        return nnx.to_pure_dict(nnx.state(TransformerXL(self.config, nnx.Rngs(rng))))
+
+    def init_memory(self, lanes: int, lengths: Lengths) -> Memory:
+        """An empty memory."""
+        shape = (self.config.n_layer, lanes, lengths.memory, self.config.d_model)
+        return Memory(jnp.zeros(shape, self.config.dtype), jnp.zeros((), jnp.int32))
+
+    def apply(
+        self,
+        params: Params,
+        memory: Memory,
+        tokens_BxT: jax.Array,
+        targets_BxT: jax.Array,
+        lengths: Lengths,
+        *,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, Memory]:
+        """One segment of every lane.
+
+        Args:
+          params: as from `init`.
+          memory: as from `init_memory` or the segment before; it gets no gradient.
+          tokens_BxT: int.
+          targets_BxT: int; the token that follows each.
+          lengths: of training or evaluation.
+          rng: makes dropout; None in evaluation.
+
+        Returns:
+          Negative log-likelihood in nats, float32 [B, T], and the next memory.
+        """
+        hidden_BxTxD, memory = self.hidden(params, memory, tokens_BxT, lengths, rng=rng)
+        return self.nll(params, hidden_BxTxD, targets_BxT), memory
+
+    def hidden(
+        self,
+        params: Params,
+        memory: Memory,
+        tokens_BxT: jax.Array,
+        lengths: Lengths,
+        *,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, Memory]:
+        """Like `apply`, but the hidden states [B, T, d_model] in place of the likelihood."""
+        model = self._model(params)
+        hidden_BxTxD, inputs_LxBxTxD = model(tokens_BxT, memory, lengths, rng)
+        return hidden_BxTxD, _remember(memory, inputs_LxBxTxD)
+
+    def nll(self, params: Params, hidden_BxTxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+        """The second half of `apply`: negative log-likelihood of the targets, float32 [B, T]."""
+        model = self._model(params)
+        return model.softmax.nll(hidden_BxTxD, targets_BxT, model.embedding)
+
+    def log_probs(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Log-probability of every token as the next: [..., d_model] → [..., n_token]."""
+        model = self._model(params)
+        return model.softmax.log_probs(hidden, model.embedding)
+
+    def _model(self, params: Params) -> TransformerXL:
+        return nnx.merge(self._graphdef, params)
+
+
+def _remember(memory: Memory, inputs_LxBxTxD: jax.Array) -> Memory:
+    t, m = inputs_LxBxTxD.shape[2], memory.states.shape[2]
+    states = jax.lax.stop_gradient(inputs_LxBxTxD).astype(memory.states.dtype)
+    states = jnp.concatenate([memory.states, states], axis=2)[:, :, t:]
+    return Memory(states, jnp.minimum(memory.valid + t, m).astype(jnp.int32))

@@ -1,0 +1,103 @@
+"""`final.json`: what a finished run comes to."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import topkast_jax as tk
+from experiments.records import workdir
+from experiments.training.program import Run
+from experiments.training.state import TrainState, abstract_params
+
+PACKAGES = ("topkast-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def summary(
+    run: Run, state: TrainState, results: dict[str, dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    """Everything a report needs; densities are counted from the masks.
+
+    Args:
+        run: the run.
+        state: its last state.
+        results: split → metrics with their context.
+        seconds: wall time.
+    """
+    config = run.config
+    counts = run.leaf_counts(state)
+    test = dict(results.get(run.task.test_split, {}))
+    return {
+        "name": config.name,
+        "task": config.task,
+        "seed": config.seed,
+        "steps": config.steps,
+        "test": {k: v for k, v in test.items() if k != "context"},
+        "test_context": test.get("context", {}),
+        "results": results,
+        "parameters": sum(leaf.entries for leaf in counts.values()),
+        "active_parameters": sum(leaf.forward for leaf in counts.values()),
+        "densities": _densities(counts),
+        "flops": _flops(run, counts),
+        "seconds": seconds,
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.default_backend(),
+        "devices": jax.device_count(),
+        "versions": _versions(),
+        "config": workdir.as_json(config),
+    }
+
+
+def write(directory: Path, value: dict[str, Any]) -> None:
+    """Writes it, on the first host alone."""
+    if jax.process_index() == 0:
+        workdir.write_json(directory / workdir.FINAL, value)
+
+
+def _densities(counts: dict[str, tk.statistics.LeafCounts]) -> dict[str, Any]:
+    """Over the sparse leaves (1 if there are none), over all, and of each."""
+    sparse = [leaf for leaf in counts.values() if leaf.sparse]
+
+    def share(leaves: list[tk.statistics.LeafCounts], kept: str) -> float:
+        entries = sum(leaf.entries for leaf in leaves)
+        return sum(getattr(leaf, kept) for leaf in leaves) / entries if entries else 1.0
+
+    every = list(counts.values())
+    return {
+        "forward": share(sparse, "forward"),
+        "backward": share(sparse, "backward"),
+        "forward_all": share(every, "forward"),
+        "backward_all": share(every, "backward"),
+        "leaves": {name: leaf._asdict() for name, leaf in counts.items()},
+    }
+
+
+def _flops(run: Run, counts: dict[str, tk.statistics.LeafCounts]) -> dict[str, float]:
+    """Of the forward pass on one training batch; nothing is computed."""
+
+    def forward(params: Any, model_state: Any, batch: Any) -> Any:
+        return run.task.loss(params, model_state, batch, jax.random.key(0))[0]
+
+    batch = run.task.example_batch()
+    by_leaf = tk.statistics.leaf_flops(
+        forward, abstract_params(run.task), run.abstract.model_state, batch
+    )
+    found = tk.statistics.flops(by_leaf, counts)
+    return {
+        "dense_forward_per_step": found.dense,
+        "inference_fraction": found.inference_fraction,
+        "training_fraction": found.training_fraction,
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

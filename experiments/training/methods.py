@@ -1,0 +1,139 @@
+"""From `config.method` to the sparsity method around an optimizer."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+import topkast_jax as tk
+from experiments.errors import UserError
+from topkast_jax.sparsify import SparseTransform
+from topkast_jax.trees import path_name
+
+Tree = Any
+_OWN = ("top_kast", "static_random")  # whose defaults come before those of methods added
+# Whatever a method's own default: a seed of None is that of the config.
+_DEFAULTS = {"forward_density": 0.1, "backward_density": 0.2, "seed": None}
+# What a method holds of its leaves: all of them and masks, or their backward sets alone.
+COMPACT = {"refresh_delay": 0, "backend": None}
+
+
+def method_names() -> tuple[str, ...]:
+    """Every value of `config.method.name`."""
+    return ("dense", *tk.methods.names())
+
+
+def method_keys(method: ConfigDict, compact: bool | None = None) -> tuple[str, ...]:
+    """What a method reads of `config.method`: the arguments of its factory, and how it is held.
+
+    Args:
+        method: the section.
+        compact: as if it were always sparse, or not; None: as it is.
+    """
+    if method.name == "dense":
+        return ()
+    keys = (*_arguments(method.name), "distribution", "always_sparse")
+    if not (method.always_sparse if compact is None else compact):
+        return keys
+    held = [key for key in COMPACT if key != "refresh_delay" or "refresh_every" in keys]
+    return (*(key for key in keys if key != "inner_state"), *held)
+
+
+def method_defaults() -> dict[str, Any]:
+    """The section `method`: every argument of every registered method, with its default."""
+    section: dict[str, Any] = {"name": "dense", "distribution": "uniform"}
+    for name in sorted(tk.methods.names(), key=_OWN.__contains__, reverse=True):
+        for key, argument in _arguments(name).items():
+            empty = argument.default is inspect.Parameter.empty
+            section.setdefault(key, _DEFAULTS.get(key, None if empty else argument.default))
+    return section | {"pattern": "unstructured", "always_sparse": False} | COMPACT
+
+
+def _arguments(name: str) -> dict[str, inspect.Parameter]:
+    arguments = inspect.signature(tk.methods.get(name)).parameters
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {k: p for k, p in list(arguments.items())[1:] if p.kind in named}
+
+
+def sparsified(
+    config: ConfigDict, inner: optax.GradientTransformationExtraArgs, params: Tree
+) -> SparseTransform:
+    """The transformation of the method that the config names, around an optimizer."""
+    method = config.method
+    own = ("name", "distribution", "always_sparse", *COMPACT)
+    options = {k: v for k, v in method.items() if k not in own}
+    options["rules"] = _rules(method, params)
+    options["pattern"] = read_pattern(method.pattern)
+    if "seed" in options and method.seed is None:
+        options["seed"] = config.seed
+    tx = tk.methods.get(method.name)(inner, **options)
+    if not isinstance(tx, SparseTransform):
+        raise UserError(
+            f"config.method.name: {method.name!r} makes a {type(tx).__name__}; its factory must "
+            "return what topkast_jax.sparsify returns"
+        )
+    _check_blocks(tx, params)
+    return tx
+
+
+def _check_blocks(tx: SparseTransform, params: Tree) -> None:
+    try:
+        tx.plan.leaves(params)
+    except tk.SparsityError as error:
+        if ": Block(" not in str(error):
+            raise
+        raise UserError(
+            f"{error}; choose another config.method.pattern, or leave that leaf dense by "
+            "config.method.rules"
+        ) from error
+
+
+def read_pattern(text: str) -> tk.Pattern:
+    """`unstructured` or `block:RxC` as a pattern."""
+    if text == "unstructured":
+        return tk.Unstructured()
+    match = re.fullmatch(r"block:(\d+)x(\d+)", text)
+    if not match:
+        raise UserError(f"pattern {text!r}: allowed: 'unstructured', 'block:RxC'")
+    return tk.Block(int(match[1]), int(match[2]))
+
+
+def has_blocks(method: ConfigDict) -> bool:
+    """Whether a method's pattern, or that of one of its rules, is blocks."""
+    specs = [spec for _, spec in read_rules(method.rules) or ()]
+    patterns = [spec.pattern for spec in specs if isinstance(spec, tk.Sparse)]
+    return any(isinstance(p, tk.Block) for p in (read_pattern(method.pattern), *patterns))
+
+
+def read_rules(rules: Any, distribution: str = "uniform") -> list[tuple[str, Any]] | None:
+    """Rules of a config, where a spec is `dense`, `sparse` or a dict, as the library's."""
+    if rules is None:
+        return None
+    return [(regex, _spec(spec, distribution)) for regex, spec in rules]
+
+
+def _spec(spec: Any, distribution: str) -> tk.Dense | tk.Sparse:
+    if spec == "dense":
+        return tk.Dense()
+    options = {} if spec == "sparse" else dict(spec)
+    if "pattern" in options:
+        options["pattern"] = read_pattern(options["pattern"])
+    try:
+        return tk.Sparse(**{"distribution": distribution} | options)
+    except TypeError as error:
+        raise UserError(f"rule {spec!r}: {error}") from error
+
+
+def _rules(method: ConfigDict, params: Tree) -> list[tuple[str, Any]] | None:
+    if method.rules is not None or method.distribution == "uniform":
+        return read_rules(method.rules, method.distribution)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [
+        (re.escape(path_name(path)), _spec("sparse" if leaf.ndim >= 2 else "dense", "erk"))
+        for path, leaf in leaves
+    ]

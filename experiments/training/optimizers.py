@@ -1,0 +1,150 @@
+"""From a config to its schedule and its optax optimizer, with the sparsity method around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+import topkast_jax as tk
+from experiments.training.methods import sparsified
+from topkast_jax.always_sparse import AlwaysSparse
+from topkast_jax.sparsify import SparseTransform
+
+Tree = Any
+Transform: TypeAlias = optax.GradientTransformationExtraArgs
+View = Callable[[Tree, Tree], Tree]
+# What each reads of its config section; sections are cut down to this.
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "sgd": ("momentum", "nesterov"),
+    "adam": ("b1", "b2", "eps"),
+    "adamw": ("b1", "b2", "eps", "weight_decay"),
+    "lamb": ("b1", "b2", "eps", "weight_decay"),
+    "adafactor": ("weight_decay",),
+    "rmsprop": ("b2", "eps", "momentum", "nesterov"),
+}
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "cosine": ("final_factor",),
+    "step": ("boundaries", "factor"),
+}
+
+
+def optimizer_keys(optimizer: ConfigDict) -> tuple[str, ...]:
+    """What an optimizer reads of `config.optimizer`."""
+    common = ("learning_rate", "reference_batch_size", "l2", "clip_global_norm", "schedule")
+    return (*common, *OPTIMIZERS[optimizer.name])
+
+
+def schedule_keys(schedule: ConfigDict) -> tuple[str, ...]:
+    """What a schedule reads of `config.optimizer.schedule`."""
+    return ("warmup_steps", "reference_steps", *SCHEDULES[schedule.name])
+
+
+def make_schedule(config: ConfigDict) -> optax.Schedule:
+    """Learning rate by step: a linear warm-up, then what the name says."""
+    schedule, derived = config.optimizer.schedule, config.derived
+    peak, warmup = derived.learning_rate, derived.warmup_steps
+    if schedule.name == "cosine":
+        main = optax.cosine_decay_schedule(peak, config.steps - warmup, schedule.final_factor)
+    elif schedule.name == "step":
+        after = {b - warmup: schedule.factor for b in derived.boundaries}
+        main = optax.piecewise_constant_schedule(peak, after)
+    else:
+        main = optax.constant_schedule(peak)
+    if not warmup:
+        return main
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / warmup, peak, warmup - 1), main], [warmup]
+    )
+
+
+def make_optimizer(config: ConfigDict, params: Tree) -> Transform:
+    """The optimizer of a run whose parameters are dense arrays, masked or not.
+
+    Args:
+        config: validated.
+        params: abstract parameters, to see what is sparse.
+    """
+    inner = _inner(config, params)
+    if config.method.name == "dense":
+        return _with_l2(config, inner, _matrices(params))
+    tx = sparsified(config, inner, params)
+    return _with_l2(config, tx, _penalised(config, tx, params))
+
+
+def make_always_sparse(
+    config: ConfigDict, params: Tree, place: Callable[[tuple[int, ...]], jax.sharding.Sharding]
+) -> tuple[AlwaysSparse, Transform]:
+    """The optimizer of a run that is always sparse, over the tree of values.
+
+    Args:
+        config: validated.
+        params: abstract dense parameters.
+        place: shape → where it lies.
+
+    Returns:
+        What starts and refreshes, and the optimizer.
+    """
+    tx = sparsified(config, _inner(config, params), params)
+    delay = config.method.get("refresh_delay", 0)
+    sparse = AlwaysSparse(tx, params, delay=delay, place=place)
+    return sparse, _with_l2(config, sparse.transform, _penalised(config, tx, params))
+
+
+def _with_l2(config: ConfigDict, tx: Any, decayed: Tree) -> Transform:
+    if not config.optimizer.l2:
+        return optax.with_extra_args_support(tx)
+    # Before the method: what it drops of the gradient, it drops of this too.
+    return optax.chain(optax.add_decayed_weights(config.optimizer.l2, decayed), tx)
+
+
+def _penalised(config: ConfigDict, tx: SparseTransform, params: Tree) -> Tree:
+    """Which leaves get the L2 penalty: matrices, but for those with the method's own penalty."""
+    matrices = _matrices(params)
+    if "exploration_weight" not in config.method:
+        return matrices
+    dense = [leaf is None for leaf in tx.plan.leaves(params)]
+    return jax.tree.map(
+        lambda matrix, rest: matrix and rest,
+        matrices,
+        jax.tree.unflatten(jax.tree.structure(matrices), dense),
+    )
+
+
+def forward_view(config: ConfigDict) -> View:
+    """What the network runs on, from parameters and optimizer state."""
+    if config.method.name == "dense":
+        return lambda params, opt_state: params
+    return tk.forward_params
+
+
+def _matrices(params: Tree) -> Tree:
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+def _inner(config: ConfigDict, params: Tree) -> Transform:
+    c, rate = config.optimizer, make_schedule(config)
+    moments = {k: c[k] for k in ("b1", "b2", "eps") if k in c}
+    matrices = _matrices(params)
+    decay = {"weight_decay": c.get("weight_decay"), "mask": matrices}
+    make: dict[str, Callable[[], Any]] = {
+        "sgd": lambda: optax.sgd(rate, c.momentum or None, c.nesterov),
+        "adam": lambda: optax.adam(rate, **moments),
+        "adamw": lambda: optax.adamw(rate, **moments, **decay),
+        "lamb": lambda: optax.lamb(rate, **moments, **decay),
+        "adafactor": lambda: optax.adafactor(
+            rate, weight_decay_rate=c.weight_decay or None, weight_decay_mask=matrices
+        ),
+        "rmsprop": lambda: optax.rmsprop(
+            rate, c.b2, c.eps, momentum=c.momentum or None, nesterov=c.nesterov
+        ),
+    }
+    inner = make[c.name]()
+    if not c.clip_global_norm:
+        return inner
+    # Inside the method: the norm is that of the gradient that is used.
+    return optax.chain(optax.clip_by_global_norm(c.clip_global_norm), inner)
