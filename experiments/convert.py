@@ -24,12 +24,12 @@ from experiments.config import command_line
 from experiments.errors import UserError
 from experiments.records import restore, workdir
 from experiments.records.checkpoints import Checkpoints
+from experiments.training.methods import representation
 from experiments.training.partition import all_devices
 from experiments.training.program import build
-from experiments.training.representation import Compact
 from experiments.training.state import TrainState
 
-FORMS = ("masked", "always_sparse")
+REPRESENTATIONS = ("masked", "always_sparse")
 
 
 @command_line.command
@@ -41,18 +41,22 @@ def main(argv: list[str]) -> None:
 
 
 def convert(directory: Path, out: Path, to: str) -> int:
-    """Writes the newest state of a run to a new folder in another form; returns its step."""
+    """Writes the newest state of a run to a new folder in another representation.
+
+    Returns:
+        The step of that state.
+    """
     config = restore.read_config(directory)
-    twin_config = restore.other_form(config)
-    if restore.is_compact(twin_config) != (to == "always_sparse"):
+    twin_config = restore.with_representation(config, to)
+    if representation(config.method) == to:
         raise UserError(f"--to={to}: the run in {directory} is that already")
     workdir.check_no_address("--out", out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: exists; must be a new or an empty folder")
     found = restore.read(directory)
-    twin = build(restore.on_one_device(twin_config), all_devices()[:1])
-    state = _in_form_of(twin.form, found)
-    _check_shapes(twin.form.abstract(int(state.step)), state)
+    twin = build(restore.on_one_device(twin_config), all_devices()[:1]).representation
+    state = twin.from_masked(found.program.representation.to_masked(found.state))
+    _check_shapes(twin.abstract(int(state.step)), state)
     with workdir.whole(out) as unfinished:
         unfinished.mkdir(parents=True)
         _write(unfinished, twin_config, state, found.meta)
@@ -70,17 +74,6 @@ def _write(directory: Path, config: ConfigDict, state: TrainState, meta: dict[st
         store.close()
 
 
-def _in_form_of(form: object, found: restore.Saved) -> TrainState:
-    state = found.state
-    if isinstance(form, Compact):
-        held = form.sparse.from_masked(state.params, state.opt_state)
-        return TrainState(state.step, held[0], held[1], state.model_state, held[2])
-    assert isinstance(found.run.form, Compact)
-    reservoir = found.run.form.sparse.settled(state.reservoir)
-    params, opt_state = found.run.form.sparse.to_masked(state.params, state.opt_state, reservoir)
-    return TrainState(state.step, params, opt_state, state.model_state)
-
-
 def _check_shapes(abstract: TrainState, state: TrainState) -> None:
     for (path, expected), found in zip(
         jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(state), strict=True
@@ -88,7 +81,7 @@ def _check_shapes(abstract: TrainState, state: TrainState) -> None:
         if expected.shape != found.shape:
             raise UserError(
                 f"config.optimizer.name: its state at {jax.tree_util.keystr(path)} has shape "
-                f"{found.shape} and would need {expected.shape}: it has no other form"
+                f"{found.shape} and would need {expected.shape}: it has no other representation"
             )
 
 
@@ -96,7 +89,7 @@ def _parser() -> command_line.Parser:
     parser = command_line.Parser(prog="experiments.convert", description=__doc__)
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--out", required=True, help="a new folder")
-    parser.add_argument("--to", required=True, choices=FORMS)
+    parser.add_argument("--to", required=True, choices=REPRESENTATIONS)
     return parser
 
 

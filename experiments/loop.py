@@ -17,7 +17,7 @@ from experiments.task import DataIterator
 from experiments.training.evaluation import evaluate
 from experiments.training.metric_sums import NonFiniteError, Window
 from experiments.training.prefetch import Prefetcher
-from experiments.training.program import Run, build
+from experiments.training.program import Program, build
 from experiments.training.state import TrainState
 from experiments.training.stopping import StopRequest
 
@@ -28,7 +28,7 @@ Outcome = Literal["finished", "stopped", "finished before"]
 class Session:
     """One process's part of a run: what it writes to, and where it is."""
 
-    run: Run
+    program: Program
     directory: Path
     checkpoints: Checkpoints
     metrics: Metrics
@@ -55,37 +55,37 @@ def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Ou
     if workdir.finished(directory):
         workdir.claim(directory, config)
         return "finished before"
-    run = build(config)  # before the folder is touched: most mistakes show here
-    data = run.task.train_data()
+    program = build(config)  # before the folder is touched: most mistakes show here
+    data = program.task.train_data()
     workdir.claim(directory, config)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
     try:
-        return _train_from(run, data, directory, checkpoints, stop_at)
+        return _train_from(program, data, directory, checkpoints, stop_at)
     finally:
         checkpoints.close()
 
 
 def _train_from(
-    run: Run,
+    program: Program,
     data: DataIterator,
     directory: Path,
     checkpoints: Checkpoints,
     stop_at: int | None,
 ) -> Outcome:
-    restored = checkpoints.restore(run.form.abstract)
-    state, meta = restored or (run.init(), {})
+    restored = checkpoints.restore(program.representation.abstract)
+    state, meta = restored or (program.representation.init(), {})
     if restored:
         data.set_state(meta["data"])
     start = int(state.step)
-    metrics = Metrics(directory, start, run.config.steps)
+    metrics = Metrics(directory, start, program.config.steps)
     if restored:
         metrics.say(f"going on from the checkpoint of step {start}")
     window = Window(meta.get("first", start + 1), meta.get("sums"))
     began = time.time() - meta.get("seconds", 0.0)
     saved = start if restored else None
-    session = Session(run, directory, checkpoints, metrics, window, began, saved)
+    session = Session(program, directory, checkpoints, metrics, window, began, saved)
     try:
-        with Prefetcher(data, run.put) as batches, StopRequest() as stop:
+        with Prefetcher(data, program.put) as batches, StopRequest() as stop:
             state, stopped = _loop(session, state, batches, stop, stop_at)
         if not stopped:
             _finish(session, state)
@@ -109,22 +109,22 @@ def _loop(
     the device never waits for the host. Records come before the checkpoint that counts on them, and
     the check that all is finite before both.
     """
-    run, window, config = session.run, session.window, session.run.config
+    program, window, config = session.program, session.window, session.program.config
     end = config.steps if stop_at is None else min(config.steps, stop_at)
     step, stopping = int(state.step), False
     while step < end and not stopping:
-        state, sums = run.step(state, batches.next())
+        state, sums = program.step(state, batches.next())
         step += 1
         window.add(step, sums)
-        state = run.form.between_steps(state, step)
+        state = program.representation.between_steps(state, step)
         session.metrics.tick(step)
         if step % config.log_every == 0 or step == config.steps:
             _log(session, state, step, batches)
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             window.totals.settled()
             with window.paused():
-                values = evaluate(run, state, run.task.eval_split)
-                session.metrics.write(step, run.task.eval_split, values)
+                values = evaluate(program, state, program.task.eval_split)
+                session.metrics.write(step, program.task.eval_split, values)
         stopping = stop.asked()
         due = config.checkpoint_every and step % config.checkpoint_every == 0
         if due or stopping or step == end:
@@ -134,16 +134,16 @@ def _loop(
 
 def _log(session: Session, state: TrainState, step: int, batches: Prefetcher) -> None:
     """The records of the window that ends here."""
-    run, window = session.run, session.window
+    program, window = session.program, session.window
     totals = window.totals.settled()
     with window.paused():
-        values: dict[str, Any] = run.task.final_metrics(totals)
-        values = values | {"learning_rate": run.learning_rate(step - 1)}
-        units = run.task.unit, run.task.units_per_step
+        values: dict[str, Any] = program.task.final_metrics(totals)
+        values = values | {"learning_rate": program.learning_rate(step - 1)}
+        units = program.task.unit, program.task.units_per_step
         session.metrics.write(
             step, "train", values | {"timing": window.timing(*units, batches.waited)}
         )
-        masks = run.masks(state)
+        masks = program.representation.mask_statistics(state)
         if masks:
             session.metrics.write(step, "masks", masks)
         window.next(step + 1)
@@ -155,23 +155,23 @@ def _save(session: Session, state: TrainState, step: int, position: Any) -> None
     window = session.window
     meta = {"data": position, "first": window.first, "sums": window.totals.settled()}
     with window.paused():
-        if not session.run.finite(state.params):
+        if not session.program.finite(state.params):
             raise NonFiniteError(step, f"the parameters after step {step} are not finite")
         session.metrics.sync()
-        state = session.run.form.settled(state)
+        state = session.program.representation.settled(state)
         session.checkpoints.save(step, state, meta | {"seconds": session.seconds()})
         session.saved = step
 
 
 def _finish(session: Session, state: TrainState) -> None:
     """The last evaluation and `final.json`."""
-    run, step = session.run, int(state.step)
+    program, step = session.program, int(state.step)
     results = {}
-    if run.config.eval_at_end:
-        for split in dict.fromkeys([run.task.eval_split, run.task.test_split]):
-            results[split] = evaluate(run, state, split)
+    if program.config.eval_at_end:
+        for split in dict.fromkeys([program.task.eval_split, program.task.test_split]):
+            results[split] = evaluate(program, state, split)
             session.metrics.write(step, split, results[split] | {"final": True})
-    value = summary.summary(run, state, results, session.seconds())
+    value = summary.summary(program, state, results, session.seconds())
     summary.write(session.directory, value)
 
 

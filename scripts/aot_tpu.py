@@ -42,17 +42,16 @@ def report(spec: str, overrides: Sequence[str], topology: str, count: int | None
     """Compiles; the record that is printed."""
     config = resolve(spec, overrides)
     target = compiling.target(topology, count)
-    run = build(config, target.devices)
-    lowered = compiling.lower(run)
+    program = build(config, target.devices)
+    lowered = compiling.lower(program)
+    reservoir = program.representation.abstract().reservoir
     record: dict[str, Any] = {
         "config": config.name,
         "overrides": list(overrides),
         "topology": topology,
         "devices": len(target.devices),
         "hbm_bytes": target.peaks.hbm_bytes,
-        "reservoir_bytes": sum(
-            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract.reservoir)
-        ),
+        "reservoir_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(reservoir)),
     }
     start = time.perf_counter()
     try:
@@ -61,16 +60,16 @@ def report(spec: str, overrides: Sequence[str], topology: str, count: int | None
         needs = {"needed_bytes": error.needed, "available_bytes": error.available}
         return record | {"fits": False} | needs
     record |= {"fits": True, "compile_seconds": round(time.perf_counter() - start, 1)}
-    program = hlo.parse(compiled.as_text() or "")
-    return record | compiling.memory(compiled) | costs(program, len(target.devices), target.peaks)
+    module = hlo.parse(compiled.as_text() or "")
+    return record | compiling.memory(compiled) | costs(module, len(target.devices), target.peaks)
 
 
-def costs(program: hlo.Program, devices: int, peaks: Chip) -> dict[str, Any]:
+def costs(module: hlo.Module, devices: int, peaks: Chip) -> dict[str, Any]:
     """What an ordinary step does, and the costliest one."""
-    ordinary = cost(program, devices)
+    ordinary = cost(module, devices)
     record = roofline(ordinary, peaks)
     if ordinary.alternatives:
-        record["costliest"] = roofline(cost(program, devices, dearest), peaks)
+        record["costliest"] = roofline(cost(module, devices, dearest), peaks)
     return record
 
 

@@ -29,15 +29,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from experiments.config import command_line, resolve
 from experiments.task import make_task
 from experiments.tpu import compiling, library
-from experiments.training import optimizers
 from experiments.training import state as states
-from experiments.training.program import Run, build
+from experiments.training.program import Program, build
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_large.py"
 TOPOLOGY = "v5e:2x2"
@@ -82,9 +80,10 @@ class Measured:
     fits: bool
 
 
-def state_bytes(run: Run) -> int:
+def state_bytes(program: Program) -> int:
     """Parameters, gradients and optimizer state that lie on the device."""
-    params, opt_state = run.abstract.params, run.abstract.opt_state
+    state = program.representation.abstract()
+    params, opt_state = state.params, state.opt_state
     gradients = [p for p in jax.tree.leaves(params) if jnp.issubdtype(p.dtype, jnp.floating)]
     leaves = [*jax.tree.leaves(params), *gradients, *jax.tree.leaves(opt_state)]
     return sum(_bytes(leaf) for leaf in leaves)
@@ -94,28 +93,17 @@ def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
 
 
-def check(variant: Variant, target: compiling.Target) -> None:
-    """Raises what is wrong with a variant's densities, rules and pattern, from shapes alone."""
-    config = variant.config()
-    params = states.abstract_params(make_task(config))
-    if config.method.get("always_sparse"):
-        place = SingleDeviceSharding(target.devices[0])
-        optimizers.make_always_sparse(config, params, lambda shape: place)
-    else:
-        optimizers.make_optimizer(config, params)
-
-
 def measure(variant: Variant, target: compiling.Target, layers: int | None = None) -> Measured:
     """Compiles a variant's step, of its own depth or another, and prints a row."""
     config = variant.config(layers)
-    run = build(config, target.devices)
+    program = build(config, target.devices)
     params = sum(leaf.size for leaf in jax.tree.leaves(states.abstract_params(make_task(config))))
     try:
-        compiled = compiling.compile(compiling.lower(run))
+        compiled = compiling.compile(compiling.lower(program))
         total, fits = compiling.memory(compiled)["device_bytes"]["total"], True
     except compiling.TooLarge as error:
         total, fits = error.needed or 0, False
-    found = Measured(config.model.n_layer, params, state_bytes(run), total, fits)
+    found = Measured(config.model.n_layer, params, state_bytes(program), total, fits)
     print(_row(variant.name, found), flush=True)
     return found
 
@@ -179,8 +167,8 @@ def variants(patterns: Sequence[str], masked: bool, overrides: Sequence[str]) ->
 def bench(runs: Sequence[Variant], skip_largest: bool) -> dict[str, dict[str, float]]:
     """Pattern → ratios; the first variant is the dense one."""
     target = compiling.target(TOPOLOGY, 1)
-    for run in runs:  # before any is compiled
-        check(run, target)
+    for run in runs:  # A mistake in any of them ends the script before the first compilation.
+        build(run.config(), target.devices)
     measured = [measure(run, target) for run in runs]
     pairs = [] if skip_largest else list(zip(runs, measured, strict=True))
     largest = [_deepest(run, start, target) for run, start in pairs]

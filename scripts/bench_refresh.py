@@ -27,9 +27,9 @@ from ml_collections import ConfigDict
 
 from experiments.config import command_line, resolve
 from experiments.errors import UserError
+from experiments.training.methods import representation
 from experiments.training.metric_sums import LOSS
-from experiments.training.program import Run, build
-from experiments.training.representation import Compact
+from experiments.training.program import Program, build
 from topkast_jax.sets import BACKWARD
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_small.py"
@@ -51,18 +51,19 @@ def measure(variant: str, steps: int, repeats: int, overrides: Sequence[str]) ->
         ("method.always_sparse=True", f"method.refresh_every={steps}", *overrides),
     )
     _check_refreshes(config.method, steps, (repeats + WARM) * steps)
-    run = build(config)
-    if not isinstance(run.form, Compact):
+    if representation(config.method) != "always_sparse":
         raise UserError("config.method.always_sparse: found False; must be True")
-    state, batch = run.init(), _batch(run)
+    program = build(config)
+    held = program.representation
+    state, batch = held.init(), _batch(program)
     step_seconds, refresh_seconds, entering = [], [], []
     for i in range(1, (repeats + WARM) * steps + 1):
-        seconds, (state, sums) = _timed(run.step, state, batch)
+        seconds, (state, sums) = _timed(program.step, state, batch)
         step_seconds.append(seconds)
         _check_finite(i, float(sums[LOSS]))
         if i % steps == 0:
             before = {k: v & BACKWARD for k, v in state.reservoir.sets.items()}
-            seconds, state = _timed(run.form.between_steps, state, i)
+            seconds, state = _timed(held.between_steps, state, i)
             refresh_seconds.append(seconds)
             entering.append(_entering(before, state.reservoir.sets))
             print(f"refresh {len(refresh_seconds)}: {seconds:.3f} s, {entering[-1]:.2%} of B new")
@@ -100,13 +101,13 @@ def _check_finite(step: int, loss: float) -> None:
         )
 
 
-def _batch(run: Run) -> Any:
+def _batch(program: Program) -> Any:
     rng = np.random.default_rng(0)
     tokens = {
-        name: rng.integers(0, run.config.data.vocabulary_size, x.shape).astype(x.dtype)
-        for name, x in run.task.example_batch().items()
+        name: rng.integers(0, program.config.data.vocabulary_size, x.shape).astype(x.dtype)
+        for name, x in program.task.example_batch().items()
     }
-    return run.put(tokens)
+    return program.put(tokens)
 
 
 def _timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:

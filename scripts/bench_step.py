@@ -102,7 +102,10 @@ def transformer_xl(refresh_every: int) -> Training:
         batch = {"tokens": text[:, :-1], "targets": text[:, 1:]}
         return task.loss(params, memory, batch, keys[0])[0]
 
-    dense_tx, sparse_tx = (optimizers.make_optimizer(c, params) for c in (dense, sparse))
+    dense_tx, (_, sparse_tx) = (
+        optimizers.make_dense(dense, params),
+        optimizers.make_masked(sparse, params),
+    )
     return Training(params, (memory, text), loss, dense_tx, sparse_tx)
 
 

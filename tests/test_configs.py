@@ -99,7 +99,7 @@ def test_imagenet_recipe_follows_batch_size_and_steps():
 
 def test_momentum_is_one_line():
     config = resolve("imagenet_resnet50", "dense", "optimizer.momentum=0.0")
-    tx = optimizers.make_optimizer(config, {"w": jax.ShapeDtypeStruct((2, 2), np.float32)})
+    tx = optimizers.make_dense(config, {"w": jax.ShapeDtypeStruct((2, 2), np.float32)})
     shapes = {
         leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(tx.init, {"w": np.ones((2, 2))}))
     }
@@ -110,7 +110,7 @@ def test_momentum_is_one_line():
 def test_the_first_convolution_is_dense_and_every_other_kernel_sparse(name):
     config = resolve(name, "90/80")
     params = state.abstract_params(make_task(config))
-    sets = jax.eval_shape(optimizers.make_optimizer(config, params).init, params)
+    sets = jax.eval_shape(optimizers.make_masked(config, params)[1].init, params)
     found = {
         "/".join(str(k.key) for k in path if hasattr(k, "key"))
         for path, leaf in jax.tree_util.tree_leaves_with_path(sets)

@@ -141,11 +141,11 @@ def _drop_unread(config: ConfigDict, overridden: frozenset[str]) -> None:
 
 
 def _why_unread(part: ConfigDict, key: str, read: Iterable[str]) -> str:
-    compact = part.get("always_sparse")
-    if compact is not None and key in methods.method_keys(part, not compact):
-        if compact:
+    if "always_sparse" in part and part.name != "dense":
+        if key in methods.method_keys(part, "masked"):
             return f"always sparse always resets; leave {key} out"
-        return "is read only with config.method.always_sparse=True"
+        if key in methods.method_keys(part, "always_sparse"):
+            return "is read only with config.method.always_sparse=True"
     return f"{part.name} does not read it; it reads {', '.join(read) or 'nothing'}"
 
 

@@ -1,4 +1,4 @@
-"""Goes on with a text, from the last checkpoint of a run.
+"""Goes on with a text, from the last checkpoint of a program.
 
 python -m experiments.language_modelling.generate --workdir=DIR --prompt=TEXT --tokens=N
 
@@ -18,14 +18,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import export
 from experiments.config import command_line
 from experiments.errors import UserError
 from experiments.language_modelling.config import lengths, open_corpus, transformer_config
 from experiments.language_modelling.data.vocabulary import Vocabulary
 from experiments.language_modelling.sampling import Sampling, generate
 from experiments.language_modelling.task import LanguageModelling
-from experiments.records import restore
+from experiments.records import exported, restore
 from topkast_jax.always_sparse import is_compact
 from topkast_jax.trees import flatten_with_names
 
@@ -54,7 +53,7 @@ def continuation(
     """The prompt and what the model of a run makes of it.
 
     Args:
-      directory: of the run.
+      directory: of the program.
       prompt: one symbol at least.
       tokens: how many to add.
       sampling: how they are drawn.
@@ -62,20 +61,20 @@ def continuation(
       params: a file from `experiments.export`, in place of the run's newest parameters.
     """
     found = restore.read(directory, "language_modelling")
-    run, state = found.run, found.state
-    assert isinstance(run.task, LanguageModelling)
+    program, state = found.program, found.state
+    assert isinstance(program.task, LanguageModelling)
     if params is None:
-        alpha = run.view(state.params, state.opt_state)
+        alpha = program.view(state.params, state.opt_state)
     else:
-        alpha = exported(params, found.config, run.task.model.abstract_params)
+        alpha = read_params(params, found.config, program.task.model.abstract_params)
     vocabulary = _vocabulary(found.config, found.meta["data"]["text"])
     numbers = encode_prompt(vocabulary, prompt)
     reach = lengths(found.config, "evaluation")
-    drawn = generate(run.task.model, alpha, reach, numbers, tokens, sampling, seed)
+    drawn = generate(program.task.model, alpha, reach, numbers, tokens, sampling, seed)
     return vocabulary.decode([*numbers, *drawn])
 
 
-def exported(path: Path, config: ConfigDict, like: Any) -> Any:
+def read_params(path: Path, config: ConfigDict, like: Any) -> Any:
     """The parameters in an exported file.
 
     Args:
@@ -87,7 +86,7 @@ def exported(path: Path, config: ConfigDict, like: Any) -> Any:
       UserError: it cannot be read, holds another form, or parameters of another model.
     """
     try:
-        tree, metadata = export.load(path)
+        tree, metadata = exported.load(path)
     except UserError as error:
         raise UserError(f"--params={error}") from error
     if metadata["form"] not in ("dense", "compact"):

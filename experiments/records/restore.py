@@ -1,4 +1,4 @@
-"""A run that is only read: its config, its newest state, and the same in the other form."""
+"""Reads a run that is not trained further: its config and its newest state."""
 
 from __future__ import annotations
 
@@ -12,27 +12,25 @@ from experiments.errors import UserError
 from experiments.records import checkpoints, workdir
 from experiments.training import methods
 from experiments.training.partition import all_devices
-from experiments.training.program import Run, build
-from experiments.training.representation import Compact
+from experiments.training.program import Program, build
 from experiments.training.state import TrainState
-from topkast_jax import SparsityError
 
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A run out of its folder, on one device.
+    """A run read from its folder, on one device.
 
     Attributes:
-        config: as resolved when it was made, mesh included.
-        run: its parts.
-        state: of its newest whole checkpoint.
-        meta: what is beside the state there.
+        config: the config as resolved when the run was made, mesh included.
+        program: what the run compiles.
+        state: the state of its newest whole checkpoint.
+        meta: what is stored next to the state.
     """
 
     config: ConfigDict
-    run: Run
+    program: Program
     state: TrainState
     meta: dict[str, Any]
 
@@ -54,9 +52,10 @@ def read_config(directory: Path, task: str | None = None) -> ConfigDict:
 def read(directory: Path, task: str | None = None) -> Saved:
     """A run and its newest state; `read_config`'s errors, and UserError without a checkpoint."""
     config = read_config(directory, task)
-    run = build(on_one_device(config), all_devices()[:1])
-    state, meta = checkpoints.load(directory / workdir.CHECKPOINTS, run.form.abstract)
-    return Saved(config, run, state, meta)
+    program = build(on_one_device(config), all_devices()[:1])
+    abstract = program.representation.abstract
+    state, meta = checkpoints.load(directory / workdir.CHECKPOINTS, abstract)
+    return Saved(config, program, state, meta)
 
 
 def on_one_device(config: ConfigDict) -> ConfigDict:
@@ -68,36 +67,17 @@ def on_one_device(config: ConfigDict) -> ConfigDict:
     return copy
 
 
-def is_compact(config: ConfigDict) -> bool:
-    """Whether a config's run is always sparse."""
-    return bool(config.method.get("always_sparse", False))
-
-
-def other_form(config: ConfigDict) -> ConfigDict:
-    """The config whose run is the same in the other form: masks, or always sparse.
+def with_representation(config: ConfigDict, to: str) -> ConfigDict:
+    """The config of the same run in another representation, "masked" or "always_sparse".
 
     Raises:
         UserError: the run is dense.
     """
-    if config.method.name == "dense":
-        raise UserError("the run is dense: it has no sets, and one form")
-    method = config.method.to_dict() | {"always_sparse": not is_compact(config)}
+    if methods.representation(config.method) == "dense":
+        raise UserError("the run is dense: it has no sets, and no other representation")
+    method = config.method.to_dict() | {"always_sparse": to == "always_sparse"}
     filled = {"inner_state": "reset"} | methods.COMPACT | method
     keys = ("name", *methods.method_keys(ConfigDict(method)))
     copy = config.copy_and_resolve_references()
     copy.method = ConfigDict({key: filled[key] for key in keys})
     return copy
-
-
-def in_compact_form(saved: Saved) -> tuple[Any, Any]:
-    """Parameters and optimizer state on the device, always sparse if the run has such a form."""
-    state = saved.state
-    if saved.config.method.name == "dense" or is_compact(saved.config):
-        return state.params, state.opt_state
-    try:
-        twin = build(on_one_device(other_form(saved.config)), all_devices()[:1])
-        assert isinstance(twin.form, Compact)
-        params, opt_state, _ = twin.form.sparse.from_masked(state.params, state.opt_state)
-    except SparsityError:  # a method, density or optimizer that masks alone can have
-        return state.params, state.opt_state
-    return params, opt_state

@@ -10,26 +10,26 @@ import jax
 
 import topkast_jax as tk
 from experiments.records import workdir
-from experiments.training.program import Run
+from experiments.training.program import Program
 from experiments.training.state import TrainState, abstract_params
 
 PACKAGES = ("topkast-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def summary(
-    run: Run, state: TrainState, results: dict[str, dict[str, Any]], seconds: float
+    program: Program, state: TrainState, results: dict[str, dict[str, Any]], seconds: float
 ) -> dict[str, Any]:
     """Everything a report needs; densities are counted from the masks.
 
     Args:
-        run: the run.
+        program: the program of the run.
         state: its last state.
         results: split → metrics with their context.
         seconds: wall time.
     """
-    config = run.config
-    counts = run.leaf_counts(state)
-    test = dict(results.get(run.task.test_split, {}))
+    config = program.config
+    counts = program.representation.leaf_counts(state)
+    test = dict(results.get(program.task.test_split, {}))
     return {
         "name": config.name,
         "task": config.task,
@@ -41,7 +41,7 @@ def summary(
         "parameters": sum(leaf.entries for leaf in counts.values()),
         "active_parameters": sum(leaf.forward for leaf in counts.values()),
         "densities": _densities(counts),
-        "flops": _flops(run, counts),
+        "flops": _flops(program, counts),
         "seconds": seconds,
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
@@ -75,15 +75,15 @@ def _densities(counts: dict[str, tk.statistics.LeafCounts]) -> dict[str, Any]:
     }
 
 
-def _flops(run: Run, counts: dict[str, tk.statistics.LeafCounts]) -> dict[str, float]:
+def _flops(program: Program, counts: dict[str, tk.statistics.LeafCounts]) -> dict[str, float]:
     """Of the forward pass on one training batch; nothing is computed."""
 
     def forward(params: Any, model_state: Any, batch: Any) -> Any:
-        return run.task.loss(params, model_state, batch, jax.random.key(0))[0]
+        return program.task.loss(params, model_state, batch, jax.random.key(0))[0]
 
-    batch = run.task.example_batch()
+    batch = program.task.example_batch()
     by_leaf = tk.statistics.leaf_flops(
-        forward, abstract_params(run.task), run.abstract.model_state, batch
+        forward, abstract_params(program.task), program.representation.abstract().model_state, batch
     )
     found = tk.statistics.flops(by_leaf, counts)
     return {

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from experiments.errors import UserError
 from experiments.tpu.chips import Chip, chip_of
 from experiments.training.partition import BATCH, make_mesh
-from experiments.training.program import Run
+from experiments.training.program import Program
 
 _TOO_LARGE = (
     r"Used (?P<needed>[\d.]+[KMGT]?) of (?P<available>[\d.]+[KMGT]?) hbm",
@@ -72,14 +72,14 @@ def _form_a_mesh(devices: Sequence[jax.Device]) -> bool:
     return True
 
 
-def lower(run: Run) -> jax.stages.Lowered:
+def lower(program: Program) -> jax.stages.Lowered:
     """The training step on its state and one batch, both in the abstract."""
-    place = NamedSharding(run.mesh, BATCH)
+    place = NamedSharding(program.mesh, BATCH)
     batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), run.task.example_batch()
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        program.task.example_batch(),
     )
-    step: Any = run.step
-    return step.lower(run.abstract, batch)
+    return program.step.lower(program.representation.abstract(), batch)
 
 
 def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from experiments.tpu.hlo import Array, Computation, Instruction, Program, trips
+from experiments.tpu.hlo import Array, Computation, Instruction, Module, trips
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = frozenset({
@@ -82,14 +82,14 @@ def dearest(costs: Sequence[Cost]) -> Cost:
     return max(costs, key=lambda c: (c.moved, c.flops))
 
 
-def cost(program: Program, devices: int, choose: Choice = cheapest) -> Cost:
-    """The cost of a program on each of so many devices."""
-    return _Counter(program, devices, choose).computation(program.entry)
+def cost(module: Module, devices: int, choose: Choice = cheapest) -> Cost:
+    """The cost of a module on each of so many devices."""
+    return _Counter(module, devices, choose).computation(module.entry)
 
 
 class _Counter:
-    def __init__(self, program: Program, devices: int, choose: Choice):
-        self._program, self._devices, self._choose = program, devices, choose
+    def __init__(self, module: Module, devices: int, choose: Choice):
+        self._module, self._devices, self._choose = module, devices, choose
 
     def computation(self, inside: Computation) -> Cost:
         total = Cost()
@@ -100,22 +100,22 @@ class _Counter:
     def _add(self, total: Cost, instruction: Instruction, inside: Computation) -> None:
         opcode = instruction.opcode
         if opcode == "while":
-            turns = trips(self._program, instruction)
-            body = self.computation(self._program.called(instruction, "body")[0])
+            turns = trips(self._module, instruction)
+            body = self.computation(self._module.called(instruction, "body")[0])
             body.unknown_loops += turns is None
             total.add(body, 1 if turns is None else turns)
         elif opcode == "conditional":
             total.add(self._choose(self._branches(instruction)))
             total.alternatives += 1
         elif opcode == "call":
-            total.add(self.computation(self._program.called(instruction, "to_apply")[0]))
+            total.add(self.computation(self._module.called(instruction, "to_apply")[0]))
         elif opcode not in _FREE:
-            total.moved += _moved(self._program, instruction, inside)
+            total.moved += _moved(self._module, instruction, inside)
             self._work(total, instruction, inside)
 
     def _branches(self, instruction: Instruction) -> list[Cost]:
         names = ("branch_computations", "true_computation", "false_computation")
-        found = [c for name in names for c in self._program.called(instruction, name)]
+        found = [c for name in names for c in self._module.called(instruction, name)]
         return [self.computation(branch) for branch in found]
 
     def _work(self, total: Cost, instruction: Instruction, inside: Computation) -> None:
@@ -134,13 +134,13 @@ class _Counter:
             total.flops += _dot_flops(instruction, inside)
         elif kind == "custom-call":
             _add_kernel(total, instruction)
-        for inner in self._program.called(instruction):
+        for inner in self._module.called(instruction):
             for each in inner:
                 self._work(total, each, inner)
 
     def _only_a_part_stays(self, instruction: Instruction, inside: Computation) -> bool:
         """Whether it is the all-reduce of a fusion that is a reduce-scatter."""
-        if instruction.opcode != "all-reduce" or inside is self._program.entry:
+        if instruction.opcode != "all-reduce" or inside is self._module.entry:
             return False
         return inside.root.opcode == "dynamic-slice" and instruction.name in inside.root.operands
 
@@ -236,15 +236,15 @@ def _meetings(source: int, taps: int, out: int, window: dict[str, str]) -> int:
     return int(np.sum((place >= 0) & (place % holes == 0) & (place // holes < source)))
 
 
-def _moved(program: Program, instruction: Instruction, inside: Computation) -> float:
+def _moved(module: Module, instruction: Instruction, inside: Computation) -> float:
     if instruction.opcode.endswith("-start") and instruction.opcode != "async-start":
         return 0.0  # counted where it is done
     if _is_kernel(instruction):
         return _kernel_moved(instruction, inside)
     if instruction.opcode.endswith(("-done", "-update")):
         return _moved_by(inside[instruction.operands[0]], instruction.arrays, inside)
-    read = sum(_read(program, instruction, i, inside) for i in range(len(instruction.operands)))
-    return read + _written(program, instruction, inside)
+    read = sum(_read(module, instruction, i, inside) for i in range(len(instruction.operands)))
+    return read + _written(module, instruction, inside)
 
 
 def _moved_by(start: Instruction, result: tuple[Array, ...], inside: Computation) -> float:
@@ -262,53 +262,53 @@ def _main(arrays: tuple[Array, ...]) -> float:
     return sum(a.bytes for a in arrays if a.space == 0)
 
 
-def _read(program: Program, instruction: Instruction, i: int, inside: Computation) -> float:
+def _read(module: Module, instruction: Instruction, i: int, inside: Computation) -> float:
     """Bytes of main memory that an instruction reads of its i-th operand."""
     whole = _main(inside[instruction.operands[i]].arrays)
-    return min(whole, _used(program, instruction, i, whole)) if whole else 0.0
+    return min(whole, _used(module, instruction, i, whole)) if whole else 0.0
 
 
-def _used(program: Program, user: Instruction, i: int, whole: float) -> float:
+def _used(module: Module, user: Instruction, i: int, whole: float) -> float:
     if user.opcode in _SLICES and i == 0:
         return sum(a.bytes for a in user.arrays)
     if user.opcode in ("dynamic-update-slice", "scatter") and i == 0:
         return 0.0
     if user.opcode in ("fusion", "async-start"):
-        inner = program.called(user)[0]
+        inner = module.called(user)[0]
         named = next(p for p in inner if p.opcode == "parameter" and p.argument == str(i))
-        return _used_inside(program, inner, named.name, whole)
+        return _used_inside(module, inner, named.name, whole)
     return whole
 
 
-def _used_inside(program: Program, inner: Computation, name: str, whole: float) -> float:
+def _used_inside(module: Module, inner: Computation, name: str, whole: float) -> float:
     total = 0.0
     for user in inner.users(name):
         if user.opcode in _VIEWS:
-            total += _used_inside(program, inner, user.name, whole)
+            total += _used_inside(module, inner, user.name, whole)
         elif user.opcode != "tuple":
-            total += _used(program, user, user.operands.index(name), whole)
+            total += _used(module, user, user.operands.index(name), whole)
     return total
 
 
-def _written(program: Program, instruction: Instruction, inside: Computation) -> float:
+def _written(module: Module, instruction: Instruction, inside: Computation) -> float:
     """Bytes of main memory that an instruction writes."""
     if instruction.opcode == "async-start":
         return 0.0  # counted where it is done
-    sizes = _sizes(program, instruction, inside)
+    sizes = _sizes(module, instruction, inside)
     if len(sizes) != len(instruction.arrays):
         return _main(instruction.arrays)
     return sum(s for s, a in zip(sizes, instruction.arrays, strict=True) if a.space == 0)
 
 
-def _sizes(program: Program, made: Instruction, inside: Computation) -> list[float]:
+def _sizes(module: Module, made: Instruction, inside: Computation) -> list[float]:
     """Bytes that are new in each of the arrays that an instruction makes."""
     if made.opcode == "dynamic-update-slice":
         return [sum(a.bytes for a in inside[made.operands[1]].arrays)]
     if made.opcode == "fusion":
-        inner = program.called(made)[0]
-        return _sizes(program, inner.root, inner)
+        inner = module.called(made)[0]
+        return _sizes(module, inner.root, inner)
     if made.opcode in _VIEWS and made.opcode != "get-tuple-element":
-        return _sizes(program, inside[made.operands[0]], inside)
+        return _sizes(module, inside[made.operands[0]], inside)
     if made.opcode == "tuple":
-        return [s for name in made.operands for s in _sizes(program, inside[name], inside)]
+        return [s for name in made.operands for s in _sizes(module, inside[name], inside)]
     return [a.bytes for a in made.arrays]

@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program: its computations, and how often its loops turn."""
+"""Reads the text of a compiled module: its computations, and how often its loops turn."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Computation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Module:
     """Computations by name, and the one that runs."""
 
     computations: Mapping[str, Computation]
@@ -90,8 +90,8 @@ class Program:
         return [self.computations[c] for c in instruction.called(name)]
 
 
-def parse(text: str) -> Program:
-    """A program from the text of `jax.stages.Compiled.as_text()`."""
+def parse(text: str) -> Module:
+    """A module from the text of `jax.stages.Compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     lines: dict[str, Instruction] = {}
     entry = ""
@@ -104,10 +104,10 @@ def parse(text: str) -> Program:
             entry = header[2] if header[1] else entry
         elif found := _LINE.match(line):
             lines[found[2]] = _instruction(found[2], found[3], bool(found[1]))
-    return Program(computations, computations[entry])
+    return Module(computations, computations[entry])
 
 
-def trips(program: Program, loop: Instruction) -> int | None:
+def trips(module: Module, loop: Instruction) -> int | None:
     """How often a `while` turns, if the text says.
 
     Loops of `lax.scan` and `lax.fori_loop` count from 0 in steps of 1 to a constant: the condition
@@ -116,7 +116,7 @@ def trips(program: Program, loop: Instruction) -> int | None:
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    condition = list(_flat(program, program.called(loop, "condition")[0]))
+    condition = list(_flat(module, module.called(loop, "condition")[0]))
     compares = [i for i in condition if i.opcode == "compare"]
     limits = [i.argument for i in condition if i.opcode == "constant" and i.argument.isdigit()]
     if len(compares) != 1 or len(limits) != 1 or compares[0].attribute("direction") != "LT":
@@ -124,11 +124,11 @@ def trips(program: Program, loop: Instruction) -> int | None:
     return int(limits[0])
 
 
-def _flat(program: Program, computation: Computation) -> Iterator[Instruction]:
+def _flat(module: Module, computation: Computation) -> Iterator[Instruction]:
     for instruction in computation:
         yield instruction
-        for inner in program.called(instruction):
-            yield from _flat(program, inner)
+        for inner in module.called(instruction):
+            yield from _flat(module, inner)
 
 
 def _instruction(name: str, text: str, root: bool) -> Instruction:

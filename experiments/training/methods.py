@@ -19,7 +19,7 @@ Tree = Any
 _OWN = ("top_kast", "static_random")  # whose defaults come before those of methods added
 # Whatever a method's own default: a seed of None is that of the config.
 _DEFAULTS = {"forward_density": 0.1, "backward_density": 0.2, "seed": None}
-# What a method holds of its leaves: all of them and masks, or their backward sets alone.
+# The keys that only an always-sparse run reads, with their defaults.
 COMPACT = {"refresh_delay": 0, "backend": None}
 
 
@@ -28,20 +28,32 @@ def method_names() -> tuple[str, ...]:
     return ("dense", *tk.methods.names())
 
 
-def method_keys(method: ConfigDict, compact: bool | None = None) -> tuple[str, ...]:
-    """What a method reads of `config.method`: the arguments of its factory, and how it is held.
+def representation(method: ConfigDict) -> str:
+    """How a run with this section `method` holds its parameters.
+
+    Returns:
+        "dense", "masked" or "always_sparse"; see `experiments.training.representation`.
+    """
+    if method.name == "dense":
+        return "dense"
+    return "always_sparse" if method.always_sparse else "masked"
+
+
+def method_keys(method: ConfigDict, held: str | None = None) -> tuple[str, ...]:
+    """What a method reads of `config.method`: its factory's arguments, and its representation's.
 
     Args:
         method: the section.
-        compact: as if it were always sparse, or not; None: as it is.
+        held: the representation; that of the section if None.
     """
-    if method.name == "dense":
+    held = held or representation(method)
+    if held == "dense":
         return ()
     keys = (*_arguments(method.name), "distribution", "always_sparse")
-    if not (method.always_sparse if compact is None else compact):
+    if held == "masked":
         return keys
-    held = [key for key in COMPACT if key != "refresh_delay" or "refresh_every" in keys]
-    return (*(key for key in keys if key != "inner_state"), *held)
+    own = [key for key in COMPACT if key != "refresh_delay" or "refresh_every" in keys]
+    return (*(key for key in keys if key != "inner_state"), *own)
 
 
 def method_defaults() -> dict[str, Any]:
@@ -60,7 +72,7 @@ def _arguments(name: str) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in list(arguments.items())[1:] if p.kind in named}
 
 
-def sparsified(
+def make_method(
     config: ConfigDict, inner: optax.GradientTransformationExtraArgs, params: Tree
 ) -> SparseTransform:
     """The transformation of the method that the config names, around an optimizer."""

@@ -9,14 +9,12 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-import topkast_jax as tk
-from experiments.training.methods import sparsified
+from experiments.training.methods import make_method
 from topkast_jax.always_sparse import AlwaysSparse
 from topkast_jax.sparsify import SparseTransform
 
 Tree = Any
 Transform: TypeAlias = optax.GradientTransformationExtraArgs
-View = Callable[[Tree, Tree], Tree]
 # What each reads of its config section; sections are cut down to this.
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "sgd": ("momentum", "nesterov"),
@@ -62,37 +60,39 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: ConfigDict, params: Tree) -> Transform:
-    """The optimizer of a run whose parameters are dense arrays, masked or not.
+def make_dense(config: ConfigDict, params: Tree) -> Transform:
+    """The optimizer of a run without sets.
 
     Args:
-        config: validated.
-        params: abstract parameters, to see what is sparse.
+        config: a validated config.
+        params: the abstract parameters.
     """
-    inner = _inner(config, params)
-    if config.method.name == "dense":
-        return _with_l2(config, inner, _matrices(params))
-    tx = sparsified(config, inner, params)
-    return _with_l2(config, tx, _penalised(config, tx, params))
+    return _with_l2(config, _inner(config, params), _matrices(params))
 
 
-def make_always_sparse(
-    config: ConfigDict, params: Tree, place: Callable[[tuple[int, ...]], jax.sharding.Sharding]
+def make_masked(config: ConfigDict, params: Tree) -> tuple[SparseTransform, Transform]:
+    """The sparsity method of a run under masks, and the optimizer around it; see `make_dense`."""
+    method = make_method(config, _inner(config, params), params)
+    return method, _with_l2(config, method, _penalised(config, method, params))
+
+
+def make_compact(
+    config: ConfigDict, params: Tree, sharding: Callable[[tuple[int, ...]], jax.sharding.Sharding]
 ) -> tuple[AlwaysSparse, Transform]:
     """The optimizer of a run that is always sparse, over the tree of values.
 
     Args:
-        config: validated.
-        params: abstract dense parameters.
-        place: shape → where it lies.
+        config: a validated config.
+        params: the abstract dense parameters.
+        sharding: the sharding of an array of a given shape.
 
     Returns:
-        What starts and refreshes, and the optimizer.
+        The object that starts and refreshes the sets, and the optimizer.
     """
-    tx = sparsified(config, _inner(config, params), params)
+    method = make_method(config, _inner(config, params), params)
     delay = config.method.get("refresh_delay", 0)
-    sparse = AlwaysSparse(tx, params, delay=delay, place=place)
-    return sparse, _with_l2(config, sparse.transform, _penalised(config, tx, params))
+    sparse = AlwaysSparse(method, params, delay=delay, place=sharding)
+    return sparse, _with_l2(config, sparse.transform, _penalised(config, method, params))
 
 
 def _with_l2(config: ConfigDict, tx: Any, decayed: Tree) -> Transform:
@@ -113,13 +113,6 @@ def _penalised(config: ConfigDict, tx: SparseTransform, params: Tree) -> Tree:
         matrices,
         jax.tree.unflatten(jax.tree.structure(matrices), dense),
     )
-
-
-def forward_view(config: ConfigDict) -> View:
-    """What the network runs on, from parameters and optimizer state."""
-    if config.method.name == "dense":
-        return lambda params, opt_state: params
-    return tk.forward_params
 
 
 def _matrices(params: Tree) -> Tree:

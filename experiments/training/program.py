@@ -1,4 +1,4 @@
-"""Everything a run is made of, built from its config."""
+"""Everything that a run compiles, built from its config."""
 
 from __future__ import annotations
 
@@ -12,19 +12,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-import topkast_jax as tk
 from experiments.task import Task, make_task
 from experiments.training import optimizers, partition
 from experiments.training import state as states
 from experiments.training.metric_sums import LOSS
-from experiments.training.representation import (
-    Form,
-    Products,
-    leaf_counts,
-    make_form,
-    mask_statistics,
-    product_options,
-)
+from experiments.training.representation import Representation, make_representation
 from experiments.training.state import TrainState
 from topkast_jax.always_sparse import values_of
 
@@ -32,102 +24,90 @@ Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Program:
     """The parts that the loop puts together; every function is compiled.
 
     Attributes:
-        config: validated.
+        config: the validated config.
         task: the model, its data and its loss.
         mesh: the devices.
-        form: how the sparse parameters are held.
-        abstract: the first state's shapes, types and shardings.
-        init: the first state.
-        step: (state, batch) → (state, sums); the old state is gone after it.
-        view: (params, opt_state) → what the network runs on.
-        eval_state: (model state, split) → what evaluation starts from.
-        eval_step: (view, eval state, batch) → (eval state, sums).
+        representation: how the parameters are held.
+        step: (state, batch) → (state, sums); the old state is donated.
+        view: (params, opt_state) → the forward view, on which the network runs. Call it once for
+            each evaluation pass.
+        eval_state: (model state, split) → the state with which evaluation starts.
+        eval_step: (forward view, eval state, batch) → (eval state, sums).
         put: brings this host's part of a batch to the devices.
-        masks: the state's mask statistics; empty for a dense run.
-        leaf_counts: entries of each leaf and of its sets.
         finite: whether all parameters are finite.
-        learning_rate: of the step after so many finished ones.
+        learning_rate: the learning rate of the step after that many finished steps.
     """
 
     config: ConfigDict
     task: Task
     mesh: Mesh
-    form: Form
-    abstract: TrainState
-    init: Callable[[], TrainState]
+    representation: Representation
     step: Step
-    view: optimizers.View
+    view: Callable[[Tree, Tree], Tree]
     eval_state: Callable[[Tree, str], Tree]
     eval_step: Callable[[Tree, Tree, Any], tuple[Tree, Any]]
     put: Callable[[Any], Any]
-    masks: Callable[[TrainState], dict[str, float]]
-    leaf_counts: Callable[[TrainState], dict[str, tk.statistics.LeafCounts]]
     finite: Callable[[Tree], jax.Array]
     learning_rate: Callable[[int], float]
 
 
-def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Run:
-    """Makes the parts; nothing is computed on the devices.
+def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Program:
+    """Makes the program of a run; nothing is computed on the devices.
 
     Args:
-        config: validated.
-        devices: what to run on; all there are if None.
+        config: a validated config.
+        devices: the devices to run on; all devices if None.
     """
     mesh = partition.make_mesh(config.mesh, devices)
     partition.check_batch_size("config.batch_size", config.batch_size, mesh)
     task = make_task(config)
-    form = make_form(config, task, mesh)
-    view = optimizers.forward_view(config)
+    held = make_representation(config, task, mesh)
     schedule = optimizers.make_schedule(config)
-    abstract = form.abstract()
-    dense = config.method.name == "dense"
     everywhere = partition.replicated(mesh)
-    products = product_options(config, mesh)
-    evaluate = _traced_under(products, task.eval_step)
-    carried = _eval_places(task, abstract.model_state, mesh)
-    step = Step(train_step(task, form.tx, view, config.seed), products, everywhere)
-    return Run(
+    carried = _eval_shardings(task, held.abstract().model_state, mesh)
+
+    def eval_step(view: Tree, eval_state: Tree, batch: Any) -> tuple[Tree, Any]:
+        with held.products():
+            return task.eval_step(view, eval_state, batch)
+
+    return Program(
         config=config,
         task=task,
         mesh=mesh,
-        form=form,
-        abstract=abstract,
-        init=form.init,
-        step=step,
-        view=jax.jit(view),
+        representation=held,
+        step=Step(task, held, config.seed, everywhere),
+        view=jax.jit(held.forward_view),
         eval_state=jax.jit(task.eval_state, static_argnums=1, out_shardings=carried),
-        eval_step=jax.jit(evaluate, out_shardings=(carried, everywhere)),
+        eval_step=jax.jit(eval_step, out_shardings=(carried, everywhere)),
         put=lambda batch: partition.put_batch(batch, mesh),
-        masks=lambda state: {} if dense else mask_statistics(form, state),
-        leaf_counts=lambda state: leaf_counts(form, state, dense),
         finite=jax.jit(_all_finite),
         learning_rate=lambda done: float(schedule(done)),
     )
 
 
-def _eval_places(task: Task, model_state: Any, mesh: Mesh) -> Any:
-    """Where what evaluation carries lies, so that each batch meets what it was compiled for."""
+def _eval_shardings(task: Task, model_state: Any, mesh: Mesh) -> Any:
+    """The shardings of what evaluation carries, so that every batch uses the same program."""
     shapes = jax.eval_shape(lambda state: task.eval_state(state, task.eval_split), model_state)
     return partition.from_specs(task.model_state_specs(shapes), mesh)
 
 
 class Step:
-    """The compiled step: one program for each set of shapes that a run comes to.
+    """The compiled training step: one program for each set of shapes that a run comes to.
 
     Shapes change once, when an always-sparse run stops exploring and B becomes A.
     """
 
-    def __init__(self, step: Callable[..., Any], products: Products, everywhere: Any):
-        self._step = _traced_under(products, step)
+    def __init__(self, task: Task, held: Representation, seed: int, everywhere: Any):
+        self._task, self._held, self._seed = task, held, seed
         self._everywhere = everywhere
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        """One step; the old state is gone after it."""
+        """Does one step; the old state is donated."""
         new, sums = self._jitted(state)(state._replace(reservoir=()), batch)
         return new._replace(reservoir=state.reservoir), sums
 
@@ -140,37 +120,23 @@ class Step:
         leaves, structure = jax.tree.flatten(state.params)
         key = (structure, *(leaf.shape for leaf in leaves))
         if key not in self._compiled:
-            places = states.shardings_of(state._replace(reservoir=()))
+            shardings = states.shardings_of(state._replace(reservoir=()))
             self._compiled[key] = jax.jit(
-                self._step, donate_argnums=0, out_shardings=(places, self._everywhere)
+                self._step, donate_argnums=0, out_shardings=(shardings, self._everywhere)
             )
         return self._compiled[key]
 
-
-def _traced_under(products: Products, function: Callable[..., Any]) -> Callable[..., Any]:
-    def traced(*args: Any) -> Any:
-        with products():
-            return function(*args)
-
-    return traced
-
-
-def train_step(
-    task: Task, tx: optimizers.Transform, view: optimizers.View, seed: int
-) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
-    """The step, to be compiled."""
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        alpha = view(state.params, state.opt_state)
-        # Compact kernels hold places too, integers: their gradient is nothing and is dropped.
-        gradient = jax.value_and_grad(task.loss, has_aux=True, allow_int=True)
-        (loss, (model_state, sums)), grads = gradient(alpha, state.model_state, batch, rng)
-        updates, opt_state = tx.update(values_of(grads), state.opt_state, state.params)
+    def _step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        rng = jax.random.fold_in(jax.random.key(self._seed), state.step)
+        # The view and the update are in one program: what they share is computed once.
+        alpha = self._held.forward_view(state.params, state.opt_state)
+        # The indices of compact kernels are integers; their gradients are empty and are dropped.
+        gradient = jax.value_and_grad(self._task.loss, has_aux=True, allow_int=True)
+        with self._held.products():
+            (loss, (model_state, sums)), grads = gradient(alpha, state.model_state, batch, rng)
+        updates, opt_state = self._held.tx.update(values_of(grads), state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, model_state), {**sums, LOSS: loss}
-
-    return step
 
 
 def _all_finite(params: Tree) -> jax.Array:

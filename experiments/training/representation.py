@@ -1,10 +1,12 @@
-"""How a run holds its sparse parameters: dense arrays under masks, or backward sets alone.
+"""How a run holds its parameters: dense, dense under masks, or always sparse.
 
-The loop, the step and the models are the same for both; what differs is here.
+The loop, the training step and the models are the same for all three. Everything in which they
+differ is a method of `Representation`.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from math import prod
@@ -19,7 +21,7 @@ from ml_collections import ConfigDict
 import topkast_jax as tk
 from experiments.errors import UserError
 from experiments.task import Task
-from experiments.training import optimizers, partition
+from experiments.training import methods, optimizers, partition
 from experiments.training import state as states
 from experiments.training.optimizers import Transform
 from experiments.training.state import TrainState
@@ -31,93 +33,181 @@ from topkast_jax.patterns import Block
 from topkast_jax.trees import flatten_with_names
 
 Tree = Any
-Products = Callable[[], AbstractContextManager[None]]
+LeafCounts = tk.statistics.LeafCounts
 _statistics = jax.jit(tk.statistics.mask_statistics)
-_DEVICES = {"tpu": "tpu", "cuda": "gpu"}  # platforms as JAX lowers for them and as devices say it
+_DEVICES = {"tpu": "tpu", "cuda": "gpu"}  # JAX names the platforms for lowering differently
 
 
-class Form(Protocol):
-    """What the loop needs to know of it.
+class Representation(Protocol):
+    """What the rest of the program needs to know about how the parameters are held.
 
     Attributes:
-        tx: the optimizer, over what the devices hold.
+        tx: the optimizer, over the arrays that the devices hold.
     """
 
     tx: Transform
 
+    def forward_view(self, params: Tree, opt_state: Tree) -> Tree:
+        """The parameters that the network runs on; can be traced."""
+
+    def products(self) -> AbstractContextManager[None]:
+        """The context in which a step is traced; it says how block products are computed."""
+
     def abstract(self, step: int = 0) -> TrainState:
-        """Shapes, types and shardings of the state after so many finished steps."""
+        """The shapes, types and shardings of the state after that many finished steps."""
 
     def init(self) -> TrainState:
-        """The first state."""
+        """The state before the first step."""
 
     def between_steps(self, state: TrainState, step: int) -> TrainState:
-        """What happens outside the compiled step, after `step` finished ones."""
+        """Does what happens outside the compiled step, after `step` finished steps."""
 
     def settled(self, state: TrainState) -> TrainState:
-        """The state with all that is under way in it, to be saved."""
+        """The state, including results of work that still runs in the background, to be saved."""
 
-    def masks(self, state: TrainState) -> tuple[Tree, Tree]:
-        """Dense parameters (perhaps abstract) and the sets over them, for statistics."""
+    def mask_statistics(self, state: TrainState) -> dict[str, float]:
+        """`topkast_jax.statistics.mask_statistics`; empty without sets."""
 
-    def mask_statistics(self, state: TrainState) -> dict[str, jax.Array]:
-        """`topkast_jax.statistics.mask_statistics`, compiled once."""
+    def leaf_counts(self, state: TrainState) -> dict[str, LeafCounts]:
+        """`topkast_jax.statistics.leaf_counts`: the entries of each leaf and of its sets."""
+
+    def to_masked(self, state: TrainState) -> TrainState:
+        """The same state with dense parameters and masks."""
+
+    def from_masked(self, state: TrainState) -> TrainState:
+        """The inverse of `to_masked`."""
+
+    def export(self, state: TrainState, form: str) -> tuple[str, Tree]:
+        """The forward view as host arrays, and the form in which it is.
+
+        Args:
+            state: the state to export.
+            form: the form of sparse leaves, one of `topkast_jax.always_sparse.FORMS`. Without
+                sparse leaves the form is always "dense".
+        """
 
 
-class Masked:
-    """Dense arrays; the sets, if any, are masks inside the optimizer's state."""
+class Dense:
+    """Dense parameters and no sets."""
 
     def __init__(self, config: ConfigDict, task: Task, mesh: Mesh):
         self._task, self._seed = task, config.seed
-        self.tx = optimizers.make_optimizer(config, states.abstract_params(task))
+        self.tx = self._make_optimizer(config, states.abstract_params(task))
         self._abstract = states.abstract_state(task, self.tx, config.seed, mesh)
 
+    def _make_optimizer(self, config: ConfigDict, params: Tree) -> Transform:
+        return optimizers.make_dense(config, params)
+
+    def forward_view(self, params: Tree, opt_state: Tree) -> Tree:
+        """The parameters themselves."""
+        del opt_state
+        return params
+
+    def products(self) -> AbstractContextManager[None]:
+        """No block products are computed."""
+        return contextlib.nullcontext()
+
     def abstract(self, step: int = 0) -> TrainState:
-        """The same after any step."""
+        """The same after any number of steps."""
         del step
         return self._abstract
 
     def init(self) -> TrainState:
-        """Made straight into its shards."""
+        """Initialised directly into its shards."""
         return states.init_state(self._task, self.tx, self._seed, self._abstract)
 
     def between_steps(self, state: TrainState, step: int) -> TrainState:
-        """Nothing: the sets change inside the step."""
+        """Nothing: sets change inside the step."""
         del step
         return state
 
     def settled(self, state: TrainState) -> TrainState:
-        """Nothing is ever under way."""
+        """Nothing runs in the background."""
         return state
 
-    def masks(self, state: TrainState) -> tuple[Tree, Tree]:
-        """The state's own."""
-        return state.params, state.opt_state
+    def mask_statistics(self, state: TrainState) -> dict[str, float]:
+        """Empty, since there are no sets."""
+        del state
+        return {}
 
-    def mask_statistics(self, state: TrainState) -> dict[str, jax.Array]:
-        """On the devices."""
-        return _statistics(state.params, state.opt_state)
+    def leaf_counts(self, state: TrainState) -> dict[str, LeafCounts]:
+        """Every entry is in use."""
+        return tk.statistics.leaf_counts(state.params)
+
+    def to_masked(self, state: TrainState) -> TrainState:
+        """The state itself."""
+        return state
+
+    def from_masked(self, state: TrainState) -> TrainState:
+        """The state itself."""
+        return state
+
+    def export(self, state: TrainState, form: str) -> tuple[str, Tree]:
+        """The parameters."""
+        del form
+        return "dense", jax.tree.map(np.asarray, state.params)
+
+
+class Masked(Dense):
+    """Dense parameters, with the sets as masks inside the optimizer's state."""
+
+    def _make_optimizer(self, config: ConfigDict, params: Tree) -> Transform:
+        self._method, tx = optimizers.make_masked(config, params)
+        return tx
+
+    def forward_view(self, params: Tree, opt_state: Tree) -> Tree:
+        """The parameters on the forward set, and zero elsewhere."""
+        return tk.forward_params(params, opt_state)
+
+    def mask_statistics(self, state: TrainState) -> dict[str, float]:
+        """Computed on the devices."""
+        return jax.tree.map(float, _statistics(state.params, state.opt_state))
+
+    def leaf_counts(self, state: TrainState) -> dict[str, LeafCounts]:
+        """Counted on the devices."""
+        return tk.statistics.leaf_counts(state.params, state.opt_state)
+
+    def export(self, state: TrainState, form: str) -> tuple[str, Tree]:
+        """Blocks and stacked layers are kept where the run could be always sparse.
+
+        Masks say nothing about either. A method, a density or an optimizer that cannot be always
+        sparse is exported as single entries.
+        """
+        params, opt_state = state.params, state.opt_state
+        with contextlib.suppress(tk.SparsityError):
+            sparse = AlwaysSparse(self._method, params)
+            params, opt_state, _ = sparse.from_masked(params, opt_state)
+        return form, always_sparse.export(params, opt_state, form)  # type: ignore[arg-type]
 
 
 class Compact:
-    """Always sparse: the devices hold backward sets, the host all else."""
+    """Always sparse: the devices hold the backward sets, and the host holds all else."""
 
     def __init__(self, config: ConfigDict, task: Task, mesh: Mesh):
         self._task, self._seed, self._mesh = task, config.seed, mesh
+        self._backend = config.method.get("backend")
         self.sparse: AlwaysSparse
-        self.sparse, self.tx = optimizers.make_always_sparse(
-            config, states.abstract_params(task), self._place
+        self.sparse, self.tx = optimizers.make_compact(
+            config, states.abstract_params(task), self._sharding
         )
-        _check_backend(config.method.get("backend"), mesh, self.sparse.abstract())
+        _check_backend(self._backend, mesh, self.sparse.abstract())
         self._first = self._abstract(0)
         params = self.sparse.masks(self._first.reservoir)[0]
         self._statistics = jax.jit(lambda sets: tk.statistics.mask_statistics(params, sets))
 
-    def _place(self, shape: tuple[int, ...]) -> NamedSharding:
+    def _sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         return NamedSharding(self._mesh, partition.spec(shape, self._mesh))
 
+    def forward_view(self, params: Tree, opt_state: Tree) -> Tree:
+        """A compact kernel in place of each sparse leaf."""
+        return tk.forward_params(params, opt_state)
+
+    def products(self) -> AbstractContextManager[None]:
+        """The backend of the config, on the axes over which batches are split."""
+        return always_sparse.options(self._backend, mesh=self._mesh, axes=("data", "fsdp"))
+
     def abstract(self, step: int = 0) -> TrainState:
-        """Of one of two: while it explores, and after."""
+        """Shapes change once, when the run stops exploring."""
         same = self.sparse.frozen(step) == self.sparse.frozen(0)
         return self._first if same else self._abstract(step)
 
@@ -130,46 +220,72 @@ class Compact:
         return states.on_mesh(shapes, self._task, self._mesh)._replace(reservoir=reservoir)
 
     def init(self) -> TrainState:
-        """Dense parameters are made on the host and never leave it."""
-        places = states.shardings_of(self.abstract(0)._replace(reservoir=()))
+        """Dense parameters are initialised on the host and never leave it."""
+        shardings = states.shardings_of(self.abstract(0)._replace(reservoir=()))
         with jax.default_device(host_device()):
             params, model_state = jax.device_get(
                 jax.jit(lambda: states.init_model(self._task, self._seed))()
             )
         tx = optax.GradientTransformation(
-            jax.jit(self.tx.init, out_shardings=places.opt_state), self.tx.update
+            jax.jit(self.tx.init, out_shardings=shardings.opt_state), self.tx.update
         )
         values, opt_state, reservoir = self.sparse.start(params, tx)
         step, model_state = jax.device_put(
-            (np.int32(0), model_state), (places.step, places.model_state)
+            (np.int32(0), model_state), (shardings.step, shardings.model_state)
         )
         return TrainState(step, values, opt_state, model_state, reservoir)
 
     def between_steps(self, state: TrainState, step: int) -> TrainState:
-        """The refresh."""
+        """Refreshes the sets when that is due."""
         params, opt_state, reservoir = self.sparse.refresh(
             step, state.params, state.opt_state, state.reservoir
         )
         return state._replace(params=params, opt_state=opt_state, reservoir=reservoir)
 
     def settled(self, state: TrainState) -> TrainState:
-        """With the choice that a thread is making."""
+        """Includes the sets that a background thread is choosing."""
         return state._replace(reservoir=self.sparse.settled(state.reservoir))
 
-    def masks(self, state: TrainState) -> tuple[Tree, Tree]:
-        """The reservoir's."""
-        return self.sparse.masks(state.reservoir)
-
-    def mask_statistics(self, state: TrainState) -> dict[str, jax.Array]:
-        """On the host."""
+    def mask_statistics(self, state: TrainState) -> dict[str, float]:
+        """Computed on the host, which holds the sets."""
         with jax.default_device(host_device()):
-            return self._statistics(self.masks(state)[1])
+            return jax.tree.map(float, self._statistics(self.sparse.masks(state.reservoir)[1]))
+
+    def leaf_counts(self, state: TrainState) -> dict[str, LeafCounts]:
+        """Counted on the host."""
+        with jax.default_device(host_device()):
+            return tk.statistics.leaf_counts(*self.sparse.masks(state.reservoir))
+
+    def to_masked(self, state: TrainState) -> TrainState:
+        """Dense parameters are put together on the host."""
+        reservoir = self.sparse.settled(state.reservoir)
+        params, opt_state = self.sparse.to_masked(state.params, state.opt_state, reservoir)
+        return TrainState(state.step, params, opt_state, state.model_state)
+
+    def from_masked(self, state: TrainState) -> TrainState:
+        """Moments outside the backward set are dropped."""
+        values, opt_state, reservoir = self.sparse.from_masked(state.params, state.opt_state)
+        return TrainState(state.step, values, opt_state, state.model_state, reservoir)
+
+    def export(self, state: TrainState, form: str) -> tuple[str, Tree]:
+        """The forward part of each kernel."""
+        return form, always_sparse.export(
+            state.params,
+            state.opt_state,
+            form,  # type: ignore[arg-type]
+        )
 
 
-def make_form(config: ConfigDict, task: Task, mesh: Mesh) -> Masked | Compact:
-    """The form that a validated config asks for."""
-    compact = config.method.get("always_sparse", False)
-    return Compact(config, task, mesh) if compact else Masked(config, task, mesh)
+_CLASSES: dict[str, Callable[[ConfigDict, Task, Mesh], Representation]] = {
+    "dense": Dense,
+    "masked": Masked,
+    "always_sparse": Compact,
+}
+
+
+def make_representation(config: ConfigDict, task: Task, mesh: Mesh) -> Representation:
+    """The representation that a validated config asks for."""
+    return _CLASSES[methods.representation(config.method)](config, task, mesh)
 
 
 def _check_backend(backend: str | None, mesh: Mesh, kernels: Tree) -> None:
@@ -192,30 +308,10 @@ def _check_backend(backend: str | None, mesh: Mesh, kernels: Tree) -> None:
 
 
 def _product_blocks(kernels: Tree) -> dict[str, tuple[int, int]]:
-    """Blocks of the compact matrices, by name: those of a convolution's window go another way."""
+    """The blocks of the compact matrices by name; other convolutions do not use these products."""
     names, leaves, _ = flatten_with_names(kernels, is_leaf=is_compact)
     return {
         name: (leaf.pattern.rows, leaf.pattern.cols)
         for name, leaf in zip(names, leaves, strict=True)
         if is_compact(leaf) and isinstance(leaf.pattern, Block) and prod(leaf.shape[:-2]) == 1
     }
-
-
-def product_options(config: ConfigDict, mesh: Mesh) -> Products:
-    """Makes contexts in which steps are traced: how block products run."""
-    backend = config.method.get("backend")
-    return lambda: always_sparse.options(backend, mesh=mesh, axes=("data", "fsdp"))
-
-
-def mask_statistics(form: Form, state: TrainState) -> dict[str, float]:
-    """`topkast_jax.statistics.mask_statistics`, where the sets are."""
-    return {name: float(value) for name, value in form.mask_statistics(state).items()}
-
-
-def leaf_counts(form: Form, state: TrainState, dense: bool) -> dict[str, tk.statistics.LeafCounts]:
-    """`topkast_jax.statistics.leaf_counts`, where the sets are."""
-    params, sets = form.masks(state)
-    if state.reservoir == ():
-        return tk.statistics.leaf_counts(params, None if dense else sets)
-    with jax.default_device(host_device()):
-        return tk.statistics.leaf_counts(params, sets)

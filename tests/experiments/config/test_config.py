@@ -10,7 +10,7 @@ import topkast_jax as tk
 from experiments.config import base_config, load, override
 from experiments.errors import UserError
 from experiments.records.workdir import as_json
-from experiments.training.optimizers import forward_view, make_optimizer
+from experiments.training.optimizers import make_dense, make_masked
 
 BAD_OVERRIDES = {
     "stepz=3": "no key 'stepz'; did you mean 'steps'?",
@@ -161,6 +161,12 @@ def test_bad_config_file(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def make_optimizer(made, params):
+    """The optimizer of a run that is not always sparse."""
+    dense = made.method.name == "dense"
+    return make_dense(made, params) if dense else make_masked(made, params)[1]
+
+
 PARAMS = {
     "a": np.ones((4, 8), np.float32),
     "b": np.ones((8, 4), np.float32),
@@ -201,7 +207,7 @@ def test_every_optimizer_steps(name):
     made = config("80/60", f"optimizer.name={name}", "optimizer.clip_global_norm=0.5")
     tx = make_optimizer(made, jax.eval_shape(lambda: PARAMS))
     state = tx.init(PARAMS)
-    view = forward_view(made)(PARAMS, state)
+    view = tk.forward_params(PARAMS, state)
     assert np.count_nonzero(view["a"]) == 6
     updates, _ = tx.update(PARAMS, state, PARAMS)
     new = optax.apply_updates(PARAMS, updates)
@@ -244,6 +250,6 @@ def test_erk_without_rules():
     made = config("80/60", "method.distribution=erk")
     params = {"a": np.ones((64, 64), np.float32), "b": np.ones((8, 8), np.float32), "c": np.ones(4)}
     tx = make_optimizer(made, jax.eval_shape(lambda: params))
-    view = forward_view(made)(params, tx.init(params))
+    view = tk.forward_params(params, tx.init(params))
     assert np.count_nonzero(view["b"]) == 64
     assert np.count_nonzero(view["a"]) + 64 == round(0.2 * (64 * 64 + 64))

@@ -17,6 +17,7 @@ from experiments.language_modelling import generate, sampling
 from experiments.language_modelling.models import narrow
 from experiments.records import workdir
 from experiments.records.checkpoints import load
+from experiments.records.exported import METADATA
 from experiments.records.metrics import read_records
 from experiments.task import make_task
 from experiments.training.evaluation import evaluate
@@ -78,7 +79,7 @@ def config_of(text):
 
 
 def last_state(config, directory):
-    state, meta = load(directory / workdir.CHECKPOINTS, build(config).form.abstract)
+    state, meta = load(directory / workdir.CHECKPOINTS, build(config).representation.abstract)
     return jax.tree.map(np.asarray, state), meta["data"]
 
 
@@ -174,7 +175,7 @@ def test_evaluation_is_exact_at_any_number_of_lanes(tmp_path, same_length):
     params, _ = jax.jit(task.init)(jax.random.key(0))
     # Large weights, so that what a lane saw before matters.
     params = jax.tree.map(lambda x: 12 * x, params)
-    state = run.form.abstract(0)._replace(params=params)
+    state = run.representation.abstract(0)._replace(params=params)
     tokens = task._open().splits["test"]
     whole = tokens.read(0, len(tokens))
     memory = task.model.init_memory(1, configs.lengths(run.config, "evaluation"))
@@ -279,10 +280,10 @@ def test_another_text_under_a_checkpoint_is_one_line(runs, tmp_path, change, cap
 def test_one_device_is_like_eight(runs):
     whole, _, text = runs
     config = config_of(text)
-    run, first = build(config, jax.devices()[:1]), build(config).init()
+    run, first = build(config, jax.devices()[:1]), build(config).representation.init()
     lanes = {s.data.shape[1] for s in first.model_state.states.addressable_shards}
     assert lanes == {1}
-    places = jax.tree.map(lambda x: x.sharding, run.form.abstract(0))
+    places = jax.tree.map(lambda x: x.sharding, run.representation.abstract(0))
     state = jax.tree.map(lambda x, to: jax.device_put(np.asarray(x), to), first, places)
     data, losses, valid = run.task.train_data(), [], []
     for _ in range(4):
@@ -352,9 +353,9 @@ def rewrite(path, out, change):
     """An exported file with another config or other arrays."""
     with np.load(path) as file:
         arrays = dict(file)
-    metadata = json.loads(str(arrays.pop(export.METADATA)))
+    metadata = json.loads(str(arrays.pop(METADATA)))
     change(metadata["config"], arrays)
-    np.savez(out, **{export.METADATA: np.array(json.dumps(metadata))}, **arrays)
+    np.savez(out, **{METADATA: np.array(json.dumps(metadata))}, **arrays)
 
 
 def set_sizes(**sizes):
@@ -392,10 +393,10 @@ def test_parameters_of_another_model_are_one_line(runs, exported, tmp_path, chan
     config, run = config_of(runs[2]), make_task(config_of(runs[2]))
     like = run.model.abstract_params
     if told is None:
-        generate.exported(tmp_path / "other.npz", config, like)
+        generate.read_params(tmp_path / "other.npz", config, like)
         return
     with pytest.raises(UserError, match="^--params=.*other.npz: of another model: ") as error:
-        generate.exported(tmp_path / "other.npz", config, like)
+        generate.read_params(tmp_path / "other.npz", config, like)
     assert told in str(error.value)
 
 

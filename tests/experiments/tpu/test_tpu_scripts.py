@@ -50,7 +50,7 @@ def test_arguments_hold_the_state(record):
     run = build(resolve(f"{CONFIG}:80/60", ["mesh.fsdp=2"]), compiling.target("v5e:2x2").devices)
     here = sum(
         np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(run.abstract)
+        for leaf in jax.tree.leaves(run.representation.abstract())
     )
     assert record["device_bytes"]["arguments"] >= here
 
@@ -154,7 +154,7 @@ def test_every_pattern_is_checked_before_the_first_is_compiled(monkeypatch, caps
 def test_state_is_counted_per_entry():
     one = compiling.target("v5e:2x2", 1).devices
     run = build(resolve(f"{CONFIG}:dense", ["optimizer.name=adam"]), one)
-    entries = sum(leaf.size for leaf in jax.tree.leaves(run.abstract.params))
+    entries = sum(leaf.size for leaf in jax.tree.leaves(run.representation.abstract().params))
     counters = bench_memory.state_bytes(run) - 4 * 4 * entries
     assert 0 < counters <= 16
 

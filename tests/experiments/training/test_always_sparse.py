@@ -59,10 +59,10 @@ def configs(name, overrides, devices_mesh=()):
 def steps(config, count, devices=None):
     """The run, its loss and its state after each step."""
     run = build(config, devices)
-    state, data = run.init(), run.task.train_data()
+    state, data = run.representation.init(), run.task.train_data()
     for step in range(1, count + 1):
         state, sums = run.step(state, run.put(next(data)))
-        state = run.form.between_steps(state, step)
+        state = run.representation.between_steps(state, step)
         yield run, float(sums["loss"][0] / sums["loss"][1]), state
 
 
@@ -70,7 +70,7 @@ def dense_of(run, state):
     """Dense parameters and masked optimizer state of either form."""
     if state.reservoir == ():
         return state.params, state.opt_state
-    return run.form.sparse.to_masked(state.params, state.opt_state, state.reservoir)
+    return run.representation.sparse.to_masked(state.params, state.opt_state, state.reservoir)
 
 
 def assert_same_run(masked, compact, count, rtol):
@@ -108,13 +108,17 @@ def test_devices_hold_nothing_dense():
     """No argument of the step, so no parameter, moment or place, has a sparse leaf's dense size."""
     _, config = configs("enwik8_small", ())
     run = build(config, jax.devices()[:1])
-    dense = jax.tree.leaves(run.form.masks(run.init())[1].sets)
+    dense = jax.tree.leaves(
+        run.representation.sparse.masks(run.representation.init().reservoir)[1].sets
+    )
     smallest = min(leaf.size for leaf in dense)
-    held = jax.tree.leaves(find_compact(run.abstract.opt_state).kernels)
+    held = jax.tree.leaves(find_compact(run.representation.abstract().opt_state).kernels)
     assert len(held) == len(dense) > 3
-    embedding = run.abstract.params["embedding"]["table"]["0"].size
-    sizes = {leaf.size for leaf in jax.tree.leaves(run.abstract._replace(reservoir=()))}
-    memory = run.abstract.model_state.states.size
+    embedding = run.representation.abstract().params["embedding"]["table"]["0"].size
+    sizes = {
+        leaf.size for leaf in jax.tree.leaves(run.representation.abstract()._replace(reservoir=()))
+    }
+    memory = run.representation.abstract().model_state.states.size
     assert max(sizes - {embedding, memory}) < smallest
 
 
@@ -128,7 +132,9 @@ def buffers(overrides):
     """Sizes of all buffers of a compiled step."""
     run = build(resolve(f"{ROOT / 'configs' / 'enwik8_small.py'}:75/50,smoke", overrides),
                 jax.devices()[:1])  # fmt: skip
-    return buffer_sizes(run.step.lower(run.abstract, run.task.example_batch()).compile())
+    return buffer_sizes(
+        run.step.lower(run.representation.abstract(), run.task.example_batch()).compile()
+    )
 
 
 def test_the_compiled_step_of_blocks_has_no_buffer_of_a_dense_size():

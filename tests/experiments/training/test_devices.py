@@ -19,7 +19,7 @@ MESHES = {
 def train(steps, devices=None, **sizes):
     overrides = [f"mesh.{axis}={size}" for axis, size in sizes.items()]
     run = build(config("80/60", *overrides), devices)
-    state, data, losses = run.init(), run.task.train_data(), []
+    state, data, losses = run.representation.init(), run.task.train_data(), []
     for _ in range(steps):
         state, sums = run.step(state, run.put(next(data)))
         losses.append(float(sums["loss"][0] / sums["loss"][1]))
@@ -49,7 +49,11 @@ def shard(array):
 
 def test_shards():
     run, state, _ = train(1, fsdp=4)
-    for tree in (state.params, run.init().params, run.view(state.params, state.opt_state)):
+    for tree in (
+        state.params,
+        run.representation.init().params,
+        run.view(state.params, state.opt_state),
+    ):
         assert shard(tree["in"]["kernel"]) == (16, 8)
         assert shard(tree["in"]["bias"]) == (8,)
         assert shard(tree["out"]["kernel"]) == (8, 4)
