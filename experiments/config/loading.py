@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib.util
+import inspect
+import runpy
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -17,40 +17,32 @@ from experiments.errors import UserError
 
 
 def load(spec: str, function: str = "get_config") -> Any:
-    """What a config file's function gives: `path/to/NAME.py:VARIANT`."""
+    """Calls a function of a config file; an error inside the file keeps its traceback.
+
+    Args:
+        spec: `path/to/NAME.py:VARIANT`; the function gets the variant if there is one.
+        function: the name of the function.
+
+    Raises:
+        UserError: there is no such file, or the function is missing or takes no variant.
+    """
     path, _, variant = spec.partition(":")
-    module = load_file(path, f"--config={spec}")
-    if not hasattr(module, function):
-        raise UserError(f"--config={spec}: {path} defines no {function}()")
-    try:
-        return getattr(module, function)(*([variant] if variant else []))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--config={spec}: {type(error).__name__}: {error}") from error
-
-
-def load_file(path: str, flag: str) -> ModuleType:
-    """Runs a config file."""
     if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"{flag}: no such file {path!r}; expected path/to/NAME.py:VARIANT")
-    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{flag}: {type(error).__name__}: {error}") from error
-    return module
+        raise UserError(f"--config={spec}: no such file {path!r}; expected path/to/NAME.py:VARIANT")
+    found = runpy.run_path(path).get(function)
+    if found is None:
+        raise UserError(f"--config={spec}: {path} defines no {function}()")
+    if variant and not inspect.signature(found).parameters:
+        raise UserError(f"--config={spec}: {function}() of {path} takes no variant")
+    return found(variant) if variant else found()
 
 
 def resolve(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
-    """The config of a run: loaded, overridden, validated, with derived values, frozen.
+    """The config of a run: loaded, overridden, validated, with derived values, and locked.
 
     Args:
         spec: `path/to/NAME.py:VARIANT`.
-        overrides: `KEY=VALUE`, dots between the levels of KEY.
+        overrides: texts `KEY=VALUE`, with dots between the levels of KEY.
     """
     config = load(spec)
     keys = {override(config, text) for text in overrides}
@@ -61,7 +53,7 @@ def resolve(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
 
 
 def override(config: ConfigDict, text: str) -> str:
-    """Sets one value from `KEY=VALUE`, keeping its type; returns the key."""
+    """Sets one value from the text `KEY=VALUE`, keeping its type; returns the key."""
     key, equals, value = text.partition("=")
     flag = f"--config.{key}"
     if not equals:

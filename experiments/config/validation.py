@@ -1,135 +1,68 @@
-"""What a config may say, and what follows from it."""
+"""The rules of a config, and the values that follow from it."""
 
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
 from experiments import task as tasks
+from experiments.config.checks import Check, check_values, integer, number, one_of, optional
 from experiments.errors import UserError
 from experiments.training import methods, optimizers
 from topkast_jax.always_sparse import BACKENDS
 
-Check = tuple[Callable[[Any], bool], str]
+_MESH: Check = (lambda v: type(v) is int and (v == -1 or v >= 1)), "an integer of at least 1, or -1"
+_BOUNDARIES: Check = (
+    lambda v: all(type(b) is int and b > 0 for b in v) and list(v) == sorted(set(v)),
+    "ascending integers above 0",
+)
+# The arguments of a method are not here: its factory checks them.
+_CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("steps", "batch_size", "log_every", "keep_checkpoints"), integer(1)),
+    **dict.fromkeys(("seed", "eval_every", "checkpoint_every"), integer(0)),
+    **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor"), _MESH),
+    "method.seed": optional(integer(0)),
+    "method.refresh_delay": integer(0),
+    "method.backend": one_of(None, *BACKENDS),
+    "optimizer.learning_rate": number(0, above=True),
+    "optimizer.reference_batch_size": integer(0),
+    **{f"optimizer.{key}": number(0, 1) for key in ("momentum", "b1", "b2")},
+    **{f"optimizer.{k}": number(0) for k in ("eps", "l2", "weight_decay", "clip_global_norm")},
+    **{f"optimizer.schedule.{key}": integer(0) for key in ("warmup_steps", "reference_steps")},
+    **{f"optimizer.schedule.{key}": number(0, 1) for key in ("factor", "final_factor")},
+    "optimizer.schedule.boundaries": _BOUNDARIES,
+}
 
 
 def finish(config: ConfigDict, overridden: Iterable[str] = ()) -> None:
-    """Validates a config, drops what its choices do not read, and adds `derived`.
+    """Validates a config, drops the keys that its choices do not read, and adds `derived`.
 
     Args:
-        config: changed in place and locked.
-        overridden: keys that the user set, an error if nothing reads them.
+        config: the config; it is changed in place and locked.
+        overridden: the keys that the user set; it is an error if nothing reads one of them.
     """
     with config.unlocked():
         _drop_unread(config, frozenset(overridden))
-        _check_values(config)
+        check_values(config, _CHECKS)
+        methods.check(config)
         _check_together(config)
         tasks.task_module(config.task).validate(config)
         config.derived = _derived(config)
     config.lock()
 
 
-def _number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
-    def fits(v: Any) -> bool:
-        real = isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v)
-        return real and (low < v if above else low <= v) and v <= high
-
-    text = f"a number {'above' if above else 'of at least'} {low:g}"
-    return fits, text + (f" and at most {high:g}" if math.isfinite(high) else "")
-
-
-def _integer(low: int) -> Check:
-    return (lambda v: type(v) is int and v >= low), f"an integer of at least {low}"
-
-
-def _optional(check: Check) -> Check:
-    return (lambda v: v is None or check[0](v)), f"None or {check[1]}"
-
-
-def _one_of(*allowed: Any) -> Check:
-    return (lambda v: v in allowed), "one of " + ", ".join(map(repr, allowed))
-
-
-def _parses(read: Callable[[Any], Any], rule: str) -> Check:
-    def fits(v: Any) -> bool:
-        try:
-            read(v)
-        except (UserError, ValueError):
-            return False
-        return True
-
-    return fits, rule
-
-
-_BOOLEAN: Check = (lambda v: isinstance(v, bool)), "True or False"
-_MESH: Check = (lambda v: type(v) is int and (v == -1 or v >= 1)), "an integer of at least 1, or -1"
-_BOUNDARIES: Check = (
-    lambda v: all(type(b) is int and b > 0 for b in v) and list(v) == sorted(set(v)),
-    "ascending integers above 0",
-)
-
-_VALUES: dict[str, Check] = {
-    "seed": _integer(0),
-    "steps": _integer(1),
-    "batch_size": _integer(1),
-    "log_every": _integer(1),
-    "eval_every": _integer(0),
-    "eval_at_end": _BOOLEAN,
-    "checkpoint_every": _integer(0),
-    "keep_checkpoints": _integer(1),
-    "optimizer.learning_rate": _number(0, above=True),
-    "optimizer.reference_batch_size": _integer(0),
-    "optimizer.momentum": _number(0, 1),
-    "optimizer.nesterov": _BOOLEAN,
-    "optimizer.b1": _number(0, 1),
-    "optimizer.b2": _number(0, 1),
-    "optimizer.eps": _number(0),
-    "optimizer.l2": _number(0),
-    "optimizer.weight_decay": _number(0),
-    "optimizer.clip_global_norm": _number(0),
-    "optimizer.schedule.warmup_steps": _integer(0),
-    "optimizer.schedule.boundaries": _BOUNDARIES,
-    "optimizer.schedule.factor": _number(0, 1),
-    "optimizer.schedule.final_factor": _number(0, 1),
-    "optimizer.schedule.reference_steps": _integer(0),
-    "method.forward_density": _number(0, 1, above=True),
-    "method.backward_density": _number(0, 1, above=True),
-    "method.refresh_every": _integer(1),
-    "method.exploration_weight": _number(0),
-    "method.exploration_norm": _one_of("l1", "l2"),
-    "method.stop_exploring_at": _optional(_integer(0)),
-    "method.inner_state": _one_of("keep", "reset"),
-    "method.distribution": _one_of("uniform", "erk"),
-    "method.pattern": _parses(
-        methods.read_pattern, "'unstructured' or 'block:RxC' with integers R and C above 0"
-    ),
-    "method.rules": _parses(
-        methods.read_rules,
-        "None or pairs (regular expression, 'dense', 'sparse' or a dict of "
-        "forward_density, backward_density, pattern, distribution, stacked)",
-    ),
-    "method.seed": _optional(_integer(0)),
-    "method.always_sparse": _BOOLEAN,
-    "method.refresh_delay": _integer(0),
-    "method.backend": _one_of(None, *BACKENDS),
-    "mesh.data": _MESH,
-    "mesh.fsdp": _MESH,
-    "mesh.tensor": _MESH,
-}
-
-
 def _drop_unread(config: ConfigDict, overridden: frozenset[str]) -> None:
-    """Leaves in the choosing sections only what the chosen thing reads."""
+    """Drops the keys that the chosen method, optimizer and schedule do not read."""
     for section, known, read in (
         ("method", methods.method_names(), methods.method_keys),
         ("optimizer", optimizers.OPTIMIZERS, optimizers.optimizer_keys),
         ("optimizer.schedule", optimizers.SCHEDULES, optimizers.schedule_keys),
     ):
-        part = _get(config, section)
+        part = config
+        for name in section.split("."):
+            part = part[name]
         if part.name not in known:
             raise UserError(
                 f"config.{section}.name: found {part.name!r}; must be one of {', '.join(known)}"
@@ -149,30 +82,10 @@ def _why_unread(part: ConfigDict, key: str, read: Iterable[str]) -> str:
     return f"{part.name} does not read it; it reads {', '.join(read) or 'nothing'}"
 
 
-def _get(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part)
-    return config
-
-
-def _check_values(config: ConfigDict) -> None:
-    for key, (fits, rule) in _VALUES.items():
-        section, _, last = key.rpartition(".")
-        parent = _get(config, section) if section else config
-        if last in parent and not fits(parent[last]):
-            raise UserError(f"config.{key}: found {parent[last]!r}; must be {rule}")
-
-
 def _check_together(config: ConfigDict) -> None:
     method, schedule = config.method, config.optimizer.schedule
-    forward, backward = method.get("forward_density"), method.get("backward_density")
-    if forward and backward and backward < forward:
-        raise UserError(
-            f"config.method.backward_density: found {backward}, below forward_density {forward}; "
-            "must be at least that, since the backward set contains the forward set"
-        )
     delay, every = method.get("refresh_delay", 0), method.get("refresh_every", math.inf)
-    if type(delay) is int and delay >= every:
+    if delay >= every:
         raise UserError(
             f"config.method.refresh_delay: found {delay}; must be below refresh_every={every}, so "
             "that one choice is in use before the next begins"
@@ -201,7 +114,7 @@ def _scaled(config: ConfigDict, steps: int) -> int:
 
 
 def _derived(config: ConfigDict) -> ConfigDict:
-    """Values that follow from others, after overrides."""
+    """The values that follow from others, once all overrides are applied."""
     reference = config.optimizer.reference_batch_size
     scale = config.batch_size / reference if reference else 1.0
     schedule = config.optimizer.schedule

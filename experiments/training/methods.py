@@ -72,25 +72,55 @@ def _arguments(name: str) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in list(arguments.items())[1:] if p.kind in named}
 
 
+def check(config: ConfigDict) -> None:
+    """Raises UserError unless the factory of the config's method takes the values of its section.
+
+    The pattern, the rules and the distribution are read as well. Whether they fit the parameters is
+    known only when the optimizer of a run is made.
+    """
+    method = config.method
+    if representation(method) != "dense":
+        rules = read_rules(method.get("rules"), method.distribution)
+        _make_transform(config, optax.identity(), rules)
+
+
 def make_method(
     config: ConfigDict, inner: optax.GradientTransformationExtraArgs, params: Tree
 ) -> SparseTransform:
-    """The transformation of the method that the config names, around an optimizer."""
-    method = config.method
-    own = ("name", "distribution", "always_sparse", *COMPACT)
-    options = {k: v for k, v in method.items() if k not in own}
-    options["rules"] = _rules(method, params)
-    options["pattern"] = read_pattern(method.pattern)
-    if "seed" in options and method.seed is None:
-        options["seed"] = config.seed
-    tx = tk.methods.get(method.name)(inner, **options)
+    """The transformation of the method that the config names, around an optimizer.
+
+    Args:
+        config: a validated config.
+        inner: the optimizer.
+        params: the abstract parameters.
+    """
+    tx = _make_transform(config, inner, _rules(config.method, params))
     if not isinstance(tx, SparseTransform):
         raise UserError(
-            f"config.method.name: {method.name!r} makes a {type(tx).__name__}; its factory must "
-            "return what topkast_jax.sparsify returns"
+            f"config.method.name: {config.method.name!r} makes a {type(tx).__name__}; its factory "
+            "must return what topkast_jax.sparsify returns"
         )
     _check_blocks(tx, params)
     return tx
+
+
+def _make_transform(
+    config: ConfigDict,
+    inner: optax.GradientTransformation,
+    rules: list[tuple[str, Any]] | None,
+) -> optax.GradientTransformation:
+    method = config.method
+    options = {key: method[key] for key in _arguments(method.name) if key in method}
+    if "rules" in options:
+        options["rules"] = rules
+    if "pattern" in options:
+        options["pattern"] = read_pattern(method.pattern)
+    if "seed" in options and method.seed is None:
+        options["seed"] = config.seed
+    try:
+        return tk.methods.get(method.name)(inner, **options)
+    except tk.SparsityError as error:
+        raise UserError(f"config.method.{error}") from error
 
 
 def _check_blocks(tx: SparseTransform, params: Tree) -> None:
@@ -106,27 +136,46 @@ def _check_blocks(tx: SparseTransform, params: Tree) -> None:
 
 
 def read_pattern(text: str) -> tk.Pattern:
-    """`unstructured` or `block:RxC` as a pattern."""
-    if text == "unstructured":
-        return tk.Unstructured()
+    """The pattern `unstructured` or `block:RxC`."""
     match = re.fullmatch(r"block:(\d+)x(\d+)", text)
-    if not match:
-        raise UserError(f"pattern {text!r}: allowed: 'unstructured', 'block:RxC'")
-    return tk.Block(int(match[1]), int(match[2]))
+    if text != "unstructured" and not match:
+        raise UserError(
+            f"config.method.pattern: found {text!r}; must be 'unstructured' or 'block:RxC'"
+        )
+    try:
+        return tk.Block(int(match[1]), int(match[2])) if match else tk.Unstructured()
+    except tk.SparsityError as error:
+        raise UserError(f"config.method.pattern: found {text!r}; {error}") from error
 
 
 def has_blocks(method: ConfigDict) -> bool:
-    """Whether a method's pattern, or that of one of its rules, is blocks."""
+    """Whether the pattern of a method, or that of one of its rules, is blocks."""
     specs = [spec for _, spec in read_rules(method.rules) or ()]
     patterns = [spec.pattern for spec in specs if isinstance(spec, tk.Sparse)]
     return any(isinstance(p, tk.Block) for p in (read_pattern(method.pattern), *patterns))
 
 
 def read_rules(rules: Any, distribution: str = "uniform") -> list[tuple[str, Any]] | None:
-    """Rules of a config, where a spec is `dense`, `sparse` or a dict, as the library's."""
+    """The library's rules from those of a config.
+
+    Args:
+        rules: None, or pairs of a regular expression and `dense`, `sparse` or a dict of arguments
+            of `topkast_jax.Sparse`.
+        distribution: the distribution of specs that name none.
+    """
+    sparse = _spec("sparse", distribution)  # Checks the distribution also where no rule uses it.
     if rules is None:
         return None
-    return [(regex, _spec(spec, distribution)) for regex, spec in rules]
+    try:
+        return [
+            (regex, sparse if spec == "sparse" else _spec(spec, distribution))
+            for regex, spec in rules
+        ]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"config.method.rules: found {rules!r}; must be None or pairs (regular expression, "
+            "'dense', 'sparse' or a dict of arguments of topkast_jax.Sparse)"
+        ) from error
 
 
 def _spec(spec: Any, distribution: str) -> tk.Dense | tk.Sparse:
@@ -137,8 +186,8 @@ def _spec(spec: Any, distribution: str) -> tk.Dense | tk.Sparse:
         options["pattern"] = read_pattern(options["pattern"])
     try:
         return tk.Sparse(**{"distribution": distribution} | options)
-    except TypeError as error:
-        raise UserError(f"rule {spec!r}: {error}") from error
+    except tk.SparsityError as error:
+        raise UserError(f"config.method.{error}") from error
 
 
 def _rules(method: ConfigDict, params: Tree) -> list[tuple[str, Any]] | None:

@@ -41,16 +41,16 @@ BAD_OVERRIDES = {
     "optimizer.schedule.warmup_steps=20": "warmup_steps: found 20; must be below steps=20",
     "method.name=rigl": "config.method.name: found 'rigl'; must be one of dense, ",
     "method.seed=3": "config.method.seed: top_kast does not read it",
-    "method.forward_density=0": "forward_density: found 0.0; must be a number above 0",
-    "method.forward_density=1.1": "config.method.forward_density: found 1.1",
+    "method.forward_density=0": "config.method.forward_density=0.0: must be a number in (0, 1]",
+    "method.forward_density=1.1": "config.method.forward_density=1.1: must be",
     "method.forward_density=nan": "config.method.forward_density",
-    "method.backward_density=0.1": "found 0.1, below forward_density 0.2; must be at least that",
-    "method.refresh_every=0": "config.method.refresh_every: found 0",
-    "method.exploration_norm=l3": "must be one of 'l1', 'l2'",
-    "method.inner_state=drop": "must be one of 'keep', 'reset'",
+    "method.backward_density=0.1": "method.backward_density=0.1 is below forward_density=0.2",
+    "method.refresh_every=0": "config.method.refresh_every=0: must be",
+    "method.exploration_norm=l3": "config.method.exploration_norm='l3': must be 'l2' or 'l1'",
+    "method.inner_state=drop": "config.method.inner_state='drop': must be 'keep' or 'reset'",
     "method.pattern=block:4": "must be 'unstructured' or 'block:RxC'",
-    "method.pattern=block:0x4": "must be 'unstructured' or 'block:RxC'",
-    "method.distribution=even": "must be one of 'uniform', 'erk'",
+    "method.pattern=block:0x4": "config.method.pattern: found 'block:0x4'; Block rows=0: must be",
+    "method.distribution=even": "config.method.distribution='even': must be 'uniform' or 'erk'",
     "method.stop_exploring_at=-1": "must be None or an integer of at least 0",
     "method.rules=(('.*','sparze'),)": "config.method.rules: found",
     "method.rules=(('.*',{'density':1}),)": "config.method.rules: found",
@@ -142,23 +142,28 @@ def test_no_config_file(spec):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "error", "message"),
     [
-        ("def get_config(:", "SyntaxError"),
-        ("import nothing_like_it", "ModuleNotFoundError"),
-        ("x = 1", "defines no get_config()"),
-        ("def get_config(v): return {}['stepz']", "KeyError: 'stepz'"),
-        ("def get_config(): pass", "takes 0 positional arguments"),
-        ("from experiments.config import base_config\nbase_config('toy').stepz = 1", "stepz"),
-        ("from experiments.config import base_config\nbase_config('tooy')", "no task 'tooy'"),
+        ("x = 1", UserError, "bad.py defines no get_config()"),
+        ("def get_config(): pass", UserError, "get_config() of {}/bad.py takes no variant"),
+        ("from experiments.config import base_config\nbase_config('tooy')", UserError, "'tooy'"),
+        ("def get_config(:", SyntaxError, "invalid syntax"),
+        ("import nothing_like_it", ModuleNotFoundError, "nothing_like_it"),
+        ("def get_config(v): return {}['stepz']", KeyError, "stepz"),
+        ("from experiments.config import base_config\nbase_config('toy').stepz = 1",
+         AttributeError, "stepz"),
     ],
-)
-def test_bad_config_file(tmp_path, text, message):
+)  # fmt: skip
+def test_bad_config_file(tmp_path, text, error, message):
+    """A mistake inside the file is raised as it is, so that its traceback names the line."""
     path = tmp_path / "bad.py"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"bad\.py|tooy") as error:
+    with pytest.raises(error) as found:
         load(f"{path}:dense")
-    assert message in str(error.value)
+    assert message.replace("{}", str(tmp_path)) in str(found.value)
+    frames = [frame.path for frame in found.traceback]
+    if error not in (UserError, SyntaxError):
+        assert str(path) in map(str, frames)
 
 
 def make_optimizer(made, params):
