@@ -1,4 +1,4 @@
-"""Image classification: a residual network, labelled images, and their cross-entropy."""
+"""Image classification: a network, labelled images, and their cross-entropy."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,21 +10,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments.image_classification.config import (
-    default_config as default_config,
-)
-from experiments.image_classification.config import (
-    num_classes,
-    open_source,
-)
-from experiments.image_classification.config import (
-    validate as validate,
-)
-from experiments.image_classification.data import pipeline
+from experiments.image_classification.config import default_config, validate
+from experiments.image_classification.data import DATA_SETS, pipeline
 from experiments.image_classification.data.preprocessing import RECIPES, Recipe
 from experiments.image_classification.data.sources import Source
-from experiments.image_classification.models.resnet import ARCHITECTURES, ResNet
+from experiments.image_classification.models import MODELS, Network
 from experiments.task import Batch, Sums, Totals, Tree, ratios
+
+__all__ = ["ImageClassification", "default_config", "make_task", "validate"]
 
 
 class ImageClassification:
@@ -36,12 +29,14 @@ class ImageClassification:
 
     def __init__(self, config: ConfigDict):
         self._data = config.data
-        self._model = config.model
+        self._label_smoothing = config.model.get("label_smoothing", 0.0)
+        self._builder = MODELS.get(config.model.name)(config.model)
+        self._data_set = DATA_SETS.get(config.data.name)(config.data)
         self._seed = config.seed
         self.units_per_step = config.batch_size
         self._sources: dict[str, Source] = {}
-        self._recipe: Recipe = RECIPES[config.data.recipe]
-        self._num_classes = num_classes(config.data)
+        self._recipe: Recipe = RECIPES.get(config.data.recipe)
+        self._num_classes = self._data_set.num_classes()
         abstract = nnx.eval_shape(lambda: self._make_model(jax.random.key(0)))
         self._graph = nnx.graphdef(abstract)
         self._abstract_params = nnx.state(abstract, nnx.Param)
@@ -59,7 +54,7 @@ class ImageClassification:
         model = self._merge(params, model_state)
         logits = model(self._normalise(batch["image"]), train=True)
         targets = jax.nn.one_hot(batch["label"], self._num_classes)
-        targets = optax.smooth_labels(targets, self._model.label_smoothing)
+        targets = optax.smooth_labels(targets, self._label_smoothing)
         losses = optax.softmax_cross_entropy(logits, targets)
         _, new_state = _dicts(model)
         weights = jnp.ones_like(losses)
@@ -109,17 +104,12 @@ class ImageClassification:
             "label": jax.ShapeDtypeStruct((count,), jnp.int32),
         }
 
-    def _make_model(self, rng: jax.Array) -> ResNet:
-        return ResNet(
-            ARCHITECTURES[self._model.name],
-            channels=self._data.channels,
-            num_classes=self._num_classes,
-            width=self._model.width,
-            dtype=self._model.dtype,
-            rngs=nnx.Rngs(params=rng),
-        )
+    def _make_model(self, rng: jax.Array) -> Network:
+        rngs = nnx.Rngs(params=rng)
+        channels, classes = self._data.channels, self._num_classes
+        return self._builder(channels=channels, num_classes=classes, rngs=rngs)
 
-    def _merge(self, params: Tree, rest: Tree) -> ResNet:
+    def _merge(self, params: Tree, rest: Tree) -> Network:
         variables = []
         for abstract, values in ((self._abstract_params, params), (self._abstract_rest, rest)):
             state = nnx.clone(abstract)
@@ -134,7 +124,10 @@ class ImageClassification:
 
     def _source(self, split: str) -> Source:
         if split not in self._sources:
-            self._sources[split] = open_source(self._data, split, self._recipe)
+            source = self._data_set.source(split)
+            if self._data.cache and not self._data_set.in_memory:
+                source = pipeline.cached(source, self._recipe, self._data.image_size)
+            self._sources[split] = source
         return self._sources[split]
 
     def _options(self) -> pipeline.Options:
@@ -159,7 +152,7 @@ def _sums(losses: jax.Array, logits: jax.Array, labels: jax.Array, weights: jax.
     }
 
 
-def _dicts(model: ResNet) -> tuple[Tree, Tree]:
+def _dicts(model: Network) -> tuple[Tree, Tree]:
     """Parameters, and the rest, as nested dicts."""
     params, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
     return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)

@@ -1,31 +1,29 @@
-"""The sections `model` and `data` of the config: defaults, rules, and what they name."""
+"""The sections `model` and `data` of the config: their defaults, rules and variants."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from experiments.config import apply_variant as apply_common
+from experiments.config.checks import check_values, integer, one_of
 from experiments.errors import UserError
-from experiments.language_modelling.data import corpus as corpora
-from experiments.language_modelling.data.corpus import Corpus
-from experiments.language_modelling.data.prepared import PREPARED, open_prepared
+from experiments.language_modelling.data import TEXTS
+from experiments.language_modelling.data.corpus import SPLITS, Corpus
 from experiments.language_modelling.data.vocabulary import LEVELS
-from experiments.language_modelling.models.narrow import (
-    active_parameters,
-    for_stacked_layers,
-    narrowed,
-)
-from experiments.language_modelling.models.settings import Lengths, TransformerXLConfig
-from experiments.language_modelling.models.transformer_xl import LanguageModel
+from experiments.language_modelling.models import MODELS, Model
+from experiments.language_modelling.models.narrow import for_stacked_layers
+from experiments.language_modelling.models.settings import Lengths
 from topkast_jax.trees import flatten_with_names
 
-OWN = ("text_file", "python_docs")
-DATASETS = (*OWN, *PREPARED)
 SMALL_DENSE = "small-dense-"
-_SIZES = tuple(field.name for field in dataclasses.fields(TransformerXLConfig))
+_CHECKS = {
+    "data.level": one_of(*LEVELS),
+    "data.eval_split": one_of(*SPLITS[1:]),
+    "data.min_count": integer(1),
+    "data.eval_batch_size": integer(1),
+}
 
 
 def default_config() -> ConfigDict:
@@ -33,8 +31,9 @@ def default_config() -> ConfigDict:
     lengths = {"target": 64, "memory": 64, "clamp": -1, "same_length": False}
     return ConfigDict(
         {
-            # Sizes and options as in `settings.TransformerXLConfig`.
             "model": {
+                "name": "transformer_xl",  # see `models`
+                # Sizes and options as in `models.settings.TransformerXLConfig`.
                 "n_layer": 2,
                 "n_head": 2,
                 "d_model": 64,
@@ -55,12 +54,12 @@ def default_config() -> ConfigDict:
                 # Narrower, so as to have the parameters that a sparse model of the sizes above
                 # runs on: what these rules (as in `method`) make sparse, at this density.
                 "small_dense": {"forward_density": 1.0, "rules": ()},
-                # How far it looks; see `settings.Lengths`.
+                # How far it looks; see `models.settings.Lengths`.
                 "train": dict(lengths),
                 "evaluation": dict(lengths),
             },
             "data": {
-                "name": "python_docs",
+                "name": "python_docs",  # see `data`
                 "file": "",  # text_file: raw text, plain, .xz or .zip
                 "dir": "",  # enwik8, wikitext103: where they were prepared
                 "level": "byte",  # or character, or word
@@ -81,28 +80,25 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: names the key, what was found and what is allowed.
     """
-    data = config.data
-    for key, value, allowed in (
-        ("data.name", data.name, DATASETS),
-        ("data.level", data.level, LEVELS),
-        ("data.eval_split", data.eval_split, corpora.SPLITS[1:]),
-    ):
-        if value not in allowed:
-            raise UserError(f"config.{key}={value!r}: allowed are {', '.join(allowed)}")
-    for key in ("min_count", "eval_batch_size"):
-        if data[key] < 1:
-            raise UserError(f"config.data.{key}={data[key]}: must be at least 1")
-    if not 0 < config.model.small_dense.forward_density <= 1:
-        found = config.model.small_dense.forward_density
-        raise UserError(f"config.model.small_dense.forward_density={found}: must be in (0, 1]")
+    check_values(config, _CHECKS)
     lengths(config, "train")
     lengths(config, "evaluation")
-    _find_vocabulary(data)
-    if data.name in OWN:
-        check_lengths(config, open_own(data))
-    full = transformer_config(config)
-    if full.scan and "rules" in config.method:
-        config.method.rules = _stacked(config.method.rules, full)
+    text = TEXTS.get(config.data.name)(config.data)
+    if text.known is None:
+        corpus = text.open()
+        _fill_in(config.data, _vocabulary_of(config.data, corpus))
+        check_lengths(config, corpus)
+    else:
+        level, size = text.known
+        _fill_in(config.data, {"level": level, "vocabulary_size": size})
+    model = make_model(config)
+    if model.stacked and "rules" in config.method:
+        config.method.rules = _stacked(config.method.rules, model)
+
+
+def make_model(config: ConfigDict) -> Model:
+    """The model of a config."""
+    return MODELS.get(config.model.name)(config.model, config.data.vocabulary_size)
 
 
 def lengths(config: ConfigDict, which: str) -> Lengths:
@@ -112,33 +108,6 @@ def lengths(config: ConfigDict, which: str) -> Lengths:
     except UserError as error:
         text = str(error).replace("lengths.", f"config.model.{which}.")
         raise UserError(text) from None
-
-
-def transformer_config(config: ConfigDict) -> TransformerXLConfig:
-    """The model, narrowed if it is to be a small dense one."""
-    sizes = {k: v for k, v in config.model.items() if k in _SIZES}
-    for key in ("cutoffs", "tie_projs"):
-        sizes[key] = tuple(sizes[key])
-    try:
-        full = TransformerXLConfig(n_token=config.data.vocabulary_size, **sizes)
-    except UserError as error:
-        raise UserError(f"config.model: {error}") from None
-    small = config.model.small_dense
-    if small.forward_density == 1.0:
-        return full
-    return narrowed(full, active_parameters(full, small.rules, small.forward_density))
-
-
-def open_own(data: ConfigDict) -> Corpus:
-    """The text of a config that needs no preparation."""
-    if data.name == "python_docs":
-        return corpora.python_docs(data.level, data.min_count)
-    return corpora.text_file(data.file, data.level, data.min_count)
-
-
-def open_corpus(data: ConfigDict) -> Corpus:
-    """The text of a config."""
-    return open_own(data) if data.name in OWN else open_prepared(data.name, data.dir)
 
 
 def check_lengths(config: ConfigDict, corpus: Corpus) -> None:
@@ -166,32 +135,31 @@ def check_lengths(config: ConfigDict, corpus: Corpus) -> None:
         )
 
 
-def _find_vocabulary(data: ConfigDict) -> None:
-    if data.name in PREPARED:
-        level, size = PREPARED[data.name]
-        found: dict[str, Any] = {"level": level, "vocabulary_size": size}
-    else:
-        vocabulary = open_own(data).vocabulary
-        if len(vocabulary) < 2:
-            raise UserError(
-                f"config.data.min_count={data.min_count}: leaves {len(vocabulary)} symbol of "
-                f"{data.name}; must leave 2 at least"
-            )
-        found = {"vocabulary_size": len(vocabulary), "vocabulary": vocabulary.fingerprint}
+def _vocabulary_of(data: ConfigDict, corpus: Corpus) -> dict[str, Any]:
+    vocabulary = corpus.vocabulary
+    if len(vocabulary) < 2:
+        raise UserError(
+            f"config.data.min_count: found {data.min_count}, which leaves {len(vocabulary)} symbol "
+            f"of {data.name}; must leave 2 at least"
+        )
+    return {"vocabulary_size": len(vocabulary), "vocabulary": vocabulary.fingerprint}
+
+
+def _fill_in(data: ConfigDict, found: dict[str, Any]) -> None:
     for key, value in found.items():
         if data[key] not in (value, 0, ""):
-            raise UserError(f"config.data.{key}={data[key]!r}: {data.name} has {value!r}")
+            raise UserError(f"config.data.{key}: found {data[key]!r}; {data.name} has {value!r}")
         data[key] = value
 
 
-def _stacked(rules: Any, model: TransformerXLConfig) -> Any:
+def _stacked(rules: Any, model: Model) -> Any:
     if rules is None:
         raise UserError(
-            "config.method.rules=None: with config.model.scan=True it must name what is sparse, "
-            "for stacked vectors look like matrices"
+            "config.method.rules: found None; with config.model.scan=True it must name what is "
+            "sparse, for stacked vectors look like matrices"
         )
-    names, _, _ = flatten_with_names(LanguageModel(model).abstract_params)
-    return for_stacked_layers(rules, names)
+    names, _, _ = flatten_with_names(model.abstract_params)
+    return for_stacked_layers(rules, names, model.stacked)
 
 
 def apply_variant(config: ConfigDict, variant: str) -> bool:

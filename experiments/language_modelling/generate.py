@@ -9,7 +9,6 @@ It runs on the forward set alone, as training and evaluation do, with the memory
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,17 @@ from ml_collections import ConfigDict
 
 from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.language_modelling.config import lengths, open_corpus, transformer_config
+from experiments.language_modelling.config import lengths
+from experiments.language_modelling.data import TEXTS
 from experiments.language_modelling.data.vocabulary import Vocabulary
 from experiments.language_modelling.sampling import Sampling, generate
 from experiments.language_modelling.task import LanguageModelling
-from experiments.records import exported, restore
+from experiments.records import exported, restore, workdir
 from topkast_jax.always_sparse import is_compact
 from topkast_jax.trees import flatten_with_names
 
 # May differ between a model and the one that its parameters are from.
-FREE = ("dropout", "dropatt", "dtype", "remat")
+FREE = ("dropout", "dropatt", "dtype", "remat", "train", "evaluation")
 
 
 @command_line.command
@@ -94,7 +94,7 @@ def read_params(path: Path, config: ConfigDict, like: Any) -> Any:
             f"--params={path}: holds form {metadata['form']!r}; must be 'dense' or 'compact'"
         )
     for found, needed in (
-        (_what_fits(metadata["config"]), _what_fits(config)),
+        (_what_fits(metadata["config"]), _what_fits(workdir.as_json(config))),
         (_shapes(tree), _shapes(like)),
     ):
         different = [k for k in needed | found if found.get(k) != needed.get(k)]
@@ -109,12 +109,13 @@ def read_params(path: Path, config: ConfigDict, like: Any) -> Any:
 
 def _what_fits(config: Any) -> dict[str, Any]:
     """What must be the same of two configs for one to run on the other's parameters."""
-    config = ConfigDict(config)
-    if config.task != "language_modelling":
-        return {"task": config.task}
-    model = dataclasses.asdict(transformer_config(config))
+    config = dict(config)
+    if config["task"] != "language_modelling":
+        return {"task": config["task"]}
+    model, data = dict(config["model"]), dict(config["data"])
     fits = {key: value for key, value in model.items() if key not in FREE}
-    return {"task": config.task, "vocabulary": config.data.vocabulary} | fits
+    fits |= {key: data[key] for key in ("vocabulary", "vocabulary_size")}
+    return {"task": config["task"]} | fits
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
@@ -145,7 +146,7 @@ def _vocabulary(config: ConfigDict, text: dict[str, Any]) -> Vocabulary:
     """Out of the checkpoint, or, where it is large, out of the prepared data."""
     if text["symbols"] is not None:
         return Vocabulary(config.data.level, tuple(text["symbols"]))
-    found = open_corpus(config.data).vocabulary
+    found = TEXTS.get(config.data.name)(config.data).open().vocabulary
     if found.fingerprint != text["vocabulary"]:
         raise UserError(
             f"config.data.dir={config.data.dir!r}: its vocabulary is {found.fingerprint}, "

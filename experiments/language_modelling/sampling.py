@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments.errors import UserError
+from experiments.language_modelling.models import Model
 from experiments.language_modelling.models.settings import Lengths
-from experiments.language_modelling.models.transformer_xl import LanguageModel, Memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Sampling:
 
 
 def generate(
-    model: LanguageModel,
+    model: Model,
     params: Any,
     lengths: Lengths,
     prompt: Sequence[int],
@@ -85,15 +85,12 @@ def generate(
     return found
 
 
-def _step(model: LanguageModel, lengths: Lengths, sampling: Sampling) -> Callable[..., Any]:
+def _step(model: Model, lengths: Lengths, sampling: Sampling) -> Callable[..., Any]:
     """(params, memory, token, rng) → (memory, next token), compiled."""
 
     @jax.jit
-    def step(
-        params: Any, memory: Memory, token: jax.Array, rng: jax.Array
-    ) -> tuple[Memory, jax.Array]:
-        hidden, memory = model.hidden(params, memory, token.reshape(1, 1), lengths)
-        log_probs = model.log_probs(params, hidden[0, -1])
-        return memory, sampling.draw(rng, log_probs).astype(jnp.int32)
+    def step(params: Any, memory: Any, token: jax.Array, rng: jax.Array) -> tuple[Any, jax.Array]:
+        log_probs, memory = model.next_log_probs(params, memory, token.reshape(1, 1), lengths)
+        return memory, sampling.draw(rng, log_probs[0]).astype(jnp.int32)
 
     return step

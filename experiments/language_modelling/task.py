@@ -1,4 +1,4 @@
-"""Language modelling: Transformer-XL, texts in lanes, and bits per character or perplexity."""
+"""Language modelling: a model with a memory, texts in lanes, bits per character or perplexity."""
 
 from __future__ import annotations
 
@@ -8,27 +8,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.language_modelling.config import (
-    OWN,
     check_lengths,
+    default_config,
     lengths,
-    open_corpus,
-    transformer_config,
+    make_model,
+    validate,
 )
-from experiments.language_modelling.config import (
-    default_config as default_config,
-)
-from experiments.language_modelling.config import (
-    validate as validate,
-)
-from experiments.language_modelling.data import streams
+from experiments.language_modelling.data import TEXTS, streams
 from experiments.language_modelling.data.corpus import Corpus
-from experiments.language_modelling.models.transformer_xl import LanguageModel, Memory
 from experiments.task import Batch, Sums, Totals, Tree
-from experiments.training.partition import BATCH
+
+__all__ = ["LanguageModelling", "default_config", "make_task", "validate"]
 
 
 class LanguageModelling:
@@ -44,17 +37,18 @@ class LanguageModelling:
         self._evaluation = lengths(config, "evaluation")
         self.units_per_step = self._lanes * self._train.target
         self.eval_split = config.data.eval_split
-        self.model = LanguageModel(transformer_config(config))
+        self.model = make_model(config)
+        self._text = TEXTS.get(config.data.name)(config.data)
         self._share = streams.Share(jax.process_index(), jax.process_count())
         self._corpus: Corpus | None = None
 
-    def init(self, rng: jax.Array) -> tuple[Tree, Memory]:
+    def init(self, rng: jax.Array) -> tuple[Tree, Tree]:
         """Fresh parameters and an empty memory."""
         return self.model.init(rng), self.model.init_memory(self._lanes, self._train)
 
     def loss(
-        self, params: Tree, model_state: Memory, batch: Batch, rng: jax.Array
-    ) -> tuple[jax.Array, tuple[Memory, Sums]]:
+        self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Sums]]:
         """Mean negative log-likelihood in nats over one segment of every lane."""
         nll, memory = self.model.apply(
             params, model_state, batch["tokens"], batch["targets"], self._train, rng=rng
@@ -62,12 +56,12 @@ class LanguageModelling:
         total = jnp.sum(nll)
         return total / nll.size, (memory, {"loss": (total, jnp.float32(nll.size))})
 
-    def eval_state(self, model_state: Memory, split: str) -> Memory:
+    def eval_state(self, model_state: Tree, split: str) -> Tree:
         """An empty memory of evaluation's length."""
         del model_state, split
         return self.model.init_memory(self._eval_rows, self._evaluation)
 
-    def eval_step(self, params: Tree, eval_state: Memory, batch: Batch) -> tuple[Memory, Sums]:
+    def eval_step(self, params: Tree, eval_state: Tree, batch: Batch) -> tuple[Tree, Sums]:
         """Negative log-likelihood, summed with the weights."""
         nll, memory = self.model.apply(
             params, eval_state, batch["tokens"], batch["targets"], self._evaluation
@@ -90,14 +84,12 @@ class LanguageModelling:
 
     def eval_plan(self, tokens: int) -> streams.EvalPlan:
         """How so many tokens are shared out to the lanes."""
-        target, memory = self._evaluation.target, self._evaluation.memory
-        warmup = streams.reach(self.model.config.n_layer, memory, target)
+        target, warmup = self._evaluation.target, self.model.reach(self._evaluation)
         return streams.EvalPlan(tokens - 1, target, self._config.data.eval_batch_size, warmup)
 
-    def model_state_specs(self, shapes: Memory) -> Tree:
+    def model_state_specs(self, shapes: Tree) -> Tree:
         """The memory lies where its lanes are."""
-        places: dict[str, Any] = {"states": PartitionSpec(None, *BATCH), "valid": PartitionSpec()}
-        return shapes._replace(**places)
+        return self.model.memory_specs(shapes)
 
     def eval_context(self, split: str) -> dict[str, Any]:
         """The text, how many tokens were counted, and how far the model looked."""
@@ -129,18 +121,17 @@ class LanguageModelling:
 
     def _open(self) -> Corpus:
         if self._corpus is None:
-            self._corpus = open_corpus(self._config.data)
+            self._corpus = self._text.open()
             check_lengths(self._config, self._corpus)
         return self._corpus
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a position in the text to mean the same."""
         corpus = self._open()
-        own = self._config.data.name in OWN
         return {
             "vocabulary": corpus.vocabulary.fingerprint,
             "tokens": len(corpus.splits["train"]),
-            "symbols": list(corpus.vocabulary.symbols) if own else None,
+            "symbols": None if self._text.known else list(corpus.vocabulary.symbols),
         }
 
 

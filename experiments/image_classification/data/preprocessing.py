@@ -9,6 +9,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from experiments.registry import Registry
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -53,15 +55,18 @@ class Recipe:
         return image[top : top + size, left : left + size]
 
 
-RECIPES = {
-    "mnist": Recipe(mean=(0.1307,), std=(0.3081,), padding=2),
-    "cifar": Recipe(
-        mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), padding=4, flip=True
-    ),
-    "imagenet": Recipe(
-        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), flip=True, resized_crop=True
-    ),
-}
+RECIPES: Registry[Recipe] = Registry(
+    "config.data.recipe",
+    {
+        "mnist": Recipe(mean=(0.1307,), std=(0.3081,), padding=2),
+        "cifar": Recipe(
+            mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), padding=4, flip=True
+        ),
+        "imagenet": Recipe(
+            mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), flip=True, resized_crop=True
+        ),
+    },
+)
 
 
 def resize(

@@ -1,12 +1,10 @@
-"""Where labelled images come from: random-access sources of {"image": uint8 array, "label": int}.
+"""Random-access sources of labelled images, {"image": uint8 array, "label": int}."""
 
-Nothing here imports JAX or TensorFlow, so that Grain's worker processes start quickly.
-"""
-
+import dataclasses
 import importlib.util
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +25,21 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Example:
         """One image (height, width, channels) and its label."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """One data set; nothing is read before one of the functions is called.
+
+    Attributes:
+        num_classes: returns the number of classes.
+        source: opens a split, "train" or "test"; raises UserError if it cannot be read.
+        in_memory: whether the images are decoded and in memory, so that no cache is needed.
+    """
+
+    num_classes: Callable[[], int]
+    source: Callable[[str], Source]
+    in_memory: bool = False
 
 
 class ArraySource:

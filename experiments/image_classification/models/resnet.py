@@ -3,12 +3,19 @@
 Parameter paths read `stem/kernel`, `stage1/block0/conv1/kernel`, `head/kernel`.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
+from experiments.config.checks import check_values, number, one_of
 from experiments.image_classification.models.blocks import (
     Basic,
     BatchNorm,
@@ -63,6 +70,17 @@ ARCHITECTURES = {
         stem_stride=2,
     ),
 }
+
+
+def residual_network(architecture: Architecture) -> Callable[[ConfigDict], Callable[..., Any]]:
+    """The factory of an architecture, which reads `width` and `dtype` from the config."""
+
+    def factory(model: ConfigDict) -> Callable[..., ResNet]:
+        checks = {"width": number(0, above=True), "dtype": one_of("float32", "bfloat16")}
+        check_values(model, checks, "config.model")
+        return functools.partial(ResNet, architecture, width=model.width, dtype=model.dtype)
+
+    return factory
 
 
 class Stage(nnx.Module):

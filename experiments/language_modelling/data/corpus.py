@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -43,6 +43,20 @@ class Corpus:
     name: str
     vocabulary: Vocabulary
     splits: Mapping[str, Tokens]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text that a config names.
+
+    Attributes:
+      open: reads it; raises UserError if that is not possible.
+      known: level and size of the vocabulary, if they are known before the text is there. None:
+        the text is opened as soon as the config is read.
+    """
+
+    open: Callable[[], Corpus]
+    known: tuple[str, int] | None = None
 
 
 class ArrayTokens:

@@ -138,11 +138,6 @@ class EvalPlan:
         return start, (left & counted).astype(np.float32)
 
 
-def reach(n_layer: int, memory: int, target: int) -> int:
-    """How many segments back a prediction can look, through the memories of all layers."""
-    return n_layer * math.ceil(memory / target)
-
-
 def eval_segments(tokens: Tokens, plan: EvalPlan, rows: range) -> Iterator[Batch]:
     """The segments of some lanes, of which those that the plan lacks are padding."""
     batches = iter(_read(grain.MapDataset.range(plan.steps).map(_EvalSegment(tokens, plan, rows))))

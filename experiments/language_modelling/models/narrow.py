@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 import topkast_jax as tk
+from experiments.config.checks import check_values, number
 from experiments.errors import UserError
 from experiments.language_modelling.models.settings import TransformerXLConfig
 from experiments.language_modelling.models.transformer_xl import LanguageModel
@@ -21,7 +23,25 @@ from topkast_jax.selection import keep_count
 from topkast_jax.trees import flatten_with_names
 
 Rules = Sequence[tuple[str, Any]]
-STACKED = "layers/"
+_SIZES = tuple(field.name for field in dataclasses.fields(TransformerXLConfig))
+
+
+def transformer_config(model: ConfigDict, vocabulary_size: int) -> TransformerXLConfig:
+    """The settings of a config's model, narrowed if it is to be a small dense one."""
+    sizes = {k: v for k, v in model.items() if k in _SIZES}
+    for key in ("cutoffs", "tie_projs"):
+        sizes[key] = tuple(sizes[key])
+    try:
+        full = TransformerXLConfig(n_token=vocabulary_size, **sizes)
+    except UserError as error:
+        raise UserError(f"config.model: {error}") from None
+    small = model.small_dense
+    check_values(
+        model, {"small_dense.forward_density": number(0, 1, above=True)}, prefix="config.model"
+    )
+    if small.forward_density == 1.0:
+        return full
+    return narrowed(full, active_parameters(full, small.rules, small.forward_density))
 
 
 def parameters(config: TransformerXLConfig) -> int:
@@ -33,7 +53,11 @@ def parameters(config: TransformerXLConfig) -> int:
 def active_parameters(config: TransformerXLConfig, rules: Rules, density: float) -> int:
     """How many are in the forward set, where the rules say what is sparse."""
     names, leaves = _abstract(config)
-    specs = read_rules(for_stacked_layers(rules, names))
+    specs = read_rules(
+        for_stacked_layers(
+            rules, names, LanguageModel(dataclasses.replace(config, scan=True)).stacked
+        )
+    )
     tree = dict(zip(names, leaves, strict=True))
     found = tk_rules.resolve(tree, specs, density, 1.0, tk.Unstructured())
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)]
@@ -88,14 +112,17 @@ def _scaled(config: TransformerXLConfig, d_model: int) -> TransformerXLConfig:
     )
 
 
-def for_stacked_layers(rules: Rules, names: Sequence[str]) -> tuple[tuple[str, Any], ...]:
+def for_stacked_layers(
+    rules: Rules, names: Sequence[str], stacked: str
+) -> tuple[tuple[str, Any], ...]:
     """The same rules for parameters whose layers are stacked on a leading axis.
 
     A rule is taken apart where it covers both layers and other leaves.
 
     Args:
       rules: as in the config.
-      names: of all parameters.
+      names: the names of all parameters.
+      stacked: the beginning of the names of those whose layers are stacked.
     """
     result = []
     for regex, spec in rules:
@@ -103,11 +130,11 @@ def for_stacked_layers(rules: Rules, names: Sequence[str]) -> tuple[tuple[str, A
             matches = [name for name in names if re.fullmatch(regex, name)]
         except re.error as error:
             raise UserError(f"rule {regex!r} is no regular expression: {error}") from None
-        inside = [name for name in matches if name.startswith(STACKED)]
+        inside = [name for name in matches if name.startswith(stacked)]
         if spec != "dense" and inside:
             options = {} if spec == "sparse" else dict(spec)
-            stacked = regex if len(inside) == len(matches) else f"(?={STACKED})(?:{regex})"
-            result.append((stacked, {"stacked": 1} | options))
+            alone = regex if len(inside) == len(matches) else f"(?={stacked})(?:{regex})"
+            result.append((alone, {"stacked": 1} | options))
         if spec == "dense" or len(inside) < len(matches) or not matches:
             result.append((regex, spec))
     return tuple(result)

@@ -6,12 +6,15 @@ in form: memory has a fixed shape and a count of how much of it is valid, in pla
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from experiments.language_modelling.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from experiments.language_modelling.models.attention import (
@@ -27,6 +30,7 @@ from experiments.language_modelling.models.layers import (
     split,
 )
 from experiments.language_modelling.models.settings import Lengths, TransformerXLConfig
+from experiments.training.partition import BATCH
 
 Params = Mapping[str, Any]
 
@@ -175,15 +179,24 @@ class LanguageModel:
     """Pure functions of plain nested parameters, for a loop that knows nothing of Flax.
 
     Attributes:
-      config: what was asked for.
-      abstract_params: shapes and types of the parameters, as `init` would return them.
+      config: the settings of the network.
+      stacked: see `experiments.language_modelling.models.Model`.
     """
 
     def __init__(self, config: TransformerXLConfig):
         self.config = config
-        model = nnx.eval_shape(lambda: TransformerXL(config, nnx.Rngs(0)))
-        self._graphdef, state = nnx.split(model)
-        self.abstract_params: Params = nnx.to_pure_dict(state)
+        self.stacked = "layers/" if config.scan else ""
+
+    @functools.cached_property
+    def _abstract(self) -> tuple[nnx.GraphDef[TransformerXL], Params]:
+        model = nnx.eval_shape(lambda: TransformerXL(self.config, nnx.Rngs(0)))
+        graphdef, state = nnx.split(model)
+        return graphdef, nnx.to_pure_dict(state)
+
+    @property
+    def abstract_params(self) -> Params:
+        """The shapes and types of the parameters, as `init` would return them."""
+        return self._abstract[1]
 
     def init(self, rng: jax.Array) -> Params:
         """Fresh parameters, float32; the same numbers stacked or not."""
@@ -193,6 +206,15 @@ class LanguageModel:
         """An empty memory."""
         shape = (self.config.n_layer, lanes, lengths.memory, self.config.d_model)
         return Memory(jnp.zeros(shape, self.config.dtype), jnp.zeros((), jnp.int32))
+
+    def memory_specs(self, shapes: Memory) -> Memory:
+        """The memory lies where its lanes are."""
+        specs: dict[str, Any] = {"states": PartitionSpec(None, *BATCH), "valid": PartitionSpec()}
+        return shapes._replace(**specs)
+
+    def reach(self, lengths: Lengths) -> int:
+        """How many segments back a prediction can look, through the memories of all layers."""
+        return self.config.n_layer * math.ceil(lengths.memory / lengths.target)
 
     def apply(
         self,
@@ -244,8 +266,15 @@ class LanguageModel:
         model = self._model(params)
         return model.softmax.log_probs(hidden, model.embedding)
 
+    def next_log_probs(
+        self, params: Params, memory: Memory, tokens_BxT: jax.Array, lengths: Lengths
+    ) -> tuple[jax.Array, Memory]:
+        """Log-probabilities of the token after each segment, [B, n_token], and the next memory."""
+        hidden_BxTxD, memory = self.hidden(params, memory, tokens_BxT, lengths)
+        return self.log_probs(params, hidden_BxTxD[:, -1]), memory
+
     def _model(self, params: Params) -> TransformerXL:
-        return nnx.merge(self._graphdef, params)
+        return nnx.merge(self._abstract[0], params)
 
 
 def _remember(memory: Memory, inputs_LxBxTxD: jax.Array) -> Memory:

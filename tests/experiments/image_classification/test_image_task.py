@@ -77,7 +77,7 @@ def test_loss_against_numpy(trained, monkeypatch):
 def test_images_are_normalised_on_the_device():
     task = task_of()
     images = np.array([0, 128, 255], np.uint8).reshape(1, 1, 3, 1)
-    recipe = RECIPES["mnist"]
+    recipe = RECIPES.get("mnist")
     expected = (images / 255 - recipe.mean[0]) / recipe.std[0]
     np.testing.assert_allclose(task._normalise(images), expected, rtol=1e-5)
 

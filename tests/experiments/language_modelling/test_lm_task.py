@@ -12,8 +12,9 @@ import topkast_jax as tk
 from experiments import export, main
 from experiments.config import resolve
 from experiments.errors import UserError
-from experiments.language_modelling import config as configs
 from experiments.language_modelling import generate, sampling
+from experiments.language_modelling.config import lengths as config_lengths
+from experiments.language_modelling.config import make_model
 from experiments.language_modelling.models import narrow
 from experiments.records import workdir
 from experiments.records.checkpoints import load
@@ -119,9 +120,9 @@ def build_task(config):
 
 @pytest.mark.parametrize("name", ["enwik8_small", "wikitext103_large"])
 def test_small_dense_has_the_active_parameters(name):
-    full = configs.transformer_config(resolve(spec(name, "dense")))
+    full = make_model(resolve(spec(name, "dense"))).config
     config = resolve(spec(name, "small-dense-90"))
-    small = configs.transformer_config(config)
+    small = make_model(config).config
     budget = narrow.active_parameters(full, config.model.small_dense.rules, 0.1)
     names, leaves, _ = flatten_with_names(build_task(spec(name, "dense")).model.abstract_params)
     kernels = sum(
@@ -142,11 +143,11 @@ def test_rules_for_stacked_layers():
         (".*/(table|bias)/.*", {"forward_density": 0.5}),
         (".*", "dense"),
     )
-    stacked = narrow.for_stacked_layers(rules, names)
+    stacked = narrow.for_stacked_layers(rules, names, "layers/")
     assert stacked == ((".*/kernel", {"stacked": 1}), *rules[1:])
-    both = narrow.for_stacked_layers(((".*", "sparse"),), names)
+    both = narrow.for_stacked_layers(((".*", "sparse"),), names, "layers/")
     assert both == ((r"(?=layers/)(?:.*)", {"stacked": 1}), (".*", "sparse"))
-    assert narrow.for_stacked_layers(stacked, names) == stacked
+    assert narrow.for_stacked_layers(stacked, names, "layers/") == stacked
 
 
 def test_stacked_layers_are_sparse_each_on_its_own(runs):
@@ -178,7 +179,7 @@ def test_evaluation_is_exact_at_any_number_of_lanes(tmp_path, same_length):
     state = run.representation.abstract(0)._replace(params=params)
     tokens = task._open().splits["test"]
     whole = tokens.read(0, len(tokens))
-    memory = task.model.init_memory(1, configs.lengths(run.config, "evaluation"))
+    memory = task.model.init_memory(1, config_lengths(run.config, "evaluation"))
     step, total = jax.jit(task.eval_step), 0.0
     for start in range(0, len(whole) - 1, 16):
         row = whole[start : start + 17]
@@ -321,7 +322,7 @@ def test_generation_runs_on_the_forward_set(runs, capsys, monkeypatch):
     alpha = tk.forward_params(state.params, state.opt_state)
     jax.tree.map(np.testing.assert_array_equal, params, alpha)
     assert (alpha["layers"]["feed_forward"]["up"]["kernel"] == 0).mean() > 0.89
-    assert lengths == configs.lengths(config_of(text), "evaluation")
+    assert lengths == config_lengths(config_of(text), "evaluation")
     assert "".join(meta["text"]["symbols"][i] for i in prompt) == "so it"
 
 
@@ -372,7 +373,7 @@ OTHER_FILES = {
     "n_layer": (set_sizes(n_layer=7), "n_layer is 7 there and 2 in the run"),
     "heads": (set_sizes(n_head=1), "n_head is 1 there and 2 in the run"),
     "vocabulary": (lambda c, _: c["data"].update(vocabulary="x"), "vocabulary is 'x' there"),
-    "tokens": (lambda c, _: c["data"].update(vocabulary_size=99), "n_token is 99 there"),
+    "tokens": (lambda c, _: c["data"].update(vocabulary_size=99), "vocabulary_size is 99 there"),
     "task": (lambda c, _: c.update(task="toy"), "task is 'toy' there"),
     "array": (cut, "is (1, "),
     "name": (lambda _, arrays: arrays.update(new=np.zeros(3)), "new is (3,) there and None"),

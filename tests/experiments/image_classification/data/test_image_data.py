@@ -73,7 +73,7 @@ def test_images_stay_with_their_labels():
 def test_the_seed_decides_order_and_augmentation():
     source = sources.embedded_mnist("test", 1)
     make = lambda seed: next(  # noqa: E731
-        pipeline.TrainBatches(source, options(50, RECIPES["mnist"], image_size=28, seed=seed))
+        pipeline.TrainBatches(source, options(50, RECIPES.get("mnist"), image_size=28, seed=seed))
     )
     first, again, other = make(1), make(1), make(2)
     np.testing.assert_array_equal(first["image"], again["image"])
@@ -84,7 +84,7 @@ def test_the_seed_decides_order_and_augmentation():
 def test_a_restored_iterator_goes_on_with_the_same_batches(threads):
     source = sources.embedded_mnist("test", 1)
     make = lambda: pipeline.TrainBatches(  # noqa: E731
-        source, options(64, RECIPES["mnist"], image_size=28, threads=threads)
+        source, options(64, RECIPES.get("mnist"), image_size=28, threads=threads)
     )
     straight = take(make(), 25)  # beyond the first epoch
     stopped = make()
@@ -103,7 +103,7 @@ def test_a_restored_iterator_goes_on_with_the_same_batches(threads):
 def test_hosts_share_each_batch():
     source = sources.embedded_mnist("test", 1)
     make = lambda **host: pipeline.TrainBatches(  # noqa: E731
-        source, options(60, RECIPES["mnist"], image_size=28, **host)
+        source, options(60, RECIPES.get("mnist"), image_size=28, **host)
     )
     alone = take(make(), 20)
     parts = [take(make(host=h, hosts=2), 20) for h in (0, 1)]
@@ -150,7 +150,7 @@ def test_half_of_the_cifar_images_are_mirrored_and_no_digit(name, flips):
     image = np.zeros((32, 32, 3), np.uint8)
     image[:, 16:] = 255  # bright on the right
     rng = np.random.default_rng(0)
-    views = [RECIPES[name].augment(image, 32, rng) for _ in range(400)]
+    views = [RECIPES.get(name).augment(image, 32, rng) for _ in range(400)]
     mirrored = sum(v[:, :16].mean() > v[:, 16:].mean() for v in views)
     assert abs(mirrored - flips) <= (50 if flips else 0)
 
@@ -168,7 +168,7 @@ def test_resized_crops_have_the_size_and_lie_inside():
 
 
 def test_evaluation_takes_the_centre_of_the_resized_image():
-    recipe = RECIPES["imagenet"]
+    recipe = RECIPES.get("imagenet")
     image = np.zeros((512, 768, 3), np.uint8)
     image[128:384, 256:512] = 255
     view = recipe.centre(image, 224)  # 256 on the shorter side: a bright square of 128
@@ -181,5 +181,5 @@ def test_evaluation_takes_the_centre_of_the_resized_image():
 def test_normalisation_constants_of_mnist():
     source = sources.embedded_mnist("train", 1)
     images = np.stack([source[i]["image"] for i in range(len(source))])
-    assert RECIPES["mnist"].mean[0] == pytest.approx(images.mean() / 255, abs=0.002)
-    assert RECIPES["mnist"].std[0] == pytest.approx(images.std() / 255, abs=0.002)
+    assert RECIPES.get("mnist").mean[0] == pytest.approx(images.mean() / 255, abs=0.002)
+    assert RECIPES.get("mnist").std[0] == pytest.approx(images.std() / 255, abs=0.002)

@@ -122,7 +122,7 @@ def test_a_damaged_image_is_named(root, how):
 def test_a_damaged_image_is_named_by_the_cache(root):
     path = damage(root, "half")
     with pytest.raises(UserError) as error:
-        pipeline.cached(source(root), RECIPES["cifar"], 16)
+        pipeline.cached(source(root), RECIPES.get("cifar"), 16)
     assert str(path) in one_line(error)
 
 
@@ -130,7 +130,7 @@ def test_a_damaged_image_is_named_by_the_cache(root):
 def test_a_damaged_image_is_named_from_a_thread_or_a_process(root, workers):
     path = damage(root, "half")
     settings = pipeline.Options(
-        recipe=RECIPES["imagenet"],
+        recipe=RECIPES.get("imagenet"),
         image_size=16,
         batch_size=4,
         seed=0,
@@ -152,7 +152,7 @@ def test_processes_make_the_same_batches_as_threads(root):
     streams = []
     for workers in (0, 2):
         settings = pipeline.Options(
-            recipe=RECIPES["imagenet"],
+            recipe=RECIPES.get("imagenet"),
             image_size=16,
             batch_size=4,
             seed=0,
@@ -169,7 +169,7 @@ def test_processes_make_the_same_batches_as_threads(root):
 
 
 def test_cached_images_equal_fresh_ones(root):
-    kept = pipeline.cached(source(root), RECIPES["imagenet"], 16)
+    kept = pipeline.cached(source(root), RECIPES.get("imagenet"), 16)
     data = source(root)
     for i in range(len(data)):
         np.testing.assert_array_equal(kept[i]["image"], data[i]["image"])

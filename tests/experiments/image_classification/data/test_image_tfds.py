@@ -143,7 +143,7 @@ def test_processes_read_them_too(data_dir):
     streams = []
     for workers in (0, 1):
         options = pipeline.Options(
-            recipe=RECIPES["cifar"],
+            recipe=RECIPES.get("cifar"),
             image_size=32,
             batch_size=8,
             seed=0,

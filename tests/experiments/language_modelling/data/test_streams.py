@@ -12,8 +12,9 @@ from experiments.language_modelling.data.streams import (
     Share,
     TrainStream,
     eval_segments,
-    reach,
 )
+from experiments.language_modelling.models.settings import Lengths, TransformerXLConfig
+from experiments.language_modelling.models.transformer_xl import LanguageModel
 
 ALL = Share()
 TEXT = {"vocabulary": "abc", "tokens": 103}
@@ -96,6 +97,11 @@ def test_evaluation_counts_each_token_once(count, lanes, warmup):
 
 
 def test_reach_goes_through_the_memories_of_all_layers():
+    def reach(n_layer, memory, target):
+        sizes = dict.fromkeys(("n_token", "n_head", "d_model", "d_head", "d_inner"), 2)
+        model = LanguageModel(TransformerXLConfig(n_layer=n_layer, **sizes))
+        return model.reach(Lengths(target=target, memory=memory))
+
     assert reach(n_layer=4, memory=128, target=128) == 4
     assert reach(n_layer=3, memory=129, target=128) == 6
     assert reach(n_layer=12, memory=0, target=80) == 0
