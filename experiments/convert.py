@@ -29,8 +29,6 @@ from experiments.training.partition import all_devices
 from experiments.training.program import build
 from experiments.training.state import TrainState
 
-REPRESENTATIONS = ("masked", "always_sparse")
-
 
 @command_line.command
 def main(argv: list[str]) -> None:
@@ -89,7 +87,7 @@ def _parser() -> command_line.Parser:
     parser = command_line.Parser(prog="experiments.convert", description=__doc__)
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--out", required=True, help="a new folder")
-    parser.add_argument("--to", required=True, choices=REPRESENTATIONS)
+    parser.add_argument("--to", required=True, choices=("masked", "always_sparse"))
     return parser
 
 

@@ -66,28 +66,28 @@ def differences(golden: Golden) -> dict[str, float]:
       UserError: settings, tokens, weights or expected values that do not fit each other.
     """
     with jax.default_matmul_precision("highest"):
-        return compare(Run.of(golden), golden)
+        return compare(Replay.of(golden), golden)
 
 
-def compare(run: Run, golden: Golden) -> dict[str, float]:
+def compare(replay: Replay, golden: Golden) -> dict[str, float]:
     """Largest absolute difference of nll and memories; of gradients, relative to each tensor's max.
 
     Args:
-      run: before its first segment; all of them run.
+      replay: before its first segment; all of them run.
       golden: what is expected, as from `read_golden`.
     """
     worst = {"nll": 0.0, "memory": 0.0}
-    for s in range(len(run.tokens_SxBxT)):
-        nll_BxT, memories = run.segment(s)
+    for s in range(len(replay.tokens_SxBxT)):
+        nll_BxT, memories = replay.segment(s)
         worst["nll"] = _max(worst["nll"], _difference(golden, f"nll/{s}", nll_BxT.T))
         for i, memory_MxBxD in enumerate(memories):
             difference = _difference(golden, f"mem/{s}/{i}", memory_MxBxD)
             worst["memory"] = _max(worst["memory"], difference)
-    gradients = to_reference(run.gradients, run.model.config, all_names=True)
+    gradients = to_reference(replay.gradients, replay.model.config, all_names=True)
     return worst | {"gradient": _gradient_difference(golden, gradients)}
 
 
-class Run:
+class Replay:
     """The segments of one golden file in turn.
 
     Attributes:
@@ -110,7 +110,7 @@ class Run:
         self._step = jax.jit(jax.value_and_grad(self._apply, has_aux=True))
 
     @classmethod
-    def of(cls, golden: Golden, *, scan: bool = False) -> Run:
+    def of(cls, golden: Golden, *, scan: bool = False) -> Replay:
         """Before the first segment of a golden file."""
         config, lengths = settings_from_reference(_cfg(golden))
         config = dataclasses.replace(config, scan=scan)

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from experiments.reporting import tables
 from experiments.reporting.groups import Group, forward_density
 
 CHURN = {
@@ -39,20 +40,19 @@ def _against_density(groups: Sequence[Group], metric: str) -> Any:
     lines: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     several = len({_stem(group) for group in groups}) > 1
     for group in groups:
-        values = group.values(lambda run: run["test"].get(metric))
-        density = group.mean(forward_density)
-        if values and density is not None:
+        read = tables.metric(metric)
+        mean, density = group.mean(read), group.mean(forward_density)
+        if mean is not None and density is not None:
             parts = (_stem(group) if several else "", group.settings, group.method)
             label = ", ".join(filter(None, parts))
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            lines[label].append((density, statistics.fmean(values), spread))
+            lines[label].append((density, mean, group.deviation(read) or 0.0))
     for i, (label, points) in enumerate(lines.items()):
-        densities, means, spreads = zip(*sorted(points), strict=True)
+        densities, means, deviations = zip(*sorted(points), strict=True)
         if label.endswith("dense"):
             axes.axhline(means[0], color=f"C{i}", linestyle="--", label=label)
         else:
             axes.errorbar(
-                densities, means, spreads, color=f"C{i}", marker="o", capsize=3, label=label
+                densities, means, deviations, color=f"C{i}", marker="o", capsize=3, label=label
             )
     _density_axis(axes, [d for points in lines.values() for d, _, _ in points])
     axes.set_xlabel("forward density of the sparse layers, counted from the masks")

@@ -14,7 +14,7 @@ from experiments.errors import UserError
 from experiments.records.metrics import read_records
 from experiments.records.workdir import CONFIG, FINAL, METRICS, flat, read_json
 
-Run = dict[str, Any]
+Summary = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +31,21 @@ class Group:
 
     name: str
     method: str
-    runs: list[Run]
+    runs: list[Summary]
     records: list[list[dict[str, Any]]]
     settings: str = ""
 
-    def values(self, read: Callable[[Run], Any]) -> list[float]:
+    def values(self, read: Callable[[Summary], Any]) -> list[float]:
         """One number a run, of those that have it."""
         found = [read(run) for run in self.runs]
         return [float(value) for value in found if value is not None]
 
-    def mean(self, read: Callable[[Run], Any]) -> float | None:
+    def deviation(self, read: Callable[[Summary], Any]) -> float | None:
+        """The standard deviation over the seeds, or None if fewer than two have the number."""
+        values = self.values(read)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def mean(self, read: Callable[[Summary], Any]) -> float | None:
         """Over the seeds, or None."""
         values = self.values(read)
         return statistics.fmean(values) if values else None
@@ -108,7 +113,7 @@ def _order(group: Group) -> tuple[Any, ...]:
     return group.method != "dense", group.method, density, group.name, group.settings
 
 
-def _read_final(path: Path) -> Run:
+def _read_final(path: Path) -> Summary:
     run = read_json(path)
     needed = ("name", "config", "test", "densities", "parameters", "flops", "seconds")
     missing = [key for key in needed if key not in run]
@@ -117,6 +122,6 @@ def _read_final(path: Path) -> Run:
     return run
 
 
-def forward_density(run: Run) -> Any:
+def forward_density(run: Summary) -> Any:
     """The forward density of a run's sparse leaves, counted from the masks."""
     return run["densities"]["forward"]

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.reporting.groups import Group, Run, forward_density
+from experiments.reporting.groups import Group, Summary, forward_density
 
 
-def metric(name: str) -> Callable[[Run], Any]:
+def metric(name: str) -> Callable[[Summary], Any]:
     """Reads a test metric."""
     return lambda run: run["test"].get(name)
 
 
 # Heading → how to read it, and how to print it.
-COLUMNS: dict[str, tuple[Callable[[Run], Any], str]] = {
+COLUMNS: dict[str, tuple[Callable[[Summary], Any], str]] = {
     "forward density": (forward_density, ".4g"),
     "backward density": (lambda r: r["densities"]["backward"], ".4g"),
     "parameters": (lambda r: r["parameters"], ",.0f"),
@@ -34,17 +33,16 @@ def metric_names(groups: Sequence[Group]) -> list[str]:
     return sorted({name for group in groups for run in group.runs for name in run["test"]})
 
 
-def _columns(groups: Sequence[Group]) -> dict[str, tuple[Callable[[Run], Any], str]]:
+def _columns(groups: Sequence[Group]) -> dict[str, tuple[Callable[[Summary], Any], str]]:
     metrics = {f"test {name}": (metric(name), ".4f") for name in metric_names(groups)}
     return metrics | COLUMNS
 
 
-def _cell(values: list[float], form: str) -> str:
-    if not values:
+def _cell(group: Group, read: Callable[[Summary], Any], style: str) -> str:
+    mean, deviation = group.mean(read), group.deviation(read)
+    if mean is None:
         return ""
-    text = format(statistics.fmean(values), form)
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{text} ± {format(spread, form)}" if spread else text
+    return format(mean, style) + (f" ± {format(deviation, style)}" if deviation else "")
 
 
 def _context(group: Group) -> str:
@@ -71,7 +69,7 @@ def markdown(groups: Sequence[Group]) -> str:
     rows = [[*_first_heads(groups), *columns, "evaluated on"]]
     rows.append(["---"] * len(rows[0]))
     for group in groups:
-        cells = [_cell(group.values(read), form) for read, form in columns.values()]
+        cells = [_cell(group, read, style) for read, style in columns.values()]
         rows.append([*map(str, _first(group, groups)), *cells, _context(group)])
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
@@ -86,6 +84,5 @@ def write_csv(groups: Sequence[Group], path: Path) -> None:
         for group in groups:
             row = _first(group, groups)
             for read, _ in columns.values():
-                values = group.values(read)
-                row += [group.mean(read), statistics.stdev(values) if len(values) > 1 else None]
+                row += [group.mean(read), group.deviation(read)]
             writer.writerow([*row, _context(group)])

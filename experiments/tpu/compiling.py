@@ -74,9 +74,9 @@ def _form_a_mesh(devices: Sequence[jax.Device]) -> bool:
 
 def lower(program: Program) -> jax.stages.Lowered:
     """The training step on its state and one batch, both in the abstract."""
-    place = NamedSharding(program.mesh, BATCH)
+    sharding = NamedSharding(program.mesh, BATCH)
     batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         program.task.example_batch(),
     )
     return program.step.lower(program.representation.abstract(), batch)

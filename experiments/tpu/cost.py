@@ -228,12 +228,12 @@ def _convolution_flops(instruction: Instruction, inside: Computation) -> float:
 
 def _meetings(source: int, taps: int, out: int, window: dict[str, str]) -> int:
     """How many pairs of an output and a tap meet an entry, and neither padding nor a hole."""
-    stride, holes, spread = (
+    stride, base_dilation, window_dilation = (
         int(window.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate")
     )
     before = int(window.get("pad", "0_0").split("_")[0])
-    place = np.arange(out)[:, None] * stride + np.arange(taps) * spread - before
-    return int(np.sum((place >= 0) & (place % holes == 0) & (place // holes < source)))
+    at = np.arange(out)[:, None] * stride + np.arange(taps) * window_dilation - before
+    return int(np.sum((at >= 0) & (at % base_dilation == 0) & (at // base_dilation < source)))
 
 
 def _moved(module: Module, instruction: Instruction, inside: Computation) -> float:

@@ -149,10 +149,10 @@ def _instruction(name: str, text: str, root: bool) -> Instruction:
 def _closing(text: str, start: int) -> int:
     """The place after the parenthesis that closes the one at `start`."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
+    for position in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[position], 0)
         if not depth:
-            return place + 1
+            return position + 1
     raise ValueError(f"no closing parenthesis: {text[:100]}")
 
 

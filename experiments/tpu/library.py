@@ -22,13 +22,13 @@ _SETTINGS = {
 
 def find() -> Path | None:
     """libtpu.so of `TPU_LIBRARY_PATH`, of `scripts/setup aot`, or of an installed package."""
-    places = [Path(sys.prefix) / "aot/libtpu/libtpu.so"]
+    candidates = [Path(sys.prefix) / "aot/libtpu/libtpu.so"]
     if _VARIABLE in os.environ:
-        places.insert(0, Path(os.environ[_VARIABLE]))
+        candidates.insert(0, Path(os.environ[_VARIABLE]))
     spec = importlib.util.find_spec("libtpu")
     if spec is not None and spec.origin is not None:
-        places.append(Path(spec.origin).parent / "libtpu.so")
-    return next((place for place in places if place.is_file()), None)
+        candidates.append(Path(spec.origin).parent / "libtpu.so")
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def use() -> bool:

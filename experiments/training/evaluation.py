@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.training.metric_sums import Totals
+from experiments.training.metric_sums import MetricSums
 from experiments.training.program import Program
 from experiments.training.state import TrainState
 
@@ -19,7 +19,7 @@ def evaluate(program: Program, state: TrainState, split: str) -> dict[str, Any]:
     """
     view = program.view(state.params, state.opt_state)
     eval_state = program.eval_state(state.model_state, split)
-    totals = Totals()
+    totals = MetricSums()
     for i, batch in enumerate(program.task.eval_data(split)):
         eval_state, sums = program.eval_step(view, eval_state, program.put(batch))
         totals.add(i, sums)

@@ -25,7 +25,7 @@ class NonFiniteError(Exception):
         self.step = step
 
 
-class Totals:
+class MetricSums:
     """Adds device scalars in float64 on the host, one step behind so as not to wait for them."""
 
     def __init__(self, sums: Mapping[str, Any] | None = None):
@@ -71,7 +71,7 @@ class Window:
 
     def __init__(self, first: int, sums: Mapping[str, Any] | None = None):
         """Begins at a step, with what an interrupted run had summed up of its window."""
-        self.first, self.totals = first, Totals(sums)
+        self.first, self.totals = first, MetricSums(sums)
         self._timed, self._seconds = 0, 0.0
         self._mark = time.perf_counter()
         self._compiled = False
@@ -105,5 +105,5 @@ class Window:
 
     def next(self, first: int) -> None:
         """Begins anew."""
-        self.first, self.totals = first, Totals()
+        self.first, self.totals = first, MetricSums()
         self._timed, self._seconds = 0, 0.0

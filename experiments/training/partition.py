@@ -54,8 +54,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         return jax.make_mesh(full, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     except (AssertionError, NotImplementedError) as error:  # how JAX says so of TPUs
         raise UserError(
-            f"config.mesh: found {dict(zip(AXES, full, strict=True))}; must fit the places of the "
-            f"{len(devices)} devices: {str(error)[:200]}"
+            f"config.mesh: found {dict(zip(AXES, full, strict=True))}; must fit the topology of "
+            f"the {len(devices)} devices: {str(error)[:200]}"
         ) from error
 
 
@@ -80,13 +80,13 @@ def spec(shape: tuple[int, ...], mesh: Mesh) -> P:
     The largest axis that `fsdp` divides lies over it, the largest other one that `tensor` divides
     over that; of equal axes, the last.
     """
-    places: list[str | None] = [None] * len(shape)
+    axes: list[str | None] = [None] * len(shape)
     for name in ("fsdp", "tensor"):
         size = mesh.shape[name]
-        fits = [i for i, n in enumerate(shape) if places[i] is None and n and n % size == 0]
+        fits = [i for i, n in enumerate(shape) if axes[i] is None and n and n % size == 0]
         if size > 1 and fits:
-            places[max(fits, key=lambda i: (shape[i], i))] = name
-    return P(*places)
+            axes[max(fits, key=lambda i: (shape[i], i))] = name
+    return P(*axes)
 
 
 def shardings(shapes: Tree, mesh: Mesh) -> Tree:

@@ -1,16 +1,16 @@
 """How a run holds its parameters: dense, dense under masks, or always sparse.
 
 The loop, the training step and the models are the same for all three. Everything in which they
-differ is a method of `Representation`.
+differ is a method of the classes here.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,8 +38,8 @@ _statistics = jax.jit(tk.statistics.mask_statistics)
 _DEVICES = {"tpu": "tpu", "cuda": "gpu"}  # JAX names the platforms for lowering differently
 
 
-class Representation(Protocol):
-    """What the rest of the program needs to know about how the parameters are held.
+class Representation(abc.ABC):
+    """How a run holds its parameters; the defaults are those of a run without sets.
 
     Attributes:
         tx: the optimizer, over the arrays that the devices hold.
@@ -47,35 +47,61 @@ class Representation(Protocol):
 
     tx: Transform
 
+    def __init__(self, config: ConfigDict, task: Task, mesh: Mesh):
+        self._task, self._seed, self._mesh = task, config.seed, mesh
+        self._make_optimizer(config, states.abstract_params(task))
+        self._first = self._abstract()
+
+    @abc.abstractmethod
+    def _make_optimizer(self, config: ConfigDict, params: Tree) -> None: ...
+
+    def _abstract(self, step: int = 0) -> TrainState:
+        del step
+        return states.abstract_state(self._task, self.tx, self._seed, self._mesh)
+
     def forward_view(self, params: Tree, opt_state: Tree) -> Tree:
         """The parameters that the network runs on; can be traced."""
+        del opt_state
+        return params
 
     def products(self) -> AbstractContextManager[None]:
         """The context in which a step is traced; it says how block products are computed."""
+        return contextlib.nullcontext()
 
     def abstract(self, step: int = 0) -> TrainState:
         """The shapes, types and shardings of the state after that many finished steps."""
+        del step
+        return self._first
 
     def init(self) -> TrainState:
-        """The state before the first step."""
+        """The state before the first step, initialised directly into its shards."""
+        return states.init_state(self._task, self.tx, self._seed, self._first)
 
     def between_steps(self, state: TrainState, step: int) -> TrainState:
         """Does what happens outside the compiled step, after `step` finished steps."""
+        del step
+        return state
 
     def settled(self, state: TrainState) -> TrainState:
         """The state, including results of work that still runs in the background, to be saved."""
+        return state
 
     def mask_statistics(self, state: TrainState) -> dict[str, float]:
         """`topkast_jax.statistics.mask_statistics`; empty without sets."""
+        del state
+        return {}
 
     def leaf_counts(self, state: TrainState) -> dict[str, LeafCounts]:
         """`topkast_jax.statistics.leaf_counts`: the entries of each leaf and of its sets."""
+        return tk.statistics.leaf_counts(state.params)
 
     def to_masked(self, state: TrainState) -> TrainState:
         """The same state with dense parameters and masks."""
+        return state
 
     def from_masked(self, state: TrainState) -> TrainState:
         """The inverse of `to_masked`."""
+        return state
 
     def export(self, state: TrainState, form: str) -> tuple[str, Tree]:
         """The forward view as host arrays, and the form in which it is.
@@ -85,75 +111,22 @@ class Representation(Protocol):
             form: the form of sparse leaves, one of `topkast_jax.always_sparse.FORMS`. Without
                 sparse leaves the form is always "dense".
         """
-
-
-class Dense:
-    """Dense parameters and no sets."""
-
-    def __init__(self, config: ConfigDict, task: Task, mesh: Mesh):
-        self._task, self._seed = task, config.seed
-        self.tx = self._make_optimizer(config, states.abstract_params(task))
-        self._abstract = states.abstract_state(task, self.tx, config.seed, mesh)
-
-    def _make_optimizer(self, config: ConfigDict, params: Tree) -> Transform:
-        return optimizers.make_dense(config, params)
-
-    def forward_view(self, params: Tree, opt_state: Tree) -> Tree:
-        """The parameters themselves."""
-        del opt_state
-        return params
-
-    def products(self) -> AbstractContextManager[None]:
-        """No block products are computed."""
-        return contextlib.nullcontext()
-
-    def abstract(self, step: int = 0) -> TrainState:
-        """The same after any number of steps."""
-        del step
-        return self._abstract
-
-    def init(self) -> TrainState:
-        """Initialised directly into its shards."""
-        return states.init_state(self._task, self.tx, self._seed, self._abstract)
-
-    def between_steps(self, state: TrainState, step: int) -> TrainState:
-        """Nothing: sets change inside the step."""
-        del step
-        return state
-
-    def settled(self, state: TrainState) -> TrainState:
-        """Nothing runs in the background."""
-        return state
-
-    def mask_statistics(self, state: TrainState) -> dict[str, float]:
-        """Empty, since there are no sets."""
-        del state
-        return {}
-
-    def leaf_counts(self, state: TrainState) -> dict[str, LeafCounts]:
-        """Every entry is in use."""
-        return tk.statistics.leaf_counts(state.params)
-
-    def to_masked(self, state: TrainState) -> TrainState:
-        """The state itself."""
-        return state
-
-    def from_masked(self, state: TrainState) -> TrainState:
-        """The state itself."""
-        return state
-
-    def export(self, state: TrainState, form: str) -> tuple[str, Tree]:
-        """The parameters."""
         del form
         return "dense", jax.tree.map(np.asarray, state.params)
 
 
-class Masked(Dense):
+class Dense(Representation):
+    """Dense parameters and no sets."""
+
+    def _make_optimizer(self, config: ConfigDict, params: Tree) -> None:
+        self.tx = optimizers.make_dense(config, params)
+
+
+class Masked(Representation):
     """Dense parameters, with the sets as masks inside the optimizer's state."""
 
-    def _make_optimizer(self, config: ConfigDict, params: Tree) -> Transform:
-        self._method, tx = optimizers.make_masked(config, params)
-        return tx
+    def _make_optimizer(self, config: ConfigDict, params: Tree) -> None:
+        self._method, self.tx = optimizers.make_masked(config, params)
 
     def forward_view(self, params: Tree, opt_state: Tree) -> Tree:
         """The parameters on the forward set, and zero elsewhere."""
@@ -180,20 +153,15 @@ class Masked(Dense):
         return form, always_sparse.export(params, opt_state, form)  # type: ignore[arg-type]
 
 
-class Compact:
+class Compact(Representation):
     """Always sparse: the devices hold the backward sets, and the host holds all else."""
 
-    def __init__(self, config: ConfigDict, task: Task, mesh: Mesh):
-        self._task, self._seed, self._mesh = task, config.seed, mesh
+    def _make_optimizer(self, config: ConfigDict, params: Tree) -> None:
+        self.sparse, self.tx = optimizers.make_compact(config, params, self._sharding)
         self._backend = config.method.get("backend")
-        self.sparse: AlwaysSparse
-        self.sparse, self.tx = optimizers.make_compact(
-            config, states.abstract_params(task), self._sharding
-        )
-        _check_backend(self._backend, mesh, self.sparse.abstract())
-        self._first = self._abstract(0)
-        params = self.sparse.masks(self._first.reservoir)[0]
-        self._statistics = jax.jit(lambda sets: tk.statistics.mask_statistics(params, sets))
+        _check_backend(self._backend, self._mesh, self.sparse.abstract())
+        dense = self.sparse.masks(self.sparse.abstract_reservoir())[0]
+        self._statistics = jax.jit(lambda sets: tk.statistics.mask_statistics(dense, sets))
 
     def _sharding(self, shape: tuple[int, ...]) -> NamedSharding:
         return NamedSharding(self._mesh, partition.spec(shape, self._mesh))
@@ -211,7 +179,7 @@ class Compact:
         same = self.sparse.frozen(step) == self.sparse.frozen(0)
         return self._first if same else self._abstract(step)
 
-    def _abstract(self, step: int) -> TrainState:
+    def _abstract(self, step: int = 0) -> TrainState:
         _, model_state = jax.eval_shape(lambda: states.init_model(self._task, self._seed))
         values, opt_state = self.sparse.abstract_start(self.tx, step)
         step_shape: Any = jax.ShapeDtypeStruct((), np.int32)
@@ -269,14 +237,11 @@ class Compact:
 
     def export(self, state: TrainState, form: str) -> tuple[str, Tree]:
         """The forward part of each kernel."""
-        return form, always_sparse.export(
-            state.params,
-            state.opt_state,
-            form,  # type: ignore[arg-type]
-        )
+        params, opt_state = state.params, state.opt_state
+        return form, always_sparse.export(params, opt_state, form)  # type: ignore[arg-type]
 
 
-_CLASSES: dict[str, Callable[[ConfigDict, Task, Mesh], Representation]] = {
+REPRESENTATIONS: dict[str, type[Representation]] = {
     "dense": Dense,
     "masked": Masked,
     "always_sparse": Compact,
@@ -285,7 +250,7 @@ _CLASSES: dict[str, Callable[[ConfigDict, Task, Mesh], Representation]] = {
 
 def make_representation(config: ConfigDict, task: Task, mesh: Mesh) -> Representation:
     """The representation that a validated config asks for."""
-    return _CLASSES[methods.representation(config.method)](config, task, mesh)
+    return REPRESENTATIONS[methods.representation(config.method)](config, task, mesh)
 
 
 def _check_backend(backend: str | None, mesh: Mesh, kernels: Tree) -> None:

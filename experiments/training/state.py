@@ -49,9 +49,9 @@ def abstract_state(task: Task, tx: Transform, seed: int, mesh: Mesh) -> TrainSta
 def on_mesh(shapes: TrainState, task: Task, mesh: Mesh) -> TrainState:
     """An abstract state with a sharding for each array."""
     model_state = partition.from_specs(task.model_state_specs(shapes.model_state), mesh)
-    places = partition.shardings(shapes, mesh)._replace(model_state=model_state)
+    shardings = partition.shardings(shapes, mesh)._replace(model_state=model_state)
     return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
 
 

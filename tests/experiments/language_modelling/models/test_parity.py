@@ -70,7 +70,7 @@ def _case(name):
 def test_oracle(name):
     golden, _, weights, last_loss = _case(name)
     scan = list(CASES).index(name) % 2 == 0
-    run = check_parity.Run.of(golden, scan=scan)
+    run = check_parity.Replay.of(golden, scan=scan)
     found = check_parity.compare(run, golden)
     assert found["nll"] < 2e-5
     assert found["memory"] < 2e-5
@@ -160,13 +160,13 @@ def test_command_line(tmp_path):
 @pytest.fixture(scope="module")
 def golden_run():
     golden = check_parity.read_golden(GOLDENS[1])
-    return golden, check_parity.Run.of(golden)
+    return golden, check_parity.Replay.of(golden)
 
 
 def _status(monkeypatch, tmp_path, golden_run, **changed):
     """Exit status for a changed file; a step that is compiled already runs in place of its own."""
     golden, run = golden_run
-    monkeypatch.setattr(check_parity.Run, "of", lambda golden: copy.copy(run))
+    monkeypatch.setattr(check_parity.Replay, "of", lambda golden: copy.copy(run))
     arrays = golden | {name.replace("__", "/"): value for name, value in changed.items()}
     kept = {name: value for name, value in arrays.items() if value is not None}
     np.savez(tmp_path / "changed.npz", **kept)
@@ -198,7 +198,7 @@ def test_a_wrong_weight_is_found(tmp_path, capsys, monkeypatch, golden_run):
         weight = golden[name].copy()
         weight[3, 5] += size
         np.savez(tmp_path / "changed.npz", **golden | {name: weight})
-        monkeypatch.setattr(check_parity.Run, "of", of)
+        monkeypatch.setattr(check_parity.Replay, "of", of)
         assert check_parity.main([str(tmp_path / "changed.npz")]) == status
     assert len(capsys.readouterr().out.splitlines()) == 2
 
