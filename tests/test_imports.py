@@ -63,15 +63,17 @@ COMMANDS = {
     *(f"experiments.{name}" for name in ("main", "sweep", "report", "export", "convert")),
     *(f"experiments.language_modelling.{n}" for n in ("generate", "prepare", "check_parity")),
 }
+TASK = {"errors", "registry", "layers", "grain_batches", "task", "training", "config"}
 ROOMS = {
     "errors": set(),
     "registry": {"errors"},
     "layers": set(),
+    "grain_batches": set(),
     "task": {"errors", "registry"},
     "training": {"errors", "registry", "task"},
     "config": {"errors", "task", "training"},
-    "image_classification": {"errors", "registry", "layers", "task", "training", "config"},
-    "language_modelling": {"errors", "registry", "layers", "task", "training", "config"},
+    "image_classification": TASK,
+    "language_modelling": TASK,
     "tpu": {"errors", "training"},
     "records": {"errors", "training"},
     "reporting": {"errors", "records"},

@@ -1,6 +1,7 @@
 """Batches of images, read by Grain: endless shuffled epochs, and exact passes for evaluation."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from experiments.grain_batches import EndlessBatches
 from experiments.image_classification.data.preprocessing import Recipe
 from experiments.image_classification.data.sources import ArraySource, Example, Source
 
@@ -40,48 +42,27 @@ class Options:
     hosts: int = 1
 
 
-class TrainBatches:
-    """Endless batches of freshly shuffled epochs; knows its position.
+class TrainBatches(EndlessBatches):
+    """Endless batches of freshly shuffled epochs, with a position.
 
-    An epoch takes every image once, and its end may lie inside a batch. What a batch holds depends
-    on the seed and its number alone, not on threads, workers or hosts.
+    An epoch takes every image once, and its end may lie inside a batch. The content of a batch
+    depends only on the seed and on its number, not on threads, workers or hosts.
     """
 
     def __init__(self, source: Source, options: Options):
-        self._options = options
         examples = grain.MapDataset.source(source).seed(options.seed).shuffle().repeat()
         examples = examples.random_map(_Augment(options))
-        mine = examples[options.host :: options.hosts]
-        self._batches = mine.batch(options.batch_size // options.hosts)
-        self._position = 0
-        self._iterator: grain.DatasetIterator | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Itself."""
-        return self
-
-    def __next__(self) -> Batch:
-        """The next batch."""
-        if self._iterator is None:
-            self._iterator = iter(_prefetch(self._batches[self._position :], self._options))
-        batch = next(self._iterator)
-        self._position += 1
-        return batch
+        own = examples[options.host :: options.hosts]
+        batches = own.batch(options.batch_size // options.hosts)
+        super().__init__(batches, functools.partial(_prefetch, options=options))
 
     def get_state(self) -> dict[str, int]:
-        """How many batches were taken."""
-        return {"batches": self._position}
+        """The position, which `set_state` takes."""
+        return {"batches": self.position}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Goes on after that many batches."""
-        self.close()
-        self._position = state["batches"]
-
-    def close(self) -> None:
-        """Stops the threads."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        """Continues from a position that `get_state` gave."""
+        self.go_to(state["batches"])
 
 
 def eval_batches(source: Source, options: Options) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from experiments.errors import UserError
+from experiments.grain_batches import EndlessBatches
 from experiments.language_modelling.data.corpus import Tokens
 
 Batch = dict[str, np.ndarray]
@@ -30,52 +31,38 @@ class Share:
         return range(self.host * own, (self.host + 1) * own)
 
 
-class TrainStream:
+class TrainStream(EndlessBatches):
     """Endless segments: lane b starts at b/lanes of the text and reads on, round and round.
 
-    The memory of a lane therefore always holds what stood before the segment, and no token is left
-    out; the only break is where the end of the text meets its beginning. What a segment holds
-    depends on its number alone.
+    The memory of a lane therefore always belongs to the text just before its segment, and no token
+    is left out. The only break is where the end of the text meets its beginning. The content of a
+    segment depends only on its number.
     """
 
     def __init__(self, tokens: Tokens, lanes: int, target: int, share: Share, text: dict[str, Any]):
         """Starts at the first segment.
 
         Args:
-          tokens: the training part.
-          lanes: of all hosts.
-          target: tokens of a segment.
-          share: this host's.
-          text: what the position belongs to, JSON-able: another text has other positions.
+          tokens: the training part of the text.
+          lanes: the number of lanes, over all hosts.
+          target: the number of tokens in a segment.
+          share: the lanes of this host.
+          text: identifies the text that a position belongs to; values that JSON can hold.
         """
         starts = [lane * len(tokens) // lanes for lane in share.of(lanes)]
         segments = _TrainSegment(tokens, starts, target)
-        self._batches = grain.MapDataset.range(_ENDLESS).map(segments)
+        super().__init__(grain.MapDataset.range(_ENDLESS).map(segments), _read)
         self._text = text
-        self._position = 0
-        self._iterator: grain.DatasetIterator | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Itself."""
-        return self
-
-    def __next__(self) -> Batch:
-        """The next segment of every lane of this host."""
-        if self._iterator is None:
-            self._iterator = iter(_read(self._batches[self._position :]))
-        batch: Batch = next(self._iterator)
-        self._position += 1
-        return batch
 
     def get_state(self) -> dict[str, Any]:
-        """How many segments were taken, and of which text."""
-        return {"segments": self._position, "text": self._text}
+        """The position, and the text to which it belongs."""
+        return {"segments": self.position, "text": self._text}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on after that many segments.
+        """Continues from a position that `get_state` gave.
 
         Raises:
-          UserError: the position is of another text.
+          UserError: the position belongs to another text.
         """
         for key, here in self._text.items():
             there = state["text"].get(key)
@@ -84,14 +71,7 @@ class TrainStream:
                     f"the checkpoint was trained on another text: {key} is {_short(there)} there "
                     f"and {_short(here)} here; bring back that text, or choose another --workdir"
                 )
-        self.close()
-        self._position = state["segments"]
-
-    def close(self) -> None:
-        """Stops the threads."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        self.go_to(state["segments"])
 
 
 @dataclasses.dataclass(frozen=True)
