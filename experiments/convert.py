@@ -1,13 +1,13 @@
-"""Turns a run under masks into an always-sparse one that goes on from there, or back.
+"""Turns a run under masks into an always-sparse run that continues from there, or back.
 
 python -m experiments.convert --workdir=DIR --out=NEW_DIR --to=always_sparse|masked
 
-The new folder, which appears whole or not at all, holds the newest checkpoint, the records and the
-config in the other form. The command that made the first run goes on with it: to always sparse with
-`--config.method.always_sparse=True` and without `--config.method.inner_state`, which masks alone
-have; back with `--config.method.inner_state=reset` and without what always sparse alone reads
-(`always_sparse`, `refresh_delay`, `backend`). Moments outside the backward set, which a masked run
-may keep, are dropped on the way to always sparse.
+The new folder is written completely or not at all. It holds the newest checkpoint, the records and
+the config in the other representation. The command of the first run continues the new one. Towards
+always sparse, add `--config.method.always_sparse=True` and leave out `--config.method.inner_state`,
+which only masked runs read. Towards masks, add `--config.method.inner_state=reset` and leave out
+the keys that only always-sparse runs read (`always_sparse`, `refresh_delay`, `backend`). A masked
+run may keep moments outside the backward set; they are dropped on the way to always sparse.
 """
 
 from __future__ import annotations

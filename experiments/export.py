@@ -25,7 +25,11 @@ def main(argv: list[str]) -> None:
 
 
 def write(directory: Path, out: Path, form: str) -> tuple[str, int]:
-    """Exports the newest state of a run; returns the form (a dense run has one) and the size."""
+    """Exports the newest state of a run.
+
+    Returns:
+        The form, which is "dense" for a dense run, and the size of the file in bytes.
+    """
     exported.check_path(out)
     found = restore.read(directory)
     form, tree = found.program.representation.export(found.state, form)

@@ -1,4 +1,4 @@
-"""The one loop."""
+"""The training loop of all tasks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Outcome = Literal["finished", "stopped", "finished before"]
 
 @dataclasses.dataclass
 class Session:
-    """One process's part of a run: what it writes to, and where it is."""
+    """The part of a run that one process does: what it writes to, and how far it is."""
 
     program: Program
     directory: Path
@@ -37,25 +37,25 @@ class Session:
     saved: int | None
 
     def seconds(self) -> float:
-        """Wall time of the run, earlier processes included."""
+        """The wall time of the run in seconds, including earlier processes."""
         return time.time() - self.began
 
 
 def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Outcome:
-    """Trains, or goes on from the last checkpoint.
+    """Trains from the beginning or from the last checkpoint.
 
     Args:
-        config: from `experiments.config.resolve`.
-        directory: the run's own folder.
-        stop_at: stop after this many steps, with a checkpoint.
+        config: a config from `experiments.config.resolve`.
+        directory: the folder of the run.
+        stop_at: the number of steps after which the run stops, with a checkpoint.
 
     Returns:
-        How it ended; a stopped run goes on when it is called again.
+        How the call ended. A stopped run continues when the function is called again.
     """
     if workdir.finished(directory):
         workdir.claim(directory, config)
         return "finished before"
-    program = build(config)  # before the folder is touched: most mistakes show here
+    program = build(config)  # Most mistakes show here, before the folder is touched.
     data = program.task.train_data()
     workdir.claim(directory, config)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
@@ -103,11 +103,11 @@ def _loop(
     stop: StopRequest,
     stop_at: int | None,
 ) -> tuple[TrainState, bool]:
-    """Steps until the last one, or until asked to stop.
+    """Trains until the last step, or until the process is asked to stop.
 
-    The order matters. A step is only dispatched, and the sums of the one before it fetched, so that
-    the device never waits for the host. Records come before the checkpoint that counts on them, and
-    the check that all is finite before both.
+    The order of the statements matters. Each step is only dispatched before the sums of the step
+    before it are fetched, so that the device never waits for the host. Records are written before
+    the checkpoint that relies on them, and both only after a check that all values are finite.
     """
     program, window, config = session.program, session.window, session.program.config
     end = config.steps if stop_at is None else min(config.steps, stop_at)
@@ -133,7 +133,7 @@ def _loop(
 
 
 def _log(session: Session, state: TrainState, step: int, batches: Prefetcher) -> None:
-    """The records of the window that ends here."""
+    """Writes the records of the window that ends at this step."""
     program, window = session.program, session.window
     totals = window.totals.settled()
     with window.paused():
@@ -151,7 +151,7 @@ def _log(session: Session, state: TrainState, step: int, batches: Prefetcher) ->
 
 
 def _save(session: Session, state: TrainState, step: int, position: Any) -> None:
-    """A checkpoint from which the run goes on as if nothing had happened."""
+    """Saves a checkpoint from which the run continues as if it had not been interrupted."""
     window = session.window
     meta = {"data": position, "first": window.first, "sums": window.totals.settled()}
     with window.paused():
@@ -164,7 +164,7 @@ def _save(session: Session, state: TrainState, step: int, position: Any) -> None
 
 
 def _finish(session: Session, state: TrainState) -> None:
-    """The last evaluation and `final.json`."""
+    """Does the last evaluation and writes `final.json`."""
     program, step = session.program, int(state.step)
     results = {}
     if program.config.eval_at_end:

@@ -1,4 +1,4 @@
-"""Trains what a config describes, or goes on with it.
+"""Trains what a config describes, or continues its run.
 
 python -m experiments.main --config=configs/NAME.py:VARIANT --workdir=DIR [--config.KEY=VALUE …]
 """

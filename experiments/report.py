@@ -20,13 +20,13 @@ def main(argv: list[str]) -> None:
     """Runs the command line."""
     parser = command_line.Parser(prog="experiments.report", description=__doc__)
     parser.add_argument("dirs", nargs="+", metavar="DIR", help="folders with runs, at any depth")
-    parser.add_argument("--out", required=True, help="where table and figures go")
+    parser.add_argument("--out", required=True, help="folder for the table and the figures")
     args = parser.parse_args(argv)
     print(report([Path(d) for d in args.dirs], Path(args.out)))
 
 
 def report(dirs: Sequence[Path], out: Path) -> str:
-    """Writes `table.md`, `table.csv` and the figures; returns the table and where they are."""
+    """Writes `table.md`, `table.csv` and the figures; returns the table and their paths."""
     groups, unfinished = collect(dirs)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
-"""Many runs from one file, then their report.
+"""Does the runs that one file describes, and then their report.
 
     python -m experiments.sweep --config=configs/sweeps/NAME.py --workdir=DIR [--list]
         [--only=i,j] [--slurm] [--seeds=N] [--config.KEY=VALUE …]
 
 The file defines `get_sweep()`, which yields (run name, config file:variant, overrides as a dict).
-A run is in DIR/NAME/seed-K; overrides on the command line go to all runs, over those of the file.
+The folder of a run is DIR/NAME/seed-K. Overrides on the command line apply to all runs and take
+precedence over those of the file.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from topkast_jax import SparsityError
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """One run of a sweep: its folder below the sweep's, its config file, and its overrides."""
+    """One run of a sweep: its folder in that of the sweep, its config file and its overrides."""
 
     name: str
     config: str
     overrides: tuple[str, ...]
 
     def line(self) -> str:
-        """How `--list` shows it."""
+        """The line that `--list` prints."""
         return " ".join([self.name, self.config, *(f"--config.{o}" for o in self.overrides)])
 
 
@@ -51,7 +52,9 @@ def main(argv: list[str]) -> int:
         print(_slurm(argv, Path(args.workdir), chosen))
         return 0
     for i in chosen:
-        resolve(runs[i].config, runs[i].overrides)  # every mistake before the first run
+        resolve(
+            runs[i].config, runs[i].overrides
+        )  # A mistake in any config is found before the first run.
     status = run_all([runs[i] for i in chosen], Path(args.workdir))
     if args.only is None and status != STOPPED:
         print(report([Path(args.workdir)], Path(args.workdir) / "report"))
@@ -62,7 +65,7 @@ STOPPED = -1
 
 
 def plan(spec: str, seeds: int, overrides: Sequence[str] = ()) -> list[Planned]:
-    """The runs of a sweep file: all with seed 0, then all with seed 1, and so on."""
+    """The runs of a sweep file, first all with seed 0, then all with seed 1, and so on."""
     entries = list(_entries(spec))
     names = [name for name, _, _ in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -78,7 +81,7 @@ def plan(spec: str, seeds: int, overrides: Sequence[str] = ()) -> list[Planned]:
 
 
 def run_all(runs: Sequence[Planned], workdir: Path) -> int:
-    """Runs one after another; a failure is told and the rest go on.
+    """Does one run after another; a failure is printed, and the others are still done.
 
     Returns:
         0, or 1 if a run failed, or STOPPED.

@@ -1,4 +1,4 @@
-"""Command lines: every mistake is one line and status 2."""
+"""Command lines. A user's mistake is printed as one line, and the exit status is 2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OVERRIDE = "--config."
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises instead of printing its usage."""
+    """A parser that raises UserError instead of printing its usage."""
 
     def __init__(self, **options: Any):
         super().__init__(
@@ -31,13 +31,13 @@ class Parser(argparse.ArgumentParser):
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """The parser's flags, and the overrides `--config.KEY=VALUE` as `KEY=VALUE`."""
+    """Parses the flags, and returns the overrides `--config.KEY=VALUE` as `KEY=VALUE`."""
     overrides = [arg.removeprefix(_OVERRIDE) for arg in argv if arg.startswith(_OVERRIDE)]
     return parser.parse_args([arg for arg in argv if not arg.startswith(_OVERRIDE)]), overrides
 
 
 class Main(Protocol):
-    """A command: arguments (None: those of the process) to the exit status."""
+    """A command, from its arguments to its exit status; None stands for the process's own."""
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
         """Runs the command; returns the exit status."""
@@ -45,9 +45,10 @@ class Main(Protocol):
 
 
 def command(body: Callable[[list[str]], int | None]) -> Main:
-    """Makes what a command does with its arguments its `main(argv=None)`, which returns the status.
+    """Turns the body of a command into its `main(argv=None)`, which returns the exit status.
 
-    The body may return a status of its own; its UserError or SparsityError is told by `fail`.
+    The body may return a status of its own. Its UserError or SparsityError is printed by `fail`;
+    all other exceptions keep their traceback.
     """
 
     @functools.wraps(body)
@@ -69,7 +70,7 @@ def positive(text: str) -> int:
 
 
 def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:
-    """A flag's type: a comma list of some of the names."""
+    """The type of a flag that takes a comma list of some of the names."""
     allowed = list(names)
 
     def read(text: str) -> list[str]:

@@ -12,10 +12,10 @@ from experiments.training import methods
 
 
 def base_config(task: str) -> ConfigDict:
-    """The defaults of a task, to be changed by a config file; no keys can be added.
+    """The default config of a task. A config file changes its values; it cannot add keys.
 
     Args:
-        task: a registered task; gives the sections `model` and `data`.
+        task: the name of a registered task, which provides the sections `model` and `data`.
     """
     own = tasks.task_module(task).default_config()
     config = ConfigDict(
@@ -26,31 +26,34 @@ def base_config(task: str) -> ConfigDict:
             "steps": 1000,
             "batch_size": 128,
             "log_every": 100,
-            "eval_every": 0,  # 0: only at the end
+            "eval_every": 0,  # 0 evaluates only at the end.
             "eval_at_end": True,
-            "checkpoint_every": 0,  # 0: only at the end
+            "checkpoint_every": 0,  # 0 saves only at the end.
             "keep_checkpoints": 2,
             "model": own.model,
             "data": own.data,
             "optimizer": {
                 "name": "sgd",
                 "learning_rate": 0.1,
-                "reference_batch_size": 0,  # learning_rate is for this batch size; 0: for any
+                # The batch size that learning_rate is for; 0 does not scale it.
+                "reference_batch_size": 0,
                 "momentum": 0.9,
                 "nesterov": False,
                 "b1": 0.9,
                 "b2": 0.999,
                 "eps": 1e-8,
-                "l2": 0.0,  # in the gradient; where the method has its own penalty, on dense leaves
-                "weight_decay": 0.0,  # decoupled from the gradient
-                "clip_global_norm": 0.0,  # 0: no clipping
+                # Added to the gradient; only on dense leaves if the method has its own penalty.
+                "l2": 0.0,
+                "weight_decay": 0.0,  # Decoupled from the gradient.
+                "clip_global_norm": 0.0,  # 0 does not clip.
                 "schedule": {
                     "name": "constant",
                     "warmup_steps": 0,
                     "boundaries": (),
                     "factor": 0.1,
                     "final_factor": 0.0,
-                    "reference_steps": 0,  # warm-up and boundaries are for this many steps; 0: any
+                    # The steps that warm-up and boundaries are for; 0 does not scale them.
+                    "reference_steps": 0,
                 },
             },
             "method": methods.method_defaults(),
@@ -61,16 +64,16 @@ def base_config(task: str) -> ConfigDict:
 
 
 def apply_variant(config: ConfigDict, variant: str, flags: Sequence[str] = ("smoke",)) -> set[str]:
-    """Sets the method from a variant, a comma list.
+    """Sets the method of a config from a variant.
 
     Args:
-        config: changed in place.
-        variant: words of `dense`, `F/B` (Top-KAST; forward and backward sparsity in percent) and
-            `static-F` (a fixed random mask), and of the flags.
-        flags: words that the config file acts on itself.
+        config: the config; it is changed in place.
+        variant: a comma list of words: `dense`, `F/B` (Top-KAST with forward and backward sparsity
+            in percent), `static-F` (a fixed random mask), and the flags.
+        flags: further words, to which the config file itself reacts.
 
     Returns:
-        The flags that are in the variant.
+        The flags that the variant contains.
     """
     found = set()
     for word in filter(None, (word.strip() for word in variant.split(","))):

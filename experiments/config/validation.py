@@ -18,7 +18,7 @@ _BOUNDARIES: Check = (
     lambda v: all(type(b) is int and b > 0 for b in v) and list(v) == sorted(set(v)),
     "ascending integers above 0",
 )
-# The arguments of a method are not here: its factory checks them.
+# The arguments of a method are missing here, because its factory checks them.
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("steps", "batch_size", "log_every", "keep_checkpoints"), integer(1)),
     **dict.fromkeys(("seed", "eval_every", "checkpoint_every"), integer(0)),

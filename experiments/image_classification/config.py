@@ -22,20 +22,21 @@ def default_config() -> ConfigDict:
     return ConfigDict(
         {
             "model": {
-                "name": "small_resnet",  # see `models`
-                "width": 1.0,  # multiplies every number of channels
-                "dtype": "float32",  # of activations; parameters stay float32
+                "name": "small_resnet",  # See `models`.
+                "width": 1.0,  # Multiplies every number of channels.
+                "dtype": "float32",  # That of activations; parameters stay float32.
                 "label_smoothing": 0.0,
             },
             "data": {
-                "name": "embedded_mnist",  # see `data`
-                "dir": "",  # image_folder: the folder; tensorflow_datasets: its data_dir
+                "name": "embedded_mnist",  # See `data`.
+                # The folder of image_folder, or the data_dir of tensorflow_datasets.
+                "dir": "",
                 "image_size": 28,
                 "channels": 1,
-                "recipe": "mnist",  # augmentation and normalisation, see `data`
-                "cache": True,  # decode every image once and keep it in memory
-                "threads": 1,  # batches made at a time
-                "workers": 0,  # processes that make them, besides the training one
+                "recipe": "mnist",  # Augmentation and normalisation; see `data.preprocessing`.
+                "cache": True,  # Decodes every image once and keeps it in memory.
+                "threads": 1,  # The number of batches that are made at the same time.
+                "workers": 0,  # The number of processes that make batches; 0 uses this process.
             },
         }
     )

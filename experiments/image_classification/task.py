@@ -43,14 +43,14 @@ class ImageClassification:
         self._abstract_rest = nnx.state(abstract, nnx.Not(nnx.Param))
 
     def init(self, rng: jax.Array) -> tuple[Tree, Tree]:
-        """Fresh parameters and batch statistics, as nested dicts."""
+        """Initial parameters and batch statistics, as nested dicts."""
         return _dicts(self._make_model(rng))
 
     def loss(
         self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[Tree, Sums]]:
-        """Mean cross-entropy with smoothed labels, over the whole batch; moves the statistics."""
-        del rng  # the augmentation is in the data
+        """Mean cross-entropy with smoothed labels over the batch; updates the statistics."""
+        del rng  # The data pipeline does the augmentation.
         model = self._merge(params, model_state)
         logits = model(self._normalise(batch["image"]), train=True)
         targets = jax.nn.one_hot(batch["label"], self._num_classes)
@@ -66,14 +66,14 @@ class ImageClassification:
         return model_state
 
     def eval_step(self, params: Tree, eval_state: Tree, batch: Batch) -> tuple[Tree, Sums]:
-        """Cross-entropy (labels as they are) and correct answers, summed with the weights."""
+        """Weighted sums of the cross-entropy, without smoothing, and of correct predictions."""
         model = self._merge(params, eval_state)
         logits = model(self._normalise(batch["image"]), train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return eval_state, _sums(losses, logits, batch["label"], batch["weight"])
 
     def train_data(self) -> pipeline.TrainBatches:
-        """This host's part of endless shuffled epochs."""
+        """The part of this host of endless shuffled epochs."""
         return pipeline.TrainBatches(self._source("train"), self._options())
 
     def eval_data(self, split: str) -> Iterable[Batch]:
@@ -81,11 +81,11 @@ class ImageClassification:
         return pipeline.eval_batches(self._source(split), self._options())
 
     def model_state_specs(self, shapes: Tree) -> Tree:
-        """Batch statistics are small and go everywhere."""
+        """Every device holds a copy of the batch statistics, which are small."""
         return jax.tree.map(lambda _: PartitionSpec(), shapes)
 
     def eval_context(self, split: str) -> dict[str, Any]:
-        """The data set and how many of its images were counted."""
+        """The data set, and how many of its images are counted."""
         return {
             "dataset": self._data.name,
             "examples": len(self._source(split)),
@@ -97,7 +97,7 @@ class ImageClassification:
         return ratios(totals)
 
     def example_batch(self) -> Batch:
-        """One training batch of all hosts, in the abstract."""
+        """One training batch of all hosts, as abstract arrays."""
         size, count = self._data.image_size, self.units_per_step
         return {
             "image": jax.ShapeDtypeStruct((count, size, size, self._data.channels), jnp.uint8),
@@ -115,7 +115,7 @@ class ImageClassification:
             state = nnx.clone(abstract)
             nnx.replace_by_pure_dict(state, values)
             variables.append(state)
-        # A copy, for BatchNorm writes its statistics.
+        # The model is a copy, because BatchNorm writes its statistics into it.
         return nnx.merge(self._graph, *variables, copy=True)
 
     def _normalise(self, images: jax.Array) -> jax.Array:
@@ -153,7 +153,7 @@ def _sums(losses: jax.Array, logits: jax.Array, labels: jax.Array, weights: jax.
 
 
 def _dicts(model: Network) -> tuple[Tree, Tree]:
-    """Parameters, and the rest, as nested dicts."""
+    """The parameters and all other variables, as nested dicts."""
     params, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
     return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 

@@ -32,14 +32,14 @@ def default_config() -> ConfigDict:
     return ConfigDict(
         {
             "model": {
-                "name": "transformer_xl",  # see `models`
+                "name": "transformer_xl",  # See `models`.
                 # Sizes and options as in `models.settings.TransformerXLConfig`.
                 "n_layer": 2,
                 "n_head": 2,
                 "d_model": 64,
                 "d_head": 32,
                 "d_inner": 128,
-                "d_embed": None,  # None: d_model
+                "d_embed": None,  # None stands for d_model.
                 "cutoffs": (),
                 "div_val": 1,
                 "tie_weight": True,
@@ -48,25 +48,25 @@ def default_config() -> ConfigDict:
                 "pre_lnorm": False,
                 "dropout": 0.0,
                 "dropatt": 0.0,
-                "dtype": "float32",  # of activations; parameters stay float32
+                "dtype": "float32",  # That of activations; parameters stay float32.
                 "remat": False,
                 "scan": False,
-                # Narrower, so as to have the parameters that a sparse model of the sizes above
-                # runs on: what these rules (as in `method`) make sparse, at this density.
+                # Makes the model narrower, with as many parameters as a sparse model of the sizes
+                # above runs on, if these rules (as in `method`) and this density make it sparse.
                 "small_dense": {"forward_density": 1.0, "rules": ()},
-                # How far it looks; see `models.settings.Lengths`.
+                # How far the model looks back; see `models.settings.Lengths`.
                 "train": dict(lengths),
                 "evaluation": dict(lengths),
             },
             "data": {
-                "name": "python_docs",  # see `data`
-                "file": "",  # text_file: raw text, plain, .xz or .zip
-                "dir": "",  # enwik8, wikitext103: where they were prepared
-                "level": "byte",  # or character, or word
-                "min_count": 1,  # of a symbol in the training part; rarer ones are <unk>
-                "eval_batch_size": 16,  # lanes; the result does not depend on it
-                "eval_split": "validation",  # besides the test part; "test" for that alone
-                # Found in the data; a value given here must be what is found.
+                "name": "python_docs",  # See `data`.
+                "file": "",  # The raw text of text_file: a plain, .xz or .zip file.
+                "dir": "",  # The folder where enwik8 and wikitext103 were prepared.
+                "level": "byte",  # Or character, or word.
+                "min_count": 1,  # Symbols that are rarer in the training part are <unk>.
+                "eval_batch_size": 16,  # The number of lanes; the result does not depend on it.
+                "eval_split": "validation",  # Or "test", for evaluation on the test part only.
+                # These are found in the data. A value given here must agree with the data.
                 "vocabulary_size": 0,
                 "vocabulary": "",
             },
@@ -102,7 +102,7 @@ def make_model(config: ConfigDict) -> Model:
 
 
 def lengths(config: ConfigDict, which: str) -> Lengths:
-    """How far the model looks in "train" or "evaluation"."""
+    """How far the model looks back in "train" or "evaluation"."""
     try:
         return Lengths(**config.model[which])
     except UserError as error:
@@ -111,10 +111,10 @@ def lengths(config: ConfigDict, which: str) -> Lengths:
 
 
 def check_lengths(config: ConfigDict, corpus: Corpus) -> None:
-    """Checks that segments and lanes fit the text.
+    """Checks that the text is long enough for the segments and lanes.
 
     Raises:
-      UserError: it is too short.
+      UserError: the text is too short.
     """
     sizes = {split: len(tokens) for split, tokens in corpus.splits.items()}
     target, lanes = config.model.train.target, config.batch_size
@@ -163,15 +163,16 @@ def _stacked(rules: Any, model: Model) -> Any:
 
 
 def apply_variant(config: ConfigDict, variant: str) -> bool:
-    """Sets the method from a variant.
+    """Sets the method of a config from a variant.
 
     Args:
-      config: changed in place.
-      variant: as for `experiments.config.apply_variant`, and `small-dense-F`: dense, of the same
-        depth, narrower, with the parameters that a model of F % sparsity by `method.rules` runs on.
+      config: the config; it is changed in place.
+      variant: as for `experiments.config.apply_variant`, with the further word `small-dense-F`.
+        This is a dense and narrower model of the same depth, with as many parameters as a model of
+        F % sparsity by `method.rules` runs on.
 
     Returns:
-      Whether it is a smoke test.
+      Whether the variant asks for a smoke test.
     """
     words = [word.strip() for word in variant.split(",")]
     common = [word for word in words if not word.startswith(SMALL_DENSE)]
@@ -195,7 +196,7 @@ def _small_dense_density(word: str) -> float:
 
 
 def shrink_to_smoke(config: ConfigDict) -> None:
-    """A few steps of a tiny model on Python's own documentation; options stay as they are."""
+    """Shrinks a config to a few steps of a tiny model on Python's documentation."""
     config.steps = 3
     config.batch_size = 8
     config.log_every = 1

@@ -1,9 +1,10 @@
-"""Goes on with a text, from the last checkpoint of a program.
+"""Continues a text with the model of a run, from its last checkpoint.
 
 python -m experiments.language_modelling.generate --workdir=DIR --prompt=TEXT --tokens=N
 
-It runs on the forward set alone, as training and evaluation do, with the memory of evaluation; with
-`--params=FILE`, on that of a file from `experiments.export --form=dense` or `compact`.
+The model runs on the forward set only, like in training and evaluation, with the memory of
+evaluation. With `--params=FILE`, it runs on a file from `experiments.export` of the form `dense` or
+`compact`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from experiments.records import exported, restore, workdir
 from topkast_jax.always_sparse import is_compact
 from topkast_jax.trees import flatten_with_names
 
-# May differ between a model and the one that its parameters are from.
+# Keys that may differ between a model and the one that its parameters come from.
 FREE = ("dropout", "dropatt", "dtype", "remat", "train", "evaluation")
 
 
@@ -50,15 +51,15 @@ def continuation(
     seed: int,
     params: Path | None = None,
 ) -> str:
-    """The prompt and what the model of a run makes of it.
+    """The prompt, continued by the model of a run.
 
     Args:
-      directory: of the program.
-      prompt: one symbol at least.
-      tokens: how many to add.
-      sampling: how they are drawn.
-      seed: of the draws.
-      params: a file from `experiments.export`, in place of the run's newest parameters.
+      directory: the folder of the run.
+      prompt: the beginning of the text, at least one symbol.
+      tokens: the number of tokens to add.
+      sampling: how tokens are drawn.
+      seed: the seed of the draws.
+      params: a file from `experiments.export` that replaces the newest parameters of the run.
     """
     found = restore.read(directory, "language_modelling")
     program, state = found.program, found.state
@@ -75,15 +76,15 @@ def continuation(
 
 
 def read_params(path: Path, config: ConfigDict, like: Any) -> Any:
-    """The parameters in an exported file.
+    """Reads the parameters in an exported file.
 
     Args:
-      path: of the file.
-      config: of the run whose model is to run on them.
-      like: that model's parameters, perhaps abstract.
+      path: the path of the file.
+      config: the config of the run whose model will run on the parameters.
+      like: the parameters of that model, perhaps abstract.
 
     Raises:
-      UserError: it cannot be read, holds another form, or parameters of another model.
+      UserError: the file cannot be read, has another form, or belongs to another model.
     """
     try:
         tree, metadata = exported.load(path)
@@ -108,7 +109,7 @@ def read_params(path: Path, config: ConfigDict, like: Any) -> Any:
 
 
 def _what_fits(config: Any) -> dict[str, Any]:
-    """What must be the same of two configs for one to run on the other's parameters."""
+    """The values that must agree if one config's model runs on the other's parameters."""
     config = dict(config)
     if config["task"] != "language_modelling":
         return {"task": config["task"]}
@@ -119,7 +120,7 @@ def _what_fits(config: Any) -> dict[str, Any]:
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    """Dense shapes by name."""
+    """The dense shapes of parameters by name."""
     names, leaves, _ = flatten_with_names(params, is_leaf=is_compact)
     return {
         name: (*leaf.index.shape[:-1], *leaf.shape) if is_compact(leaf) else leaf.shape
@@ -128,7 +129,7 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
 
 
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> list[int]:
-    """The numbers of a prompt's symbols; of words, the last line is not ended."""
+    """The numbers of the symbols of a prompt. A prompt of words does not end its last line."""
     try:
         numbers = vocabulary.encode(prompt.encode()).tolist()
     except UnicodeEncodeError:
@@ -143,7 +144,7 @@ def encode_prompt(vocabulary: Vocabulary, prompt: str) -> list[int]:
 
 
 def _vocabulary(config: ConfigDict, text: dict[str, Any]) -> Vocabulary:
-    """Out of the checkpoint, or, where it is large, out of the prepared data."""
+    """The vocabulary in the checkpoint, or that of the prepared data if it is large."""
     if text["symbols"] is not None:
         return Vocabulary(config.data.level, tuple(text["symbols"]))
     found = TEXTS.get(config.data.name)(config.data).open().vocabulary

@@ -1,4 +1,4 @@
-"""Prepares a text of the paper for training.
+"""Prepares a text for training.
 
 python -m experiments.language_modelling.prepare NAME [--data_dir=DIR] [--manual_dir=DIR]
 """
@@ -16,8 +16,12 @@ def main(argv: list[str]) -> None:
     """Runs the command line."""
     parser = command_line.Parser(prog="prepare_text", description=__doc__)
     parser.add_argument("name", choices=sorted(PREPARED))
-    parser.add_argument("--data_dir", default="", help="where to; default: ~/tensorflow_datasets")
-    parser.add_argument("--manual_dir", default="", help="holds the file, if it is here already")
+    parser.add_argument(
+        "--data_dir", default="", help="output folder; default: ~/tensorflow_datasets"
+    )
+    parser.add_argument(
+        "--manual_dir", default="", help="folder with the file, if it is already here"
+    )
     args = parser.parse_args(argv)
     where = prepare(args.name, args.data_dir, args.manual_dir)
     print(f"prepared {args.name} in {where}")

@@ -43,7 +43,7 @@ class LanguageModelling:
         self._corpus: Corpus | None = None
 
     def init(self, rng: jax.Array) -> tuple[Tree, Tree]:
-        """Fresh parameters and an empty memory."""
+        """Initial parameters and an empty memory."""
         return self.model.init(rng), self.model.init_memory(self._lanes, self._train)
 
     def loss(
@@ -77,22 +77,22 @@ class LanguageModelling:
         )
 
     def eval_data(self, split: str) -> Iterable[Batch]:
-        """Every token of a split once, but for its first, which nothing stands before."""
+        """Every token of a split once, except its first, which has no token before it."""
         tokens = self._open().splits[split]
         plan = self.eval_plan(len(tokens))
         return streams.eval_segments(tokens, plan, self._share.of(self._eval_rows))
 
     def eval_plan(self, tokens: int) -> streams.EvalPlan:
-        """How so many tokens are shared out to the lanes."""
+        """How a text of that many tokens is divided among the lanes."""
         target, warmup = self._evaluation.target, self.model.reach(self._evaluation)
         return streams.EvalPlan(tokens - 1, target, self._config.data.eval_batch_size, warmup)
 
     def model_state_specs(self, shapes: Tree) -> Tree:
-        """The memory lies where its lanes are."""
+        """The memory is sharded like its lanes."""
         return self.model.memory_specs(shapes)
 
     def eval_context(self, split: str) -> dict[str, Any]:
-        """The text, how many tokens were counted, and how far the model looked."""
+        """The text, the number of tokens that are counted, and how far the model looks back."""
         return {
             "dataset": self._config.data.name,
             "level": self._config.data.level,
@@ -109,13 +109,13 @@ class LanguageModelling:
         return {"loss": loss, "bpc": loss / math.log(2)}
 
     def example_batch(self) -> Batch:
-        """One training batch of all hosts, in the abstract."""
+        """One training batch of all hosts, as abstract arrays."""
         segment = jax.ShapeDtypeStruct((self._lanes, self._train.target), jnp.int32)
         return {"tokens": segment, "targets": segment}
 
     @property
     def _eval_rows(self) -> int:
-        """Lanes of evaluation and as many empty ones as make them divide over all devices."""
+        """The lanes of evaluation, with empty ones so that they divide evenly over all devices."""
         devices = jax.device_count()
         return math.ceil(self._config.data.eval_batch_size / devices) * devices
 
@@ -126,7 +126,7 @@ class LanguageModelling:
         return self._corpus
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a position in the text to mean the same."""
+        """What must agree for a position in the text to keep its meaning."""
         corpus = self._open()
         return {
             "vocabulary": corpus.vocabulary.fingerprint,

@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax for the arrays, and a list of checksums that says which saves are whole."""
+"""Checkpoints: Orbax stores the arrays, and a list of checksums says which saves are complete."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Tree = Any
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `directory/STEP`; only whole ones are ever used."""
+    """The checkpoints of one run, in `directory/STEP`. Only undamaged ones are used."""
 
     def __init__(self, directory: Path, keep: int):
-        """Opens them; damaged ones are named in a warning and moved to `directory/damaged`.
+        """Opens them. Damaged ones are named in a warning and moved to `directory/damaged`.
 
         Args:
-            directory: made if missing.
-            keep: how many to keep.
+            directory: the folder of the checkpoints, which is made if it is missing.
+            keep: the number of checkpoints to keep.
 
         Raises:
-            UserError: there are checkpoints, and every one is damaged.
+            UserError: there are checkpoints, and all of them are damaged.
         """
         self.directory = directory.absolute()
         self._keep = keep
@@ -47,7 +47,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, state: Tree, meta: dict[str, Any]) -> None:
-        """Saves the state and, as JSON, `meta` of every host; returns when all is on disk."""
+        """Saves the state, and `meta` of every host as JSON; returns when all of it is on disk."""
         items = {
             "state": ocp.args.StandardSave(state),
             "meta": ocp.args.JsonSave({"hosts": _of_all_hosts(meta)}),
@@ -60,10 +60,10 @@ class Checkpoints:
             self._manager.delete(old)
 
     def restore(self, abstract: Callable[[int], Tree]) -> tuple[Tree, dict[str, Any]] | None:
-        """The newest state, straight into its shards, and this host's meta.
+        """Reads the newest state directly into its shards, and the meta of this host.
 
         Args:
-            abstract: finished steps → the state's shapes, types and shardings.
+            abstract: gives the shapes, types and shardings of the state after so many steps.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -71,21 +71,21 @@ class Checkpoints:
         state, hosts = _restore(self._manager, step, abstract(step))
         if len(hosts) != jax.process_count():
             raise UserError(
-                f"{self.directory}: saved by {len(hosts)} hosts, so that the data can go on only "
-                f"on as many; found {jax.process_count()}"
+                f"{self.directory}: saved by {len(hosts)} hosts, and the data can only continue on "
+                f"as many; found {jax.process_count()}"
             )
         return state, hosts[jax.process_index()]
 
     def close(self) -> None:
-        """Ends what Orbax has running."""
+        """Ends the background work of Orbax."""
         self._manager.close()
 
 
 def load(directory: Path, abstract: Callable[[int], Tree]) -> tuple[Tree, dict[str, Any]]:
-    """The newest whole checkpoint of a run that is only read, and the first host's meta.
+    """Reads the newest undamaged checkpoint of a run, and the meta of its first host.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such checkpoint.
     """
     steps = _steps(directory) if directory.is_dir() else []
     for step in reversed(steps):
@@ -99,7 +99,7 @@ def load(directory: Path, abstract: Callable[[int], Tree]) -> tuple[Tree, dict[s
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """A description of what is wrong with a checkpoint; None if nothing is."""
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -116,7 +116,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def warn(line: str) -> None:
-    """One line of warning."""
+    """Prints a warning."""
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
@@ -155,7 +155,7 @@ def _set_damaged_aside(directory: Path) -> None:
 
 
 def _write_manifest(checkpoint: Path) -> None:
-    """Last of all, so that a save that was cut off has none."""
+    """Writes the list of checksums at the very end, so that an interrupted save has none."""
     files = sorted(p for p in checkpoint.rglob("*") if p.is_file())
     listed = {str(p.relative_to(checkpoint)): (p.stat().st_size, _checksum(p)) for p in files}
     unfinished = checkpoint / (MANIFEST + ".tmp")

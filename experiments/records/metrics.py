@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: `metrics.jsonl`, TensorBoard, and lines or a bar."""
+"""The records of a run while it trains: `metrics.jsonl`, TensorBoard, and the terminal."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from experiments.records.workdir import METRICS
 
 
 class Metrics:
-    """Writes records, on the first host alone.
+    """Writes records, on the first host only.
 
-    A record is `{"step", "split", values…}`; `split` is "train", "masks" or a split of the data.
-    Records of evaluations hold their `context`; what depends on the machine is under `timing`.
+    A record is `{"step", "split", values…}`, where `split` is "train", "masks" or a split of the
+    data. Records of evaluations contain their `context`. Values that depend on the machine are
+    under `timing`.
     """
 
     def __init__(self, workdir: Path, start: int, steps: int):
-        """Goes on after a step; what was written about later ones is dropped.
+        """Continues after a step; records of later steps are dropped.
 
         Args:
-            workdir: where `metrics.jsonl` is.
-            start: finished steps.
-            steps: all steps of the run.
+            workdir: the folder of `metrics.jsonl`.
+            start: the number of finished steps.
+            steps: the number of steps of the whole run.
         """
         self._main = jax.process_index() == 0
         if not self._main:
@@ -41,7 +42,7 @@ class Metrics:
         self._steps = steps
 
     def write(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """One record."""
+        """Writes one record."""
         if not self._main:
             return
         print(json.dumps({"step": step, "split": split} | values), file=self._file, flush=True)
@@ -51,22 +52,22 @@ class Metrics:
         self._show(step, split, numbers, values.get("timing", {}))
 
     def tick(self, step: int) -> None:
-        """Moves the bar."""
+        """Moves the progress bar."""
         if self._main and self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def say(self, line: str) -> None:
-        """One line for whoever watches."""
+        """Prints one line."""
         if self._main:
             tqdm.write(line, file=sys.stderr) if self._bar else print(line, flush=True)
 
     def sync(self) -> None:
-        """Puts the records on disk: before a checkpoint that counts on them."""
+        """Puts the records on disk, which must happen before a checkpoint that relies on them."""
         if self._main:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Ends the files and the bar."""
+        """Closes the files and the progress bar."""
         if self._main:
             self._file.close()
             self._board.close()
@@ -83,7 +84,7 @@ class Metrics:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records of a `metrics.jsonl`; a last line that was cut off is left out."""
+    """All records of a `metrics.jsonl`, without a last line that was cut off."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -39,7 +39,7 @@ def read_config(directory: Path, task: str | None = None) -> ConfigDict:
     """The config of a run.
 
     Raises:
-        UserError: no run there, or one of another task than asked for.
+        UserError: there is no run in the folder, or one of another task.
     """
     if not (directory / workdir.CONFIG).is_file():
         raise UserError(f"--workdir={directory}: holds no {workdir.CONFIG}; must be a run's folder")
@@ -50,7 +50,7 @@ def read_config(directory: Path, task: str | None = None) -> ConfigDict:
 
 
 def read(directory: Path, task: str | None = None) -> Saved:
-    """A run and its newest state; `read_config`'s errors, and UserError without a checkpoint."""
+    """A run and its newest state; raises UserError if there is no run or no checkpoint."""
     config = read_config(directory, task)
     program = build(on_one_device(config), all_devices()[:1])
     abstract = program.representation.abstract
@@ -59,7 +59,7 @@ def read(directory: Path, task: str | None = None) -> Saved:
 
 
 def on_one_device(config: ConfigDict) -> ConfigDict:
-    """A copy for a process that reads alone, on whatever platform."""
+    """A copy of a config for a process that only reads, on one device of any platform."""
     copy = config.copy_and_resolve_references()
     copy.mesh = ONE_DEVICE
     if "backend" in copy.method:

@@ -1,4 +1,4 @@
-"""`final.json`: what a finished run comes to."""
+"""`final.json`, the summary of a finished run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PACKAGES = ("topkast-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 def summary(
     program: Program, state: TrainState, results: dict[str, dict[str, Any]], seconds: float
 ) -> dict[str, Any]:
-    """Everything a report needs; densities are counted from the masks.
+    """Everything that a report needs. Densities are counted from the masks.
 
     Args:
         program: the program of the run.
-        state: its last state.
-        results: split → metrics with their context.
-        seconds: wall time.
+        state: the last state.
+        results: the metrics of each split, with their context.
+        seconds: the wall time.
     """
     config = program.config
     counts = program.representation.leaf_counts(state)
@@ -52,13 +52,13 @@ def summary(
 
 
 def write(directory: Path, value: dict[str, Any]) -> None:
-    """Writes it, on the first host alone."""
+    """Writes `final.json`, on the first host only."""
     if jax.process_index() == 0:
         workdir.write_json(directory / workdir.FINAL, value)
 
 
 def _densities(counts: dict[str, tk.statistics.LeafCounts]) -> dict[str, Any]:
-    """Over the sparse leaves (1 if there are none), over all, and of each."""
+    """The densities over the sparse leaves (1 if there are none), over all leaves, and of each."""
     sparse = [leaf for leaf in counts.values() if leaf.sparse]
 
     def share(leaves: list[tk.statistics.LeafCounts], kept: str) -> float:
@@ -76,7 +76,7 @@ def _densities(counts: dict[str, tk.statistics.LeafCounts]) -> dict[str, Any]:
 
 
 def _flops(program: Program, counts: dict[str, tk.statistics.LeafCounts]) -> dict[str, float]:
-    """Of the forward pass on one training batch; nothing is computed."""
+    """The FLOPs of the forward pass on one training batch, from shapes alone."""
 
     def forward(params: Any, model_state: Any, batch: Any) -> Any:
         return program.task.loss(params, model_state, batch, jax.random.key(0))[0]

@@ -1,4 +1,4 @@
-"""What a run finds in its folder: nothing, itself, or something else."""
+"""The folder of a run: which files it holds, and which config it belongs to."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ml_collections import ConfigDict
 from experiments.errors import UserError
 
 CONFIG, METRICS, FINAL, CHECKPOINTS = "config.json", "metrics.jsonl", "final.json", "checkpoints"
-# May differ when a run goes on: where it runs and how it is kept, not what it computes.
+# Keys that may change when a run continues, because they do not change what it computes.
 FREE = ("name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints")
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
-    """A config as it looks after a trip through JSON."""
+    """A config as JSON stores it."""
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), sort_keys=True))
     return plain
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
-    """Makes the folder this run's, or checks that it is.
+    """Writes the config to the folder, or checks that the folder belongs to this config.
 
     Raises:
         UserError: it is a file or an address, cannot be written, or belongs to another config.
@@ -50,13 +50,13 @@ def claim(workdir: Path, config: ConfigDict) -> None:
 
 
 def check_no_address(flag: str, path: Path) -> None:
-    """Raises UserError for what only looks like a path."""
+    """Raises UserError if a path is an address such as gs://bucket."""
     if ":/" in str(path):
         raise UserError(f"{flag}={path}: is an address; must be a path, mounted if need be")
 
 
 def _holds_results(workdir: Path) -> bool:
-    """Whether anything would be lost if another config took the folder over."""
+    """Whether something would be lost if another config took over the folder."""
     records, checkpoints = workdir / METRICS, workdir / CHECKPOINTS
     return (
         finished(workdir)
@@ -66,12 +66,12 @@ def _holds_results(workdir: Path) -> bool:
 
 
 def finished(workdir: Path) -> bool:
-    """Whether the run in this folder has ended."""
+    """Whether the run in this folder is finished."""
     return (workdir / FINAL).exists()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """Reads a JSON file that holds an object."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """All of it or nothing."""
+    """Writes a JSON file completely or not at all."""
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     unfinished.rename(path)
@@ -90,10 +90,12 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def whole(out: Path) -> Iterator[Path]:
-    """A place beside `out` for a new file or folder, which is `out` at the end, or gone.
+    """Yields a path next to `out` for a new file or folder, and renames it to `out` at the end.
+
+    After an exception, the unfinished file or folder is removed.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file or folder cannot be written.
     """
     at = out.resolve()
     unfinished = at.with_name(f"{at.stem}.unfinished.{os.getpid()}{at.suffix}")
@@ -142,7 +144,7 @@ def _is_free(key: str) -> bool:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config's values by key, dots between the levels."""
+    """The values of a config by key, with dots between the levels."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= (

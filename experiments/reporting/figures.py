@@ -24,7 +24,7 @@ CHURN = {
 
 
 def draw(groups: Sequence[Group], metrics: Sequence[str], out: Path) -> list[Path]:
-    """Each metric against density, and mask churn over steps; returns the files."""
+    """Draws each metric against density, and mask churn over steps; returns the files."""
     paths = []
     for metric in metrics:
         paths.append(out / f"{metric}_against_density.png")

@@ -19,14 +19,15 @@ Summary = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ in the seed alone.
+    """Runs that differ only in the seed.
 
     Attributes:
-        name: of their config.
-        method: the sparsity method's name.
-        runs: their `final.json`s.
-        records: their `metrics.jsonl`s, in the same order.
-        settings: what tells them from other groups of the same name and method; empty without.
+        name: the name of their config.
+        method: the name of their sparsity method.
+        runs: their summaries (`final.json`).
+        records: their records (`metrics.jsonl`), in the same order.
+        settings: the settings that differ from other groups of the same name and method; empty if
+            there is no such group.
     """
 
     name: str
@@ -36,7 +37,7 @@ class Group:
     settings: str = ""
 
     def values(self, read: Callable[[Summary], Any]) -> list[float]:
-        """One number a run, of those that have it."""
+        """The number of each run that has it."""
         found = [read(run) for run in self.runs]
         return [float(value) for value in found if value is not None]
 
@@ -46,13 +47,13 @@ class Group:
         return statistics.stdev(values) if len(values) > 1 else None
 
     def mean(self, read: Callable[[Summary], Any]) -> float | None:
-        """Over the seeds, or None."""
+        """The mean over the seeds, or None if no run has the number."""
         values = self.values(read)
         return statistics.fmean(values) if values else None
 
 
 def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
-    """Groups of finished runs, in the order of their names, and the runs that are not finished."""
+    """The groups of finished runs, ordered by name, and the folders of unfinished runs."""
     for directory in dirs:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such folder; expected one with runs")
@@ -74,7 +75,7 @@ def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
 
 
 def _told_apart(groups: Sequence[Group]) -> list[Group]:
-    """The groups, those of one name and method with the settings in which they differ."""
+    """The same groups, with the settings in which those of one name and method differ."""
     alike: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for group in groups:
         alike[group.name, group.method].append(_config(group))
@@ -90,9 +91,9 @@ def _config(group: Group) -> dict[str, Any]:
 
 
 def _own(config: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
-    """A config's own values, among some configs: of what all that have it do not agree on."""
+    """The values of a config for the keys on which some configs do not agree."""
     keys = [k for k in sorted(config) if _differ([c[k] for c in alike if k in c])]
-    # What only some have mostly follows from those; where it does not, it is told too.
+    # Keys that only some configs have mostly follow from those; the others are added here.
     same = [c for c in alike if all(c.get(k) == config[k] for k in keys)]
     keys += [k for k in sorted(config) if k not in keys and _differ([c.get(k) for c in same])]
     return ", ".join(_setting(key, config[key]) for key in keys)

@@ -16,7 +16,7 @@ def metric(name: str) -> Callable[[Summary], Any]:
     return lambda run: run["test"].get(name)
 
 
-# Heading → how to read it, and how to print it.
+# The headings, with how each number is read and printed.
 COLUMNS: dict[str, tuple[Callable[[Summary], Any], str]] = {
     "forward density": (forward_density, ".4g"),
     "backward density": (lambda r: r["densities"]["backward"], ".4g"),

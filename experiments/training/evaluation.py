@@ -1,4 +1,4 @@
-"""Exact evaluation: every example once, at any batch size."""
+"""Exact evaluation: every example is counted once, at any batch size."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from experiments.training.state import TrainState
 
 
 def evaluate(program: Program, state: TrainState, split: str) -> dict[str, Any]:
-    """Metrics of a split, with the context they depend on.
+    """The metrics of a split, with the context on which they depend.
 
     Args:
-        program: what evaluates.
-        state: the network is run on its forward view, as in training.
+        program: the program of the run.
+        state: the state whose forward view is evaluated.
         split: a split of the task's data.
     """
     view = program.view(state.params, state.opt_state)

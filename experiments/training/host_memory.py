@@ -1,4 +1,4 @@
-"""Host memory that a process frees is its own again for the next step."""
+"""Settings of malloc, so that a process keeps the memory that it frees for its next step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ _GROW_BY = 2**28
 
 
 def keep_freed() -> bool:
-    """Makes malloc keep what is freed, where it is glibc's; whether it is.
+    """Makes malloc keep the memory that is freed. Call it before the first large array is made.
 
-    On a CPU, XLA asks for a step's temporaries at each step. By default glibc gets more than 32 MB
-    from the kernel each time, which hands out zeroed pages one fault at a time. Call it before the
-    first large array is made.
+    On a CPU, XLA allocates the temporaries of a step in every step. By default, glibc returns
+    allocations above 32 MB to the kernel, which then hands out zeroed pages again, with one page
+    fault each.
+
+    Returns:
+        Whether malloc accepted the settings; only glibc's does.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # another system, another C library
+    except (OSError, TypeError, AttributeError):  # Another system or C library.
         return False
     settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: _GROW_BY, _ARENA_MAX: 1}
     taken = [bool(mallopt(name, value)) for name, value in settings.items()]

@@ -16,15 +16,15 @@ from topkast_jax.sparsify import SparseTransform
 from topkast_jax.trees import path_name
 
 Tree = Any
-_OWN = ("top_kast", "static_random")  # whose defaults come before those of methods added
-# Whatever a method's own default: a seed of None is that of the config.
+_OWN = ("top_kast", "static_random")  # Their defaults take precedence over those of other methods.
+# These replace the defaults of the factories. A seed of None stands for that of the config.
 _DEFAULTS = {"forward_density": 0.1, "backward_density": 0.2, "seed": None}
 # The keys that only an always-sparse run reads, with their defaults.
 COMPACT = {"refresh_delay": 0, "backend": None}
 
 
 def method_names() -> tuple[str, ...]:
-    """Every value of `config.method.name`."""
+    """Every value that `config.method.name` can have."""
     return ("dense", *tk.methods.names())
 
 
@@ -40,11 +40,11 @@ def representation(method: ConfigDict) -> str:
 
 
 def method_keys(method: ConfigDict, held: str | None = None) -> tuple[str, ...]:
-    """What a method reads of `config.method`: its factory's arguments, and its representation's.
+    """The keys of `config.method` that a method reads: those of its factory and its representation.
 
     Args:
         method: the section.
-        held: the representation; that of the section if None.
+        held: the representation; None stands for that of the section.
     """
     held = held or representation(method)
     if held == "dense":
@@ -57,7 +57,7 @@ def method_keys(method: ConfigDict, held: str | None = None) -> tuple[str, ...]:
 
 
 def method_defaults() -> dict[str, Any]:
-    """The section `method`: every argument of every registered method, with its default."""
+    """The section `method`, with every argument of every registered method and its default."""
     section: dict[str, Any] = {"name": "dense", "distribution": "uniform"}
     for name in sorted(tk.methods.names(), key=_OWN.__contains__, reverse=True):
         for key, argument in _arguments(name).items():

@@ -1,4 +1,4 @@
-"""Sums of numerators and denominators over steps, and how long the steps took."""
+"""Sums of metrics over steps, and the time that the steps took."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LOSS = "_loss"
 
 
 class NonFiniteError(Exception):
-    """Something of a step is infinite or no number.
+    """The loss or the parameters of a step are infinite or not a number.
 
     Attributes:
-        step: which step.
+        step: the number of the step.
     """
 
     def __init__(self, step: int, found: str):
@@ -26,26 +26,30 @@ class NonFiniteError(Exception):
 
 
 class MetricSums:
-    """Adds device scalars in float64 on the host, one step behind so as not to wait for them."""
+    """Adds numerators and denominators in float64 on the host.
+
+    The sums of a step are fetched when those of the next step are added, so that the host does not
+    wait for the device.
+    """
 
     def __init__(self, sums: Mapping[str, Any] | None = None):
-        """Starts from nothing, or from what `settled` gave."""
+        """Starts from zero, or from sums that `settled` returned."""
         self._sums: dict[str, tuple[float, float]] = {
             k: (v[0], v[1]) for k, v in (sums or {}).items()
         }
         self._pending: tuple[int, Any] | None = None
 
     def add(self, step: int, sums: Any) -> None:
-        """Takes the sums of a step that may still be running, and fetches those of the one before.
+        """Adds the sums of a step that may still run, and fetches those of the step before.
 
         Raises:
-            NonFiniteError: the step before has a loss that is not finite.
+            NonFiniteError: the loss of the step before is not finite.
         """
         self._fetch()
         self._pending = step, sums
 
     def settled(self) -> dict[str, tuple[float, float]]:
-        """The totals with every step in; raises as `add` does."""
+        """The sums over all steps that were added; raises NonFiniteError like `add`."""
         self._fetch()
         return dict(self._sums)
 
@@ -62,22 +66,22 @@ class MetricSums:
 
 
 class Window:
-    """The training steps from one log record to the next.
+    """The training steps between two log records.
 
     Attributes:
         first: the first step of the window.
-        totals: their sums.
+        totals: the metric sums of its steps.
     """
 
     def __init__(self, first: int, sums: Mapping[str, Any] | None = None):
-        """Begins at a step, with what an interrupted run had summed up of its window."""
+        """Starts at a step, with the sums that an interrupted run already had for the window."""
         self.first, self.totals = first, MetricSums(sums)
         self._timed, self._seconds = 0, 0.0
         self._mark = time.perf_counter()
         self._compiled = False
 
     def add(self, step: int, sums: Any) -> None:
-        """One more step; the process's first, which compiles, is not timed."""
+        """Adds a step. The first step of a process compiles the program and is not timed."""
         self.totals.add(step, sums)
         self._timed += self._compiled
         if not self._compiled:
@@ -85,7 +89,7 @@ class Window:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Does not count the time of what is done inside."""
+        """A context whose time is not counted."""
         self._seconds += time.perf_counter() - self._mark
         try:
             yield
@@ -93,7 +97,7 @@ class Window:
             self._mark = time.perf_counter()
 
     def timing(self, unit: str, units: int, waited: float) -> dict[str, float]:
-        """Speed, and the part of the time spent waiting for data; call it while paused."""
+        """The speed, and the share of the time spent waiting for data. Call it while paused."""
         if not self._timed:
             return {}
         rate = self._timed / self._seconds
@@ -104,6 +108,6 @@ class Window:
         }
 
     def next(self, first: int) -> None:
-        """Begins anew."""
+        """Starts the next window."""
         self.first, self.totals = first, MetricSums()
         self._timed, self._seconds = 0, 0.0

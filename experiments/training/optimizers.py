@@ -1,4 +1,4 @@
-"""From a config to its schedule and its optax optimizer, with the sparsity method around it."""
+"""Makes the schedule and the optax optimizer of a config, with the sparsity method around it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from topkast_jax.sparsify import SparseTransform
 
 Tree = Any
 Transform: TypeAlias = optax.GradientTransformationExtraArgs
-# What each reads of its config section; sections are cut down to this.
+# The keys that each of them reads; the others are dropped from the config.
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "sgd": ("momentum", "nesterov"),
     "adam": ("b1", "b2", "eps"),
@@ -32,18 +32,18 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
 
 
 def optimizer_keys(optimizer: ConfigDict) -> tuple[str, ...]:
-    """What an optimizer reads of `config.optimizer`."""
+    """The keys of `config.optimizer` that an optimizer reads."""
     common = ("learning_rate", "reference_batch_size", "l2", "clip_global_norm", "schedule")
     return (*common, *OPTIMIZERS[optimizer.name])
 
 
 def schedule_keys(schedule: ConfigDict) -> tuple[str, ...]:
-    """What a schedule reads of `config.optimizer.schedule`."""
+    """The keys of `config.optimizer.schedule` that a schedule reads."""
     return ("warmup_steps", "reference_steps", *SCHEDULES[schedule.name])
 
 
 def make_schedule(config: ConfigDict) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up, then what the name says."""
+    """The learning rate by step: a linear warm-up, followed by the schedule of that name."""
     schedule, derived = config.optimizer.schedule, config.derived
     peak, warmup = derived.learning_rate, derived.warmup_steps
     if schedule.name == "cosine":
@@ -98,12 +98,12 @@ def make_compact(
 def _with_l2(config: ConfigDict, tx: Any, decayed: Tree) -> Transform:
     if not config.optimizer.l2:
         return optax.with_extra_args_support(tx)
-    # Before the method: what it drops of the gradient, it drops of this too.
+    # The penalty comes before the method, which drops the same entries of it as of the gradient.
     return optax.chain(optax.add_decayed_weights(config.optimizer.l2, decayed), tx)
 
 
 def _penalised(config: ConfigDict, tx: SparseTransform, params: Tree) -> Tree:
-    """Which leaves get the L2 penalty: matrices, but for those with the method's own penalty."""
+    """The leaves with an L2 penalty: matrices without a penalty of the method's own."""
     matrices = _matrices(params)
     if "exploration_weight" not in config.method:
         return matrices
@@ -139,5 +139,5 @@ def _inner(config: ConfigDict, params: Tree) -> Transform:
     inner = make[c.name]()
     if not c.clip_global_norm:
         return inner
-    # Inside the method: the norm is that of the gradient that is used.
+    # Clipping is inside the method, so that the norm is that of the gradient that is used.
     return optax.chain(optax.clip_by_global_norm(c.clip_global_norm), inner)

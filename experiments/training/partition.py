@@ -1,4 +1,4 @@
-"""The device mesh, and where each array lies on it."""
+"""The device mesh, and the sharding of every array on it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Tree = Any
 
 
 def all_devices() -> list[jax.Device]:
-    """All devices of all hosts; UserError if JAX was told to use some that are not here."""
+    """All devices of all hosts; raises UserError if JAX_PLATFORMS names devices that are absent."""
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter from JAX 0.10 without CUDA
+    except (RuntimeError, AssertionError) as error:  # JAX 0.10 without CUDA asserts.
         found = jax.config.jax_platforms  # type: ignore[attr-defined, unused-ignore]
         raise UserError(
             f"JAX_PLATFORMS={found!r}: no such devices here; must name some that there are, or be "
@@ -31,15 +31,15 @@ def all_devices() -> list[jax.Device]:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over devices; a size of -1 fills it.
+    """The mesh over some devices.
 
     Args:
-        sizes: one for each of `AXES`.
-        devices: all devices of all hosts if None.
+        sizes: the size of each of `AXES`; one of them may be -1 and takes the remaining devices.
+        devices: the devices; all devices of all hosts if None.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices, or do not fit where these
-            are.
+        UserError: the sizes do not multiply to the number of devices, or do not fit the topology
+            of the devices.
     """
     shape = [sizes[axis] for axis in AXES]
     devices = all_devices() if devices is None else devices
@@ -52,7 +52,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         )
     try:
         return jax.make_mesh(full, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-    except (AssertionError, NotImplementedError) as error:  # how JAX says so of TPUs
+    except (AssertionError, NotImplementedError) as error:  # JAX raises these for TPUs.
         raise UserError(
             f"config.mesh: found {dict(zip(AXES, full, strict=True))}; must fit the topology of "
             f"the {len(devices)} devices: {str(error)[:200]}"
@@ -60,12 +60,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Over how many devices a batch is split."""
+    """The number of devices over which a batch is split."""
     return int(mesh.shape["data"] * mesh.shape["fsdp"])
 
 
 def check_batch_size(name: str, size: int, mesh: Mesh) -> None:
-    """Raises UserError unless a batch of this size splits evenly."""
+    """Raises UserError unless a batch of this size is split evenly."""
     if size % batch_shards(mesh):
         shape = {axis: mesh.shape[axis] for axis in AXES}
         raise UserError(
@@ -75,10 +75,10 @@ def check_batch_size(name: str, size: int, mesh: Mesh) -> None:
 
 
 def spec(shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The one rule for parameters and all that is shaped like them: it sees the shape alone.
+    """The sharding rule of parameters and of all arrays with their shapes; it reads only the shape.
 
-    The largest axis that `fsdp` divides lies over it, the largest other one that `tensor` divides
-    over that; of equal axes, the last.
+    The largest axis that the size of `fsdp` divides is sharded over `fsdp`, and the largest of the
+    others that the size of `tensor` divides over `tensor`. Of axes of one size it is the last.
     """
     axes: list[str | None] = [None] * len(shape)
     for name in ("fsdp", "tensor"):
@@ -90,21 +90,21 @@ def spec(shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def shardings(shapes: Tree, mesh: Mesh) -> Tree:
-    """The rule for each leaf of a tree."""
+    """The sharding of each leaf of a tree, by `spec`."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf.shape, mesh)), shapes)
 
 
 def from_specs(specs: Tree, mesh: Mesh) -> Tree:
-    """A tree of PartitionSpecs on the mesh."""
+    """The shardings of a tree of PartitionSpecs."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, P))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """On every device."""
+    """The sharding of an array of which every device holds a copy."""
     return NamedSharding(mesh, P())
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's part of a batch, as global arrays split over the devices."""
+    """Makes global arrays, split over the devices, from this host's part of a batch."""
     sharding = NamedSharding(mesh, BATCH)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,4 +1,4 @@
-"""Batches made ready while the device computes, with the position of the last one taken."""
+"""Prepares batches while the device computes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ AHEAD = 2
 
 
 class Prefetcher:
-    """Reads ahead in a thread.
+    """Reads batches ahead, in a thread.
 
     Attributes:
-        position: that of the data after the last batch that `next` gave.
-        waited: seconds spent waiting in `next`; whoever reads it may set it.
+        position: the position of the data after the last batch that `next` returned.
+        waited: the seconds spent waiting in `next`; a caller may set it back to zero.
     """
 
     def __init__(self, data: DataIterator, put: Callable[[Batch], Any]):
-        """Starts at the data's present position.
+        """Starts at the present position of the data.
 
         Args:
-            data: read by the thread alone from now on.
+            data: the batches; from now on, only the thread may read them.
             put: brings a batch to the devices.
         """
         self.position = data.get_state()
@@ -47,7 +47,7 @@ class Prefetcher:
             self._thread.join(0.01)
 
     def next(self) -> Any:
-        """The next batch, on the devices; what reading it raised is raised here."""
+        """The next batch, on the devices. An error from reading it is raised here."""
         start = time.perf_counter()
         batch, position, error = self._ready.get()
         self.waited += time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What training changes from step to step."""
+"""The state that training changes from step to step."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from experiments.training import partition
 from experiments.training.optimizers import Transform
 
 Tree = Any
-# Steps take fold_in(key(seed), step); no step has this number.
+# Steps use fold_in(key(seed), step), and no step has this number.
 _INIT = 2**32 - 1
 
 
 class TrainState(NamedTuple):
-    """All of it; what comes from where in the data is beside it in a checkpoint.
+    """Everything that a training step updates. A checkpoint stores the data position next to it.
 
     Attributes:
-        step: int32 scalar, finished steps.
-        params: dense arrays; always sparse, the values of each sparse leaf's backward set.
-        opt_state: the optimizer's, with the sets or, always sparse, where the values sit.
+        step: the number of finished steps, an int32 scalar.
+        params: the parameters. Of an always-sparse run, the values of the backward sets.
+        opt_state: the state of the optimizer, which contains the sets. Of an always-sparse run, it
+            contains the indices of the values.
         model_state: what the model carries from step to step.
-        reservoir: always sparse, what the host holds (`topkast_jax.always_sparse.Reservoir`); not
-            for the devices.
+        reservoir: of an always-sparse run, what the host holds
+            (`topkast_jax.always_sparse.Reservoir`). It never goes to the devices.
     """
 
     step: jax.Array
@@ -37,12 +38,12 @@ class TrainState(NamedTuple):
 
 
 def abstract_params(task: Task) -> Tree:
-    """Shapes and types of the parameters."""
+    """The shapes and types of the parameters."""
     return jax.eval_shape(task.init, jax.random.key(0))[0]
 
 
 def abstract_state(task: Task, tx: Transform, seed: int, mesh: Mesh) -> TrainState:
-    """Shapes, types and shardings of the state."""
+    """The shapes, types and shardings of the state."""
     return on_mesh(jax.eval_shape(lambda: _init(task, tx, seed)), task, mesh)
 
 
@@ -61,12 +62,12 @@ def shardings_of(abstract: Tree) -> Tree:
 
 
 def init_state(task: Task, tx: Transform, seed: int, abstract: TrainState) -> TrainState:
-    """The first state, made straight into its shards."""
+    """The state before the first step, initialised directly into its shards."""
     return jax.jit(lambda: _init(task, tx, seed), out_shardings=shardings_of(abstract))()
 
 
 def init_model(task: Task, seed: int) -> tuple[Tree, Tree]:
-    """The first dense parameters and model state."""
+    """The initial dense parameters and the initial model state."""
     return task.init(jax.random.fold_in(jax.random.key(seed), _INIT))
 
 

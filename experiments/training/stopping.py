@@ -1,4 +1,4 @@
-"""Stopping cleanly when the machine, or whoever sits at it, wants it back."""
+"""Stops a run cleanly when the process is asked to end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a request; the second acts as ever."""
+    """Turns the first SIGTERM or SIGINT into a request. The second one acts as usual."""
 
     def __init__(self) -> None:
         self._asked = False
@@ -29,7 +29,7 @@ class StopRequest:
         self._restore()
 
     def asked(self) -> bool:
-        """Whether to stop: as soon as one host was asked, on all of them at the same step."""
+        """Whether to stop. If one host was asked, all hosts stop at the same step."""
         if jax.process_count() == 1:
             return self._asked
         return bool(np.any(multihost_utils.process_allgather(np.bool_(self._asked))))

@@ -1,4 +1,4 @@
-"""Batches of images, read by Grain: endless shuffled epochs, and exact passes for evaluation."""
+"""Batches of images that Grain reads: endless shuffled epochs, and exact evaluation passes."""
 
 import dataclasses
 import functools
@@ -23,13 +23,13 @@ class Options:
 
     Attributes:
         recipe: how an image is prepared.
-        image_size: height and width of the model's input.
-        batch_size: over all hosts.
-        seed: of the order and the augmentation.
-        threads: how many batches are made at a time, in one process.
-        workers: processes that make batches; 0 makes them in this one.
+        image_size: the height and the width of the model's input.
+        batch_size: the number of images in a batch, over all hosts.
+        seed: the seed of the order and of the augmentation.
+        threads: the number of batches that one process makes at the same time.
+        workers: the number of processes that make batches; 0 makes them in this process.
         host: the number of this host.
-        hosts: how many there are; each makes its part of every batch.
+        hosts: the number of hosts; each of them makes its part of every batch.
     """
 
     recipe: Recipe
@@ -66,7 +66,7 @@ class TrainBatches(EndlessBatches):
 
 
 def eval_batches(source: Source, options: Options) -> Iterator[Batch]:
-    """Every image once, in order; the last batch is filled up with weight 0."""
+    """Every image once, in order. The last batch is padded with images of weight 0."""
     total = math.ceil(len(source) / options.batch_size) * options.batch_size
     examples = grain.MapDataset.range(total).map(_PaddedExample(source, options))
     mine = examples[options.host :: options.hosts]
@@ -78,7 +78,7 @@ def eval_batches(source: Source, options: Options) -> Iterator[Batch]:
 
 
 def cached(source: Source, recipe: Recipe, size: int) -> ArraySource:
-    """All images of a source, decoded and kept in memory."""
+    """A source that keeps all images of another one in memory, decoded."""
     examples = [source[i] for i in range(len(source))]
     images = [recipe.to_fixed_size(example["image"], size) for example in examples]
     return ArraySource(images, [example["label"] for example in examples])
@@ -90,14 +90,16 @@ def _prefetch(batches: grain.MapDataset, options: Options) -> grain.IterDataset:
     )
     made = batches.to_iter_dataset(read)
     if options.workers:
-        if not flags.FLAGS.is_parsed():  # Grain's processes read its flags; a test parses none
+        if (
+            not flags.FLAGS.is_parsed()
+        ):  # The processes of Grain read its flags, which a test does not parse.
             flags.FLAGS.mark_as_parsed()
         made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=options.workers))
     return made
 
 
 class _Augment(grain.transforms.RandomMap):
-    """The training view of an example."""
+    """Augments an example for training."""
 
     def __init__(self, options: Options):
         self._recipe, self._size = options.recipe, options.image_size
@@ -107,7 +109,7 @@ class _Augment(grain.transforms.RandomMap):
 
 
 class _PaddedExample(grain.transforms.Map):
-    """The evaluation view of the example of a number, or black with weight 0 after the last."""
+    """Prepares the example of a number for evaluation; after the last one, padding of weight 0."""
 
     def __init__(self, source: Source, options: Options):
         self._source = source

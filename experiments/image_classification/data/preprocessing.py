@@ -1,6 +1,6 @@
-"""From decoded images to the model's input: the recipes of MNIST, CIFAR and ImageNet.
+"""Prepares decoded images for the model: the recipes of MNIST, CIFAR and ImageNet.
 
-An image is a uint8 array (height, width, channels) here; the task normalises it on the device.
+An image is a uint8 array (height, width, channels). The task normalises it on the device.
 """
 
 import dataclasses
@@ -17,12 +17,13 @@ class Recipe:
     """How the images of one kind of data set are prepared.
 
     Attributes:
-        mean: of the training set's pixels over 255, one number a channel or one for all.
-        std: likewise.
-        padding: rows and columns of black around an image before its random crop.
+        mean: the mean of the training set's pixels, divided by 255; one number for each channel or
+            one for all channels.
+        std: the standard deviation, in the same form.
+        padding: the width of the black border around an image before its random crop.
         flip: whether half of the training images are mirrored.
-        resized_crop: crop a random part of random shape in training; in evaluation resize the
-            shorter side to 8/7 of the crop and take the centre.
+        resized_crop: whether training uses a random crop of random size and shape. Evaluation then
+            resizes the shorter side to 8/7 of the crop and takes the centre.
     """
 
     mean: tuple[float, ...]
@@ -32,11 +33,11 @@ class Recipe:
     resized_crop: bool = False
 
     def to_fixed_size(self, image: np.ndarray, size: int) -> np.ndarray:
-        """What can be done to an image once and for all: nothing before a resized crop."""
+        """The part of the preparation that does not change: nothing before a resized crop."""
         return image if self.resized_crop else resize(image, size, size)
 
     def augment(self, image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-        """The training view of an image, `size`×`size`."""
+        """Prepares an image of `size`×`size` for training."""
         if self.resized_crop:
             image = random_resized_crop(image, size, rng)
         else:
@@ -45,7 +46,7 @@ class Recipe:
         return np.ascontiguousarray(image[:, ::-1] if mirror else image)
 
     def centre(self, image: np.ndarray, size: int) -> np.ndarray:
-        """The evaluation view of an image, `size`×`size`."""
+        """Prepares an image of `size`×`size` for evaluation."""
         if not self.resized_crop:
             return resize(image, size, size)
         height, width = image.shape[:2]
@@ -81,7 +82,7 @@ def resize(
 
 
 def random_padded_crop(image: np.ndarray, padding: int, rng: np.random.Generator) -> np.ndarray:
-    """Moves an image by up to `padding` rows and columns; black comes in at the edges."""
+    """Shifts an image by up to `padding` rows and columns, with black at the edges."""
     height, width, channels = image.shape
     padded = np.zeros((height + 2 * padding, width + 2 * padding, channels), image.dtype)
     padded[padding : padding + height, padding : padding + width] = image
@@ -92,7 +93,8 @@ def random_padded_crop(image: np.ndarray, padding: int, rng: np.random.Generator
 def random_resized_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Crops 8 % to 100 % of the area at an aspect ratio from 3/4 to 4/3, resized to a square.
 
-    Ten tries, then the largest central crop within these ratios (the Inception crop).
+    After ten attempts that do not fit, it takes the largest central crop within these ratios (the
+    Inception crop).
     """
     height, width = image.shape[:2]
     for _ in range(10):

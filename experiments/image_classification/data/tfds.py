@@ -1,4 +1,4 @@
-"""Data sets that tensorflow_datasets prepared, read without TensorFlow."""
+"""Reads data sets that tensorflow_datasets prepared, without TensorFlow."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from experiments.errors import UserError
 from experiments.image_classification.data.sources import Example, decode
 
-# Name → classes and the split that is evaluated.
+# The number of classes of each data set, and the split that is evaluated.
 DATASETS = {
     "cifar10": (10, "test"),
     "imagenet2012": (1000, "validation"),
@@ -16,13 +16,13 @@ DATASETS = {
 
 
 class TfdsSource:
-    """Records of a prepared data set; images are decoded by Pillow.
+    """The records of a prepared data set. Pillow decodes the images.
 
     Args:
-        name: of the builder.
+        name: the name of the builder.
         split: "train" or "test".
-        data_dir: where it was prepared; "" for the default of tensorflow_datasets.
-        channels: 1 for grey, 3 for colour.
+        data_dir: the folder with prepared data sets; "" for the default of tensorflow_datasets.
+        channels: 1 for grey images, 3 for colour images.
     """
 
     def __init__(self, name: str, split: str, data_dir: str, channels: int):
@@ -32,11 +32,11 @@ class TfdsSource:
         self._records = open_records(name, split, data_dir)
 
     def __reduce__(self) -> tuple[type["TfdsSource"], tuple[str, str, str, int]]:
-        """A worker process opens the files anew."""
+        """Makes a worker process open the files itself."""
         return TfdsSource, self._arguments
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of images."""
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
@@ -51,8 +51,9 @@ class TfdsSource:
 
 
 def open_records(name: str, split: str, data_dir: str) -> Any:
-    """The data source of a prepared builder, its images still encoded."""
-    import tensorflow_datasets as tfds  # takes seconds, and only these data sets need it
+    """The data source of a prepared builder, with encoded images."""
+    # The import takes seconds, and only these data sets need it.
+    import tensorflow_datasets as tfds
 
     actual = DATASETS[name][1] if split == "test" else split
     try:

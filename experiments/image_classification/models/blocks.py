@@ -1,4 +1,4 @@
-"""Layers and residual blocks. Each computes in the dtype of its input; parameters are float32."""
+"""Layers and residual blocks. They compute in the dtype of their input; parameters are float32."""
 
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from experiments import layers
 
 
 class Conv(nnx.Module):
-    """A square convolution without bias, padded alike on both sides."""
+    """A square convolution without bias, with the same padding on both sides."""
 
     def __init__(self, inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs):
         init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -51,7 +51,10 @@ class BatchNorm(nnx.BatchNorm):
 
 
 class Bottleneck(nnx.Module):
-    """1×1, 3×3, 1×1 with the stride in the 3×3 (ResNet v1.5); the last scale starts at zero."""
+    """Convolutions of 1×1, 3×3 and 1×1, with the stride in the 3×3 one (ResNet v1.5).
+
+    The scale of the last normalisation starts at zero.
+    """
 
     EXPANSION: ClassVar[int] = 4
     PRE_ACTIVATED: ClassVar[bool] = False
@@ -80,9 +83,10 @@ class Bottleneck(nnx.Module):
 
 
 class Basic(nnx.Module):
-    """Two 3×3; where the shape changes, the shortcut subsamples and pads channels with zeros.
+    """Two convolutions of 3×3, with shortcuts that have no parameters.
 
-    He et al. 2015, section 4.2, option A: shortcuts without parameters.
+    Where the shape changes, the shortcut subsamples the image and pads the channels with zeros (He
+    et al. 2015, section 4.2, option A).
     """
 
     EXPANSION: ClassVar[int] = 1
@@ -108,7 +112,7 @@ class Basic(nnx.Module):
 
 
 class PreActivation(nnx.Module):
-    """Normalisation and ReLU before each of two 3×3 (Zagoruyko and Komodakis 2016)."""
+    """Two convolutions of 3×3, each after normalisation and ReLU (Zagoruyko and Komodakis 2016)."""
 
     EXPANSION: ClassVar[int] = 1
     PRE_ACTIVATED: ClassVar[bool] = True

@@ -1,6 +1,6 @@
 """Residual networks in Flax NNX: ResNet-50 v1.5, the CIFAR ResNets, Wide ResNet.
 
-Parameter paths read `stem/kernel`, `stage1/block0/conv1/kernel`, `head/kernel`.
+The names of parameters look like `stem/kernel`, `stage1/block0/conv1/kernel`, `head/kernel`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from experiments.image_classification.models.blocks import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What tells one residual network from another."""
+    """The shape of a residual network."""
 
     block: type[Block]
     stage_blocks: tuple[int, ...]
@@ -59,9 +59,9 @@ ARCHITECTURES = {
     "resnet50": RESNET50,
     "resnet20": RESNET20,
     "wrn_22_2": WRN_22_2,
-    # ResNet-50's stem and blocks, one block a stage: what its smoke run trains.
+    # The stem and the blocks of ResNet-50 with one block in each stage, for its smoke run.
     "resnet14": dataclasses.replace(RESNET50, stage_blocks=(1, 1, 1, 1)),
-    # A CIFAR ResNet that halves the image first: MNIST in half a minute on two cores.
+    # A CIFAR ResNet that halves the image first. It trains on MNIST in half a minute on two cores.
     "small_resnet": Architecture(
         block=Basic,
         stage_blocks=(1, 1, 1),
@@ -84,7 +84,7 @@ def residual_network(architecture: Architecture) -> Callable[[ConfigDict], Calla
 
 
 class Stage(nnx.Module):
-    """Blocks of one width; the first may halve the resolution."""
+    """Blocks of one width. The first of them may halve the resolution."""
 
     def __init__(
         self, block: type[Block], inputs: int, width: int, count: int, stride: int, rngs: nnx.Rngs
@@ -102,15 +102,15 @@ class Stage(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A stem, stages that halve the resolution from the second on, a linear head.
+    """A stem, stages that halve the resolution from the second one on, and a linear head.
 
     Args:
-        architecture: its shape.
-        channels: of the input.
-        num_classes: of the output.
+        architecture: the shape of the network.
+        channels: the channels of the input.
+        num_classes: the number of logits.
         width: multiplies every number of channels.
-        dtype: of activations and products; parameters and statistics are float32.
-        rngs: for the initialisation.
+        dtype: the dtype of activations and products; parameters and statistics are float32.
+        rngs: the random numbers for the initialisation.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class ResNet(nnx.Module):
         self.head = Dense(features, num_classes, rngs)
 
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
-        """Maps normalised images to float32 logits; in training also moves the batch statistics."""
+        """Maps normalised images to float32 logits; training also updates the batch statistics."""
         x = self.stem(images.astype(self.dtype))
         if not self.pre_activated:
             x = jax.nn.relu(self.stem_bn(x, train))
@@ -152,7 +152,7 @@ class ResNet(nnx.Module):
             x = getattr(self, name)(x, train)
         if self.pre_activated:
             x = jax.nn.relu(self.head_bn(x, train))
-        # The head works in float32: the loss takes differences of its logits.
+        # The head computes in float32, because the loss takes differences of its logits.
         return self.head(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))
 
 

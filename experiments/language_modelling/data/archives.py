@@ -1,4 +1,4 @@
-"""Raw text out of a plain, `.xz` or `.zip` file."""
+"""Reads raw text from a plain, `.xz` or `.zip` file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def read_text(path: Path, member: str = "") -> bytes:
     """The content of a text file, or of the file in an archive.
 
     Args:
-      path: `.xz` and `.zip` are unpacked, anything else is taken as it is.
-      member: which file of a `.zip`; may be left out if it holds one.
+      path: the file; `.xz` and `.zip` files are unpacked, others are read as they are.
+      member: the file in a `.zip` archive; it may be left out if there is only one.
 
     Raises:
-      UserError: missing, damaged, or without that member.
+      UserError: the file is missing or damaged, or has no such member.
     """
     try:
         if path.suffix == ".xz":

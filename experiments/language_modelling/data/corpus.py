@@ -1,4 +1,4 @@
-"""Texts as numbers: a user's own file, or the documentation that comes with Python."""
+"""Texts as numbers: a file of the user, or the documentation that comes with Python."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from experiments.language_modelling.data.archives import read_text
 from experiments.language_modelling.data.vocabulary import Vocabulary
 
 SPLITS = ("train", "validation", "test")
-# Training and validation part, in bytes; the rest is for testing.
+# The shares of the training and the validation part, in bytes; the rest is for testing.
 PARTS = (0.90, 0.05)
 
 
 class Tokens(Protocol):
-    """A text as numbers, of which any stretch can be read."""
+    """A text as numbers, of which any range can be read."""
 
     def __len__(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1, int32."""
+        """The tokens from start to stop - 1, int32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Corpus:
     """The three parts of a text.
 
     Attributes:
-      name: for messages.
-      vocabulary: of its symbols.
-      splits: by the names in `SPLITS`.
+      name: the name of the text in messages.
+      vocabulary: the vocabulary of its symbols.
+      splits: the parts, by the names in `SPLITS`.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Text:
 
     Attributes:
       open: reads it; raises UserError if that is not possible.
-      known: level and size of the vocabulary, if they are known before the text is there. None:
-        the text is opened as soon as the config is read.
+      known: the level and the size of the vocabulary, if they are known without the text. If it is
+        None, the text is opened as soon as the config is read.
     """
 
     open: Callable[[], Corpus]
@@ -66,16 +66,16 @@ class ArrayTokens:
         self._numbers = numbers
 
     def __len__(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         return len(self._numbers)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1."""
+        """The tokens from start to stop - 1."""
         return self._numbers[start:stop].astype(np.int32)
 
 
 def text_file(file: str, level: str, min_count: int) -> Corpus:
-    """A file of raw text, cut by bytes: 90 % to train on, 5 % and 5 %.
+    """A file of raw text, divided by bytes into 90 % for training, 5 % and 5 %.
 
     Raises:
       UserError: there is no such file, or it is damaged.
@@ -92,7 +92,7 @@ def text_file(file: str, level: str, min_count: int) -> Corpus:
 
 @functools.lru_cache(maxsize=2)
 def _text_file(path: Path, changed: int, level: str, min_count: int) -> Corpus:
-    del changed  # read anew when it is
+    del changed  # A changed file is read again.
     text = read_text(path)
     if not text:
         raise UserError(f"config.data.file: {path} holds no text")
@@ -101,7 +101,7 @@ def _text_file(path: Path, changed: int, level: str, min_count: int) -> Corpus:
 
 @functools.lru_cache(maxsize=2)
 def python_docs(level: str, min_count: int) -> Corpus:
-    """What Python's help() knows of its topics, about 0.4 MB; differs between versions."""
+    """The topics of Python's help(), about 0.4 MB. They differ between versions."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics)).encode()
@@ -109,7 +109,7 @@ def python_docs(level: str, min_count: int) -> Corpus:
 
 
 def from_text(name: str, text: bytes, level: str, min_count: int) -> Corpus:
-    """Cuts a text in three; the vocabulary is that of the training part, and `<unk>`."""
+    """Divides a text in three. The vocabulary is that of the training part, with `<unk>`."""
     parts = cut(text)
     known = vocabulary.build(parts["train"], level, min_count)
     splits = {split: ArrayTokens(known.encode(part)) for split, part in parts.items()}
@@ -117,7 +117,7 @@ def from_text(name: str, text: bytes, level: str, min_count: int) -> Corpus:
 
 
 def cut(text: bytes) -> dict[str, bytes]:
-    """The parts of a text, by bytes."""
+    """The parts of a text, divided by bytes."""
     ends = [round(len(text) * PARTS[0]), round(len(text) * sum(PARTS)), len(text)]
     parts = (text[start:end] for start, end in zip([0, *ends], ends, strict=False))
     return dict(zip(SPLITS, parts, strict=True))

@@ -1,4 +1,4 @@
-"""Texts that tensorflow_datasets prepared: making them, and reading them without TensorFlow."""
+"""Prepares texts with tensorflow_datasets, and reads them without TensorFlow."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from experiments.errors import UserError
 from experiments.language_modelling.data.corpus import SPLITS, Corpus
 from experiments.language_modelling.data.vocabulary import Vocabulary
 
-# Level and size of the vocabulary, known before anything is prepared.
+# The level and the size of each vocabulary, which are known without the text.
 PREPARED = {"enwik8": ("byte", 205), "wikitext103": ("word", 267_735)}
-KEPT_RECORDS = 1024  # each lane reads in a record of its own
+KEPT_RECORDS = 1024  # Each lane reads from a record of its own.
 
 
 class RecordTokens:
-    """The tokens of a split, of which only the records that are asked for are read."""
+    """The tokens of a split. Only the records that are needed are read."""
 
     def __init__(self, name: str, records: Any):
         self._name, self._records = name, records
@@ -29,11 +29,11 @@ class RecordTokens:
         self._length = (len(records) - 1) * self._chunk + len(last)
 
     def __len__(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         return self._length
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1."""
+        """The tokens from start to stop - 1."""
         first, end = start // self._chunk, -(-stop // self._chunk)
         parts = [self._record(i) for i in range(first, end)]
         found = np.concatenate(parts) if parts else np.zeros(0, np.int32)
@@ -50,10 +50,10 @@ class RecordTokens:
 
 
 def open_prepared(name: str, data_dir: str) -> Corpus:
-    """A prepared text.
+    """Opens a prepared text.
 
     Raises:
-      UserError: it is not prepared, or is another one.
+      UserError: the text is not prepared, or is another one.
     """
     builder = _builder(name, data_dir)
     try:
@@ -76,15 +76,15 @@ def open_prepared(name: str, data_dir: str) -> Corpus:
 
 
 def prepare(name: str, data_dir: str, manual_dir: str) -> Path:
-    """Prepares a text; returns where it is.
+    """Prepares a text; returns its folder.
 
     Args:
       name: one of `PREPARED`.
-      data_dir: where to; "" for the default of tensorflow_datasets.
-      manual_dir: holds the user's file; "" to download it.
+      data_dir: the output folder; "" for the default of tensorflow_datasets.
+      manual_dir: the folder with the user's file; "" to download the file.
 
     Raises:
-      UserError: the file is not the right one, or cannot be had.
+      UserError: the file is not the right one, or cannot be downloaded.
     """
     import tensorflow_datasets as tfds
 
@@ -102,7 +102,7 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> Path:
 
 
 def _builder(name: str, data_dir: str) -> Any:
-    # Takes seconds to import, and only these texts need it.
+    # The import takes seconds, and only these texts need it.
     module = importlib.import_module(f"experiments.language_modelling.data.datasets.{name}")
     builder = getattr(module, name.capitalize())
     return builder(data_dir=data_dir or None, file_format="array_record")

@@ -1,4 +1,4 @@
-"""Segments of text for lanes that run side by side, read by Grain."""
+"""Segments of text for parallel lanes, read by Grain."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _ENDLESS = 1 << 48
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Which lanes are this host's: an equal part of them, in order."""
+    """The lanes of one host: an equal part of all lanes, in order."""
 
     host: int = 0
     hosts: int = 1
 
     def of(self, lanes: int) -> range:
-        """Their numbers."""
+        """The numbers of the lanes."""
         own = lanes // self.hosts
         return range(self.host * own, (self.host + 1) * own)
 
@@ -78,16 +78,16 @@ class TrainStream(EndlessBatches):
 class EvalPlan:
     """Which lane counts which segments of a text, so that the result does not depend on the lanes.
 
-    The text's segments are those of one lane that reads it all. A lane that starts inside reads
-    `warmup` segments before its own without counting them: as many as reach, through all layers'
-    memories, whatever its own segments can see. The first lane has nothing before it and counts
-    from its first segment on. After the end of the text there is padding of weight 0.
+    The segments are those of a single lane that reads the whole text. A lane that starts inside the
+    text first reads `warmup` segments that it does not count. These are as many as its own segments
+    can see through the memories of all layers. The first lane has no text before it and counts from
+    its first segment on. After the end of the text there is padding of weight 0.
 
     Attributes:
-      targets: tokens to predict: all but the first.
-      target: tokens of a segment.
-      lanes: how many share the work.
-      warmup: segments.
+      targets: the number of tokens to predict, which are all tokens except the first.
+      target: the number of tokens in a segment.
+      lanes: the number of lanes that share the work.
+      warmup: the number of segments that a lane reads before its own.
     """
 
     targets: int
@@ -97,21 +97,21 @@ class EvalPlan:
 
     @property
     def segments(self) -> int:
-        """Of the whole text."""
+        """The number of segments of the whole text."""
         return math.ceil(self.targets / self.target)
 
     @property
     def own(self) -> int:
-        """How many segments each lane counts, but for the first, which counts `warmup` more."""
+        """The number of segments that each lane counts; the first lane counts `warmup` more."""
         return max(1, math.ceil((self.segments - self.warmup) / self.lanes))
 
     @property
     def steps(self) -> int:
-        """How many segments each lane reads."""
+        """The number of segments that each lane reads."""
         return min(self.warmup + self.own, self.segments)
 
     def weights(self, lane: int, step: int) -> tuple[int, np.ndarray]:
-        """Where a lane's segment of that number starts, and which of its targets count."""
+        """The start of the segment that a lane reads in a step, and the weights of its targets."""
         start = (lane * self.own + step) * self.target
         counted = (lane == 0 or step >= self.warmup) and lane < self.lanes
         left = np.arange(start, start + self.target) < self.targets
@@ -119,7 +119,7 @@ class EvalPlan:
 
 
 def eval_segments(tokens: Tokens, plan: EvalPlan, rows: range) -> Iterator[Batch]:
-    """The segments of some lanes, of which those that the plan lacks are padding."""
+    """The segments of some lanes. Lanes that the plan does not have are padding."""
     batches = iter(_read(grain.MapDataset.range(plan.steps).map(_EvalSegment(tokens, plan, rows))))
     try:
         yield from batches
@@ -128,12 +128,12 @@ def eval_segments(tokens: Tokens, plan: EvalPlan, rows: range) -> Iterator[Batch
 
 
 def _read(batches: grain.MapDataset) -> grain.IterDataset:
-    # One thread: the records of a text are read one after the other.
+    # One thread suffices, because the records of a text are read one after another.
     return batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
 
 class _TrainSegment(grain.transforms.Map):
-    """The segment of a number, of all lanes."""
+    """The segments of all lanes, by number."""
 
     def __init__(self, tokens: Tokens, starts: list[int], target: int):
         self._tokens, self._starts, self._target = tokens, starts, target
@@ -152,7 +152,7 @@ class _TrainSegment(grain.transforms.Map):
 
 
 class _EvalSegment(grain.transforms.Map):
-    """The segment of a number, of all lanes, with weights."""
+    """The segments of all lanes with their weights, by number."""
 
     def __init__(self, tokens: Tokens, plan: EvalPlan, lanes: range):
         self._tokens, self._plan, self._lanes = tokens, plan, lanes

@@ -1,4 +1,4 @@
-"""Vocabularies, and the levels at which text is cut into symbols."""
+"""Vocabularies, and the levels at which text is divided into symbols."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 UNKNOWN = "<unk>"
 END_OF_LINE = "<eos>"
-# byte: one of 256, held as the Latin-1 character of that number; word: between white space.
+# A byte is represented by the Latin-1 character of its number. Words are separated by white space.
 LEVELS = ("byte", "character", "word")
 _CODE_POINTS = 0x110000
 _PIECE = 1 << 23
@@ -25,32 +25,32 @@ class Vocabulary:
 
     Attributes:
       level: one of `LEVELS`.
-      symbols: in the order of their numbers, the most frequent first.
+      symbols: the symbols in the order of their numbers, the most frequent first.
     """
 
     level: str
     symbols: tuple[str, ...]
 
     def __len__(self) -> int:
-        """How many symbols there are."""
+        """The number of symbols."""
         return len(self.symbols)
 
     @property
     def dtype(self) -> type[np.unsignedinteger]:
-        """The narrowest type that holds the numbers."""
+        """The narrowest dtype for the numbers."""
         return np.uint8 if len(self) <= 256 else np.uint16 if len(self) <= 65_536 else np.uint32
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Differs between different vocabularies."""
+        """A checksum that differs between different vocabularies."""
         text = "\n".join([self.level, *map(repr, self.symbols)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def encode(self, text: bytes) -> np.ndarray:
-        """The numbers of a text's symbols; of `<unk>` where there is no such symbol.
+        """The numbers of the symbols of a text; unknown symbols have the number of `<unk>`.
 
         Raises:
-          KeyError: a symbol is missing, and so is `<unk>`.
+          KeyError: a symbol is unknown, and the vocabulary has no `<unk>`.
         """
         if self.level == "word":
             words = (word for line in _lines(text) for word in (*line.split(), END_OF_LINE))
@@ -62,7 +62,7 @@ class Vocabulary:
         return table[points]
 
     def decode(self, numbers: Sequence[int] | np.ndarray) -> str:
-        """The text of some symbols."""
+        """The text of some numbers."""
         symbols = [self.symbols[int(i)] for i in numbers]
         if self.level == "word":
             text = " ".join("\n" if s == END_OF_LINE else s for s in symbols)
@@ -84,14 +84,14 @@ class Vocabulary:
 def build(text: bytes, level: str, min_count: int = 1, *, unknown: bool = True) -> Vocabulary:
     """The vocabulary of a text, by descending frequency.
 
-    Of words, in the order of the reference: first `<eos>`, which ends every line, and of words that
-    are equally frequent the one that occurs first.
+    Words have the order of the reference. The first is `<eos>`, which ends every line. Of words
+    with one frequency, the word that occurs first comes first.
 
     Args:
-      text: what is counted.
+      text: the text whose symbols are counted.
       level: one of `LEVELS`.
-      min_count: rarer symbols are left out.
-      unknown: add `<unk>` at the end, unless it is a word of the text.
+      min_count: the least frequency of a symbol; rarer ones are left out.
+      unknown: whether `<unk>` is added at the end, unless it is a word of the text.
     """
     counts = _count(text, level)
     symbols = [END_OF_LINE] if level == "word" else []
@@ -109,7 +109,7 @@ def _count(text: bytes, level: str) -> Counter[str]:
 
 
 def _histogram(points: np.ndarray) -> np.ndarray:
-    """How often each code point occurs; in pieces, since bincount copies its input to int64."""
+    """The frequency of each code point, in pieces, because bincount copies its input to int64."""
     counts = np.zeros(_CODE_POINTS, np.int64)
     for start in range(0, len(points), _PIECE):
         counts += np.bincount(points[start : start + _PIECE], minlength=_CODE_POINTS)

@@ -1,4 +1,4 @@
-"""Adaptive embeddings and adaptive softmax: frequent tokens wide, rare ones narrow."""
+"""Adaptive embeddings and adaptive softmax: frequent tokens are wide, rare ones narrow."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from experiments.language_modelling.models.layers import PROJECTION_STD, normal
 from experiments.language_modelling.models.settings import TransformerXLConfig
 from experiments.layers import Kernel, lookup, matmul, matmul_transposed, rows
 
-CHUNK_TOKENS = 1024  # as many tokens have logits at one time where there are clusters
+# With clusters, logits are computed for this number of tokens at a time.
+CHUNK_TOKENS = 1024
 
 
 class AdaptiveEmbedding(nnx.Module):
-    """A table for each cluster (one for all if div_val is 1) and a projection to d_model.
+    """A table for each cluster (one for all if div_val is 1), and projections to d_model.
 
-    `table/i` is [tokens, width]; `projection/i`, where there is one, [width, d_model].
+    `table/i` is [tokens, width]. `projection/i`, if there is one, is [width, d_model].
     """
 
     def __init__(self, config: TransformerXLConfig, rngs: nnx.Rngs):
@@ -36,7 +37,7 @@ class AdaptiveEmbedding(nnx.Module):
         return x_BxTxD * self.config.d_model**0.5
 
     def _part(self, i: int, row_BxT: jax.Array) -> jax.Array:
-        """Embeddings of the tokens that are rows of table i, zero for the others."""
+        """The embeddings of tokens that are rows of table i; those of other tokens are zero."""
         table = self.table[str(i)].get_value()
         inside_BxT = (row_BxT >= 0) & (row_BxT < self.config.table_shapes[i][0])
         if len(self.table) > 1:
@@ -50,7 +51,7 @@ class AdaptiveEmbedding(nnx.Module):
 
 
 class Cluster(NamedTuple):
-    """What one cluster's logits are made of: table [tokens, width], bias, [width, d_model]."""
+    """The parameters of one cluster's logits: table [tokens, width], bias, [width, d_model]."""
 
     table: Kernel
     bias: jax.Array
@@ -58,11 +59,12 @@ class Cluster(NamedTuple):
 
 
 class AdaptiveSoftmax(nnx.Module):
-    """Shortlist and clusters in a first softmax, the tokens of each cluster in one of its own.
+    """A first softmax over the shortlist and the clusters, and one softmax for each cluster.
 
-    Holds what it does not share with the embedding: `bias/i`, and, not tied, `table/i` and
-    `projection/i` in the shapes of the embedding's; `cluster/table` and `cluster/bias`. As in the
-    reference, cluster i has column -i of the first softmax, that is, in reverse order.
+    Its parameters are those that it does not share with the embedding: `bias/i`, `cluster/table`,
+    `cluster/bias` and, if they are not tied, `table/i` and `projection/i` in the shapes of the
+    embedding's. As in the reference, cluster i has column -i of the first softmax, so that clusters
+    are in reverse order.
     """
 
     def __init__(self, config: TransformerXLConfig, rngs: nnx.Rngs):
@@ -82,14 +84,14 @@ class AdaptiveSoftmax(nnx.Module):
     def nll(
         self, hidden_BxTxD: jax.Array, target_BxT: jax.Array, embedding: AdaptiveEmbedding
     ) -> jax.Array:
-        """Negative log-likelihood of the targets in nats, float32 [B, T]."""
+        """The negative log-likelihood of the targets in nats, float32 [B, T]."""
         clusters, extra = self._clusters(embedding)
         if extra is None:
             return _nll(_logits(hidden_BxTxD, clusters[0]), target_BxT)
         return _nll_in_chunks(hidden_BxTxD, target_BxT, clusters, extra)
 
     def log_probs(self, hidden: jax.Array, embedding: AdaptiveEmbedding) -> jax.Array:
-        """Log-probability of every token: [..., d_model] → float32 [..., n_token]."""
+        """The log-probability of every token: [..., d_model] → float32 [..., n_token]."""
         clusters, extra = self._clusters(embedding)
         head = jax.nn.log_softmax(_head_logits(hidden, clusters[0], extra), axis=-1)
         parts = [head[..., : clusters[0].bias.shape[0]]]
@@ -99,7 +101,7 @@ class AdaptiveSoftmax(nnx.Module):
         return jnp.concatenate(parts, axis=-1)
 
     def _clusters(self, embedding: AdaptiveEmbedding) -> tuple[list[Cluster], Cluster | None]:
-        """The clusters, and the columns of all but the first in the first softmax."""
+        """The clusters, and the columns of the first softmax for all clusters but the first."""
         clusters = [self._cluster(i, embedding) for i in range(self.config.n_cluster)]
         if self.cluster is None:
             return clusters, None
@@ -120,7 +122,7 @@ class AdaptiveSoftmax(nnx.Module):
 
 
 class ClusterTable(nnx.Module):
-    """The first softmax's rows that stand for clusters: table [clusters - 1, width], bias."""
+    """The rows of the first softmax for clusters: table [clusters - 1, width], bias."""
 
     def __init__(self, config: TransformerXLConfig, rngs: nnx.Rngs):
         self.table = nnx.Param(normal(rngs, (len(config.cutoffs), config.embed_width)))
@@ -159,10 +161,10 @@ def _nll(logits: jax.Array, target: jax.Array) -> jax.Array:
 def _nll_in_chunks(
     hidden_BxTxD: jax.Array, target_BxT: jax.Array, clusters: list[Cluster], extra: Cluster
 ) -> jax.Array:
-    """Each lane's tokens sorted by cluster, then a few places of all lanes at a time.
+    """Sorts the tokens of each lane by cluster, and takes a few positions of all lanes at a time.
 
-    Sorted, most chunks hold few clusters, and a cluster's logits are computed only for chunks that
-    hold one of its tokens. Lanes are never mixed, so they may lie on different devices.
+    Most chunks then contain few clusters, and the logits of a cluster are computed only for chunks
+    with a token of the cluster. Lanes are never mixed, so that they may be on different devices.
     """
     b, t = target_BxT.shape
     size = min(t, max(1, CHUNK_TOKENS // b))
@@ -206,7 +208,7 @@ def _chunk_nll(
 
 
 def _membership(target: jax.Array, clusters: list[Cluster]) -> jax.Array:
-    """The number of each target's cluster."""
+    """The number of the cluster of each target."""
     starts = jnp.array(_starts(clusters)[1:], target.dtype)
     return jnp.searchsorted(starts, target, side="right").astype(jnp.int32)
 

@@ -1,4 +1,4 @@
-"""Attention with relative positions, over memory and segment."""
+"""Attention with relative positions, over the memory and the segment."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from experiments.language_modelling.models.settings import TransformerXLConfig
 
 
 def shift_to_keys(scores: jax.Array) -> jax.Array:
-    """From scores by distance to scores by key, by padding and reshaping alone.
+    """Turns scores by distance into scores by key, with padding and reshaping only.
 
     Args:
-      scores: [..., T, K], last axis: distances K-1, …, 0.
+      scores: [..., T, K]; the last axis numbers the distances K-1, …, 0.
 
     Returns:
-      [..., T, K], last axis: keys, of which query t is number K-T+t. What lies after the query is
-      meaningless and must be masked.
+      [..., T, K]; the last axis numbers the keys, of which query t is number K-T+t. Entries after
+      the query have no meaning and must be masked.
     """
     *batch, t, k = scores.shape
     padded = jnp.pad(scores, [(0, 0)] * (len(batch) + 1) + [(1, 0)])
@@ -26,13 +26,13 @@ def shift_to_keys(scores: jax.Array) -> jax.Array:
 
 
 def attention_mask(t: int, k: int, valid: jax.Array, same_length: bool) -> jax.Array:
-    """Which keys each query may see.
+    """The keys that each query may see.
 
     Args:
-      t: length of the segment.
-      k: length of memory and segment.
-      valid: scalar; how many of the k-t memories are valid: the last ones.
-      same_length: only distances below the memory's length k-t.
+      t: the length of the segment.
+      k: the length of the memory and the segment.
+      valid: how many of the k-t memories are valid, a scalar; these are the last ones.
+      same_length: whether only distances below the length k-t of the memory are seen.
 
     Returns:
       bool [T, K].
@@ -45,7 +45,7 @@ def attention_mask(t: int, k: int, valid: jax.Array, same_length: bool) -> jax.A
 
 
 class AttentionBias(nnx.Module):
-    """Added to queries, [W]: the reference's r_w_bias (content) and r_r_bias (position)."""
+    """Biases of queries, [W]: r_w_bias (content) and r_r_bias (position) of the reference."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         self.content = nnx.Param(normal(rngs, (width,)))
@@ -53,10 +53,10 @@ class AttentionBias(nnx.Module):
 
 
 class RelativeAttention(nnx.Module):
-    """Multi-head attention whose scores see distances (Transformer-XL, section 3.3).
+    """Multi-head attention whose scores depend on distances (Transformer-XL, section 3.3).
 
-    Query, key and value have a kernel each: queries are needed for the segment alone, keys and
-    values for the memory too, and a kernel that is not a dense array cannot be cut in three.
+    Query, key and value have separate kernels. Queries are needed only for the segment, keys and
+    values also for the memory, and a compact kernel cannot be divided into three.
     """
 
     def __init__(self, config: TransformerXLConfig, rngs: nnx.Rngs):
@@ -78,15 +78,15 @@ class RelativeAttention(nnx.Module):
         bias: AttentionBias | None,
         rng: jax.Array | None,
     ) -> jax.Array:
-        """Attends from the segment to the context, whose last T places are the segment.
+        """Attends from the segment to the context, whose last T positions are the segment.
 
         Args:
           x_BxTxD: the segment.
-          context_BxKxD: memory and segment.
-          position_KxD: embeddings of the distances K-1, …, 0.
-          mask_TxK: which places each query may see.
-          bias: the biases that all layers share; None if each has its own.
-          rng: for dropout of attention probabilities; None for none.
+          context_BxKxD: the memory and the segment.
+          position_KxD: the embeddings of the distances K-1, …, 0.
+          mask_TxK: the positions that each query may see.
+          bias: the biases that all layers share; None if each layer has its own.
+          rng: the key for dropout of attention probabilities; None for no dropout.
 
         Returns:
           [B, T, D].

@@ -1,4 +1,4 @@
-"""The small parts that attention, feed-forward blocks and embeddings are made of."""
+"""The layers of which attention, feed-forward blocks and embeddings consist."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = INIT_STD) -> jax
 
 
 def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """`vector [D]` in the type of `like [..., D]`, with as many axes."""
+    """`vector [D]` with the dtype and the number of axes of `like [..., D]`."""
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
-    """Zeroes entries with probability `rate` and scales up the rest; nothing without `rng`."""
+    """Zeroes entries with probability `rate` and scales the others; no dropout without `rng`."""
     if rng is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
@@ -31,12 +31,12 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
 
 
 def split(rng: jax.Array | None, n: int) -> list[jax.Array | None]:
-    """`n` keys from one, or `n` times None."""
+    """Splits a key into `n` keys; None gives `n` times None."""
     return [None] * n if rng is None else list(jax.random.split(rng, n))
 
 
 def sinusoids(length: int, width: int, clamp: int, dtype: jnp.dtype) -> jax.Array:
-    """Position embeddings of the distances length-1, …, 0, none above `clamp` if that is positive.
+    """Position embeddings of the distances length-1, …, 0, at most `clamp` if that is positive.
 
     Returns:
       [length, width]: sines, then cosines.
@@ -63,7 +63,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Zero mean and unit variance over the last axis, then scale and shift; float32 inside."""
+    """Normalises the last axis, then scales and shifts it; computes in float32."""
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         self.scale = nnx.Param(1.0 + normal(rngs, (width,)))

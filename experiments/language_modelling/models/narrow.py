@@ -1,4 +1,4 @@
-"""A dense model as small as a sparse one, and sparsity rules for stacked layers."""
+"""Narrow dense models with the size of a sparse one, and sparsity rules for stacked layers."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def transformer_config(model: ConfigDict, vocabulary_size: int) -> TransformerXL
 
 
 def parameters(config: TransformerXLConfig) -> int:
-    """How many there are."""
+    """The number of parameters."""
     _, leaves = _abstract(config)
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def active_parameters(config: TransformerXLConfig, rules: Rules, density: float) -> int:
-    """How many are in the forward set, where the rules say what is sparse."""
+    """The number of parameters in the forward set, if the rules say what is sparse."""
     names, leaves = _abstract(config)
     specs = read_rules(
         for_stacked_layers(
@@ -65,7 +65,7 @@ def active_parameters(config: TransformerXLConfig, rules: Rules, density: float)
 
 
 def _abstract(config: TransformerXLConfig) -> tuple[list[str], list[Any]]:
-    """Names and shapes; with stacked layers, for they are as many and made faster."""
+    """The names and shapes of the parameters, with stacked layers, which are made faster."""
     model = LanguageModel(dataclasses.replace(config, scan=True))
     return flatten_with_names(model.abstract_params)[:2]
 
@@ -79,9 +79,9 @@ def _kept(leaf: tk_rules.Leaf | None, size: int) -> int:
 
 @functools.lru_cache
 def narrowed(config: TransformerXLConfig, budget: int) -> TransformerXLConfig:
-    """The widest model of the same depth and shape with at most so many parameters.
+    """The widest model of the same depth and proportions within a budget of parameters.
 
-    Every width shrinks in proportion; what that leaves over goes to the feed-forward blocks.
+    All widths shrink in proportion. The rest of the budget goes to the feed-forward blocks.
 
     Raises:
       UserError: no width is narrow enough.
@@ -117,10 +117,10 @@ def for_stacked_layers(
 ) -> tuple[tuple[str, Any], ...]:
     """The same rules for parameters whose layers are stacked on a leading axis.
 
-    A rule is taken apart where it covers both layers and other leaves.
+    A rule becomes two rules if it covers both stacked layers and other leaves.
 
     Args:
-      rules: as in the config.
+      rules: the rules of the config.
       names: the names of all parameters.
       stacked: the beginning of the names of those whose layers are stacked.
     """

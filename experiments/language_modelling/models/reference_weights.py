@@ -1,7 +1,8 @@
-"""Weights under the names of the authors' PyTorch model, to parameters and back.
+"""Converts weights with the names of the authors' PyTorch model to parameters, and back.
 
-A state dict saved as `.npz` (`numpy.savez(file, **{k: v.numpy() for k, v in model.state_dict()…})`)
-is all that `from_reference` needs; the published layout is that of `MemTransformerLM`.
+`from_reference` needs only a state dict that is saved as `.npz`
+(`numpy.savez(file, **{k: v.numpy() for k, v in model.state_dict()…})`). The published layout is
+that of `MemTransformerLM`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from experiments.errors import UserError
 from experiments.language_modelling.models.settings import Lengths, TransformerXLConfig
 from experiments.language_modelling.models.transformer_xl import LanguageModel, Params
 
-Flat = dict[str, np.ndarray]  # parameters by "/"-joined path, layers not stacked
+# Parameters by "/"-joined path, with separate layers.
+Flat = dict[str, np.ndarray]
 
 _PREFIX = re.compile(r"^(param/|module\.|model\.|transformer\.)+")
 _SAME_NAME = ("n_token", "n_layer", "n_head", "d_model", "d_head", "d_inner", "d_embed", "div_val",
               "tie_weight", "pre_lnorm", "dropout", "dropatt")  # fmt: skip
-# Settings of the reference that are not built here.
+# Settings of the reference that have only one supported value.
 _ONLY: dict[str, tuple[Any, ...]] = {"attn_type": (0,), "ext_len": (0,), "sample_softmax": (-1, 0)}
 
 
 def settings_from_reference(cfg: Mapping[str, Any]) -> tuple[TransformerXLConfig, Lengths]:
-    """The reference's constructor arguments as our settings.
+    """The settings from the constructor arguments of the reference.
 
     Raises:
-      UserError: an argument is missing, or asks for what is not built here.
+      UserError: an argument is missing or is not supported.
     """
     for name, only in _ONLY.items():
         if cfg.get(name, only[0]) not in only:
@@ -62,12 +64,12 @@ def _tie_projs(cfg: Mapping[str, Any]) -> tuple[bool, ...]:
 
 
 def from_reference(weights: Mapping[str, np.ndarray], config: TransformerXLConfig) -> Params:
-    """Parameters from the reference's weights.
+    """The parameters from the weights of the reference.
 
     Args:
-      weights: by the reference's names, with or without `param/`, `module.` and the like in front;
-        tied weights under one of their names or under all.
-      config: settings the weights were made with.
+      weights: the weights by the names of the reference, with or without a prefix such as `param/`
+        or `module.`; tied weights may have one of their names or all of them.
+      config: the settings with which the weights were made.
 
     Returns:
       As from `LanguageModel(config).init`.
@@ -91,7 +93,7 @@ def from_reference(weights: Mapping[str, np.ndarray], config: TransformerXLConfi
 def to_reference(
     params: Params, config: TransformerXLConfig, *, all_names: bool = False
 ) -> dict[str, np.ndarray]:
-    """Parameters, or gradients in their place, under the reference's names.
+    """Parameters, or gradients of the same structure, by the names of the reference.
 
     Args:
       params: as from `LanguageModel(config).init`.
@@ -108,7 +110,7 @@ def to_reference(
 
 
 def _names(config: TransformerXLConfig) -> dict[str, tuple[str, ...]]:
-    """Reference name, or "|"-joined names of one tied weight → where it is in the parameters."""
+    """The path of each weight in the parameters, by its name or its "|"-joined tied names."""
     names = dict(_embedding_names(config))
     for i in range(config.n_layer):
         names |= _layer_names(i, config.untie_r)
@@ -173,7 +175,7 @@ def _real(name: str, value: np.ndarray) -> np.ndarray:
 
 
 def _pick(given: Flat, names: str) -> np.ndarray:
-    """Takes a weight out of `given`, under all the names that it is tied to."""
+    """Removes a weight from `given`, with all the names to which it is tied."""
     found = {name: given.pop(name) for name in names.split("|") if name in given}
     if not found:
         raise UserError(f"weight {names.replace('|', ' or ')!r} is missing")
@@ -185,7 +187,7 @@ def _pick(given: Flat, names: str) -> np.ndarray:
 
 
 def _transposed(name: str) -> bool:
-    """Kernels and projections are [out, in] there and [in, out] here; tables are alike."""
+    """Transposes kernels and projections, which are [out, in] in the reference."""
     return bool(re.search(r"(_net|CoreNet\.\d)\.weight$|_projs\.\d+(\||$)", name))
 
 
@@ -205,7 +207,7 @@ def _oriented(name: str, value: np.ndarray, config: TransformerXLConfig) -> np.n
 
 
 def _split_stacked_biases(given: Flat, config: TransformerXLConfig) -> Flat:
-    """Drops the buffer of frequencies; per layer, biases stacked in one array, if untied."""
+    """Drops the buffer of frequencies, and divides untied biases that are in one array by layer."""
     given.pop("pos_emb.inv_freq", None)
     for name in ("r_w_bias", "r_r_bias"):
         if config.untie_r and len(stacked := given.get(name, np.empty(0))) == config.n_layer:
@@ -215,7 +217,7 @@ def _split_stacked_biases(given: Flat, config: TransformerXLConfig) -> Flat:
 
 
 def _stack_layers(flat: Flat, config: TransformerXLConfig) -> Flat:
-    """layers/0/x, layers/1/x, … → layers/x with a leading axis, if the settings say so."""
+    """Stacks layers/0/x, layers/1/x, … as layers/x, if the settings ask for it."""
     if not config.scan:
         return flat
     stacked = {path: value for path, value in flat.items() if not path.startswith("layers/")}
@@ -245,7 +247,7 @@ def _flatten(params: Params) -> Flat:
 
 
 def _checked(flat: Flat, abstract: Params) -> Params:
-    """The nested form, each array float32 and of the shape that the model has."""
+    """The nested parameters, after a check that all shapes are those of the model."""
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         name = "/".join(str(key.key) for key in path)

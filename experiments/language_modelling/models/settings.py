@@ -1,4 +1,4 @@
-"""What a Transformer-XL is (its settings) and how far it looks (its lengths)."""
+"""The settings of a Transformer-XL, and the lengths of segments and memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """How far the model looks: may differ between training and evaluation, parameters the same.
+    """How far the model looks back. It may differ between training and evaluation.
 
     Attributes:
-      target: tokens of one segment.
-      memory: hidden states kept from the segments before it; 0 for none.
-      clamp: largest distance with a position embedding of its own, those farther share it; 0 or
-        less for no limit.
-      same_length: every token attends to exactly `memory` places, itself included, in place of
-        everything that memory and segment hold.
+      target: the number of tokens in a segment.
+      memory: the number of hidden states that are kept from the segments before; 0 for none.
+      clamp: the largest distance with a position embedding of its own, which larger distances
+        share; 0 or less for no limit.
+      same_length: whether every token attends to exactly `memory` positions, including itself,
+        instead of the whole memory and segment.
     """
 
     target: int
@@ -39,28 +39,32 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerXLConfig:
-    """Sizes and options of a Transformer-XL; names as in the reference.
+    """Sizes and options of a Transformer-XL, with the names of the reference.
 
     Attributes:
-      n_token: size of the vocabulary.
-      n_layer: number of layers.
-      n_head: attention heads.
-      d_model: width.
-      d_head: width of one head.
-      d_inner: width inside the feed-forward block.
-      d_embed: width of the first embedding table; None for d_model.
-      cutoffs: where the vocabulary is cut into clusters, ascending; empty for one softmax.
-      div_val: cluster i embeds in d_embed // div_val**i entries; with 1 all share one table.
-      tie_weight: one table for input and output embeddings.
-      tie_projs: for each cluster, whether input and output share the projection; may be shorter
-        than the clusters, the rest is then not tied.
-      untie_r: attention biases of each layer's own, in place of one pair for all.
-      pre_lnorm: layer norm before each block, in place of after the residual sum.
-      dropout: on embeddings, positions, inside the feed-forward block, on every block's output.
-      dropatt: on attention probabilities.
-      dtype: type that is computed in; parameters are float32.
-      remat: keep only the layers' inputs for the backward pass and compute the rest again.
-      scan: the layers' parameters stacked on a leading axis, the layer compiled once.
+      n_token: the size of the vocabulary.
+      n_layer: the number of layers.
+      n_head: the number of attention heads.
+      d_model: the width of the model.
+      d_head: the width of one head.
+      d_inner: the width inside the feed-forward block.
+      d_embed: the width of the first embedding table; None for d_model.
+      cutoffs: the tokens at which clusters of the vocabulary begin, ascending; empty for one
+        softmax.
+      div_val: cluster i has embeddings of width d_embed // div_val**i; with 1, all clusters share
+        one table.
+      tie_weight: whether input and output embeddings share one table.
+      tie_projs: whether input and output share the projection, for each cluster; clusters that are
+        missing at the end are not tied.
+      untie_r: whether each layer has attention biases of its own.
+      pre_lnorm: whether layer norm comes before each block, instead of after the residual sum.
+      dropout: the rate on embeddings, positions, inside the feed-forward block, and on the output
+        of every block.
+      dropatt: the rate on attention probabilities.
+      dtype: the dtype of computations; parameters are float32.
+      remat: whether the backward pass keeps only the inputs of layers and recomputes the rest.
+      scan: whether the parameters of layers are stacked on a leading axis, and the layer is
+        compiled once.
     """
 
     n_token: int
@@ -119,27 +123,27 @@ class TransformerXLConfig:
 
     @property
     def embed_width(self) -> int:
-        """Width of the first embedding table."""
+        """The width of the first embedding table."""
         return self.d_model if self.d_embed is None else self.d_embed
 
     @property
     def n_cluster(self) -> int:
-        """Clusters of the vocabulary, the first (the shortlist) included."""
+        """The number of clusters of the vocabulary, including the first (the shortlist)."""
         return len(self.cutoffs) + 1
 
     @property
     def cluster_ranges(self) -> tuple[tuple[int, int], ...]:
-        """First token, and the one after the last, of each cluster."""
+        """The first token of each cluster, and the token after its last one."""
         return tuple(pairwise((0, *self.cutoffs, self.n_token)))
 
     @property
     def cluster_widths(self) -> tuple[int, ...]:
-        """Width of each cluster's embeddings."""
+        """The width of the embeddings of each cluster."""
         return tuple(self.embed_width // self.div_val**i for i in range(self.n_cluster))
 
     @property
     def table_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(tokens, width) of each embedding table: one for all clusters if `div_val` is 1."""
+        """(tokens, width) of each embedding table; one for all clusters if `div_val` is 1."""
         if self.div_val == 1:
             return ((self.n_token, self.embed_width),)
         sizes = [high - low for low, high in self.cluster_ranges]

@@ -1,7 +1,7 @@
-"""Transformer-XL (Dai et al. 2019) in Flax NNX, and its functional front.
+"""Transformer-XL (Dai et al. 2019) in Flax NNX, and its functional interface.
 
-Its numbers are those of the authors' PyTorch model (`check_parity` shows it), with one difference
-in form: memory has a fixed shape and a count of how much of it is valid, in place of growing.
+Its values are those of the authors' PyTorch model, as `check_parity` shows. There is one structural
+difference: the memory has a fixed shape and a count of its valid part, instead of growing.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Params = Mapping[str, Any]
 
 
 class Memory(NamedTuple):
-    """The inputs that each layer saw last.
+    """The most recent inputs of each layer.
 
     Attributes:
-      states: [layers, lanes, memory, d_model], the newest last.
-      valid: int32 scalar; so many of the newest are real, the others are padding.
+      states: [layers, lanes, memory, d_model]; the newest are last.
+      valid: how many of the newest are valid, an int32 scalar; the others are padding.
     """
 
     states: jax.Array
@@ -48,7 +48,7 @@ class Memory(NamedTuple):
 
 
 class FeedForward(nnx.Module):
-    """ReLU network with one hidden layer."""
+    """A ReLU network with one hidden layer."""
 
     def __init__(self, config: TransformerXLConfig, rngs: nnx.Rngs):
         self.dropout = config.dropout
@@ -61,7 +61,7 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and feed-forward block, each with residual sum and layer norm before or after."""
+    """Attention and a feed-forward block, each with a residual sum and layer norm."""
 
     def __init__(self, config: TransformerXLConfig, rngs: nnx.Rngs):
         self.pre_lnorm, self.dropout = config.pre_lnorm, config.dropout
@@ -79,7 +79,7 @@ class Layer(nnx.Module):
         bias: AttentionBias | None,
         rng: jax.Array | None,
     ) -> jax.Array:
-        """Returns the next layer's input, [B, T, D]; arguments as for `RelativeAttention`."""
+        """Computes the input of the next layer, [B, T, D]; arguments as for `RelativeAttention`."""
         rngs = split(rng, 4)
         context_BxKxD = jnp.concatenate([memory_BxMxD, x_BxTxD], axis=1)
         if self.pre_lnorm:
@@ -95,7 +95,7 @@ class Layer(nnx.Module):
 
 
 class TransformerXL(nnx.Module):
-    """The network: tokens and memory to hidden states."""
+    """The network, from tokens and memory to hidden states."""
 
     def __init__(self, config: TransformerXLConfig, rngs: nnx.Rngs):
         self.config = config
@@ -111,13 +111,13 @@ class TransformerXL(nnx.Module):
         """Runs one segment.
 
         Args:
-          tokens_BxT: the segment; it may have any length.
-          memory: of the segments before it.
-          lengths: its `clamp` and `same_length` count here; the memory's shape is the memory's.
-          rng: for dropout; None in evaluation.
+          tokens_BxT: the segment, of any length.
+          memory: the memory of the segments before it.
+          lengths: only `clamp` and `same_length` are used; the memory has its own length.
+          rng: the key for dropout; None in evaluation.
 
         Returns:
-          The last layer's output [B, T, D], and the input of each layer [L, B, T, D].
+          The output of the last layer [B, T, D], and the input of each layer [L, B, T, D].
         """
         dtype = jnp.dtype(self.config.dtype)
         t, m = tokens_BxT.shape[1], memory.states.shape[2]
@@ -161,9 +161,9 @@ class TransformerXL(nnx.Module):
 
 
 def _layers(config: TransformerXLConfig, rngs: nnx.Rngs) -> Layer | nnx.Dict:
-    """One layer whose parameters have a leading axis, or one by one, with the same numbers.
+    """One layer whose parameters have a leading axis, or separate layers with the same values.
 
-    Made in one go either way: 24 layers compile as fast as one.
+    Both are initialised together, so that 24 layers compile as fast as one.
     """
     stacked = jax.vmap(lambda key: nnx.state(Layer(config, nnx.Rngs(key))))(
         jax.random.split(rngs.params(), config.n_layer)
@@ -176,7 +176,7 @@ def _layers(config: TransformerXLConfig, rngs: nnx.Rngs) -> Layer | nnx.Dict:
 
 
 class LanguageModel:
-    """Pure functions of plain nested parameters, for a loop that knows nothing of Flax.
+    """Pure functions of plain nested parameters, for a loop that does not depend on Flax.
 
     Attributes:
       config: the settings of the network.
@@ -199,7 +199,7 @@ class LanguageModel:
         return self._abstract[1]
 
     def init(self, rng: jax.Array) -> Params:
-        """Fresh parameters, float32; the same numbers stacked or not."""
+        """Initial parameters, float32, with the same values whether they are stacked or not."""
         return nnx.to_pure_dict(nnx.state(TransformerXL(self.config, nnx.Rngs(rng))))
 
     def init_memory(self, lanes: int, lengths: Lengths) -> Memory:
@@ -208,7 +208,7 @@ class LanguageModel:
         return Memory(jnp.zeros(shape, self.config.dtype), jnp.zeros((), jnp.int32))
 
     def memory_specs(self, shapes: Memory) -> Memory:
-        """The memory lies where its lanes are."""
+        """The memory is sharded like its lanes."""
         specs: dict[str, Any] = {"states": PartitionSpec(None, *BATCH), "valid": PartitionSpec()}
         return shapes._replace(**specs)
 
@@ -226,18 +226,18 @@ class LanguageModel:
         *,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, Memory]:
-        """One segment of every lane.
+        """Runs one segment of every lane.
 
         Args:
-          params: as from `init`.
-          memory: as from `init_memory` or the segment before; it gets no gradient.
-          tokens_BxT: int.
-          targets_BxT: int; the token that follows each.
-          lengths: of training or evaluation.
-          rng: makes dropout; None in evaluation.
+          params: parameters as from `init`.
+          memory: the memory from `init_memory` or the segment before; it gets no gradient.
+          tokens_BxT: the tokens, integers.
+          targets_BxT: the token that follows each of them, integers.
+          lengths: the lengths of training or evaluation.
+          rng: the key for dropout; None in evaluation.
 
         Returns:
-          Negative log-likelihood in nats, float32 [B, T], and the next memory.
+          The negative log-likelihood in nats, float32 [B, T], and the next memory.
         """
         hidden_BxTxD, memory = self.hidden(params, memory, tokens_BxT, lengths, rng=rng)
         return self.nll(params, hidden_BxTxD, targets_BxT), memory
@@ -251,18 +251,18 @@ class LanguageModel:
         *,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, Memory]:
-        """Like `apply`, but the hidden states [B, T, d_model] in place of the likelihood."""
+        """Like `apply`, but returns the hidden states [B, T, d_model] instead of the likelihood."""
         model = self._model(params)
         hidden_BxTxD, inputs_LxBxTxD = model(tokens_BxT, memory, lengths, rng)
         return hidden_BxTxD, _remember(memory, inputs_LxBxTxD)
 
     def nll(self, params: Params, hidden_BxTxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
-        """The second half of `apply`: negative log-likelihood of the targets, float32 [B, T]."""
+        """The second half of `apply`: the negative log-likelihood of the targets, float32."""
         model = self._model(params)
         return model.softmax.nll(hidden_BxTxD, targets_BxT, model.embedding)
 
     def log_probs(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Log-probability of every token as the next: [..., d_model] → [..., n_token]."""
+        """The log-probability of every token to be the next: [..., d_model] → [..., n_token]."""
         model = self._model(params)
         return model.softmax.log_probs(hidden, model.embedding)
 

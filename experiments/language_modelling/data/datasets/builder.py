@@ -1,4 +1,4 @@
-"""What the builders share: checked files in, records of token numbers out."""
+"""The common part of the builders, from checked files to records of token numbers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from experiments.errors import UserError
 from experiments.language_modelling.data.archives import read_text
 from experiments.language_modelling.data.vocabulary import Vocabulary
 
-CHUNK = 65_536  # tokens of a record
+CHUNK = 65_536  # The number of tokens in a record.
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One file of raw text, as its authors made it.
+    """One file of raw text, as its authors published it.
 
     Attributes:
-      name: in an archive, or of the file itself.
-      sha1: of the raw text.
-      size: its bytes; None where only the checksum is known.
+      name: the name of the file, which may be in an archive.
+      sha1: the checksum of the raw text.
+      size: the size in bytes; None if only the checksum is known.
     """
 
     name: str
@@ -34,10 +34,10 @@ class Source:
     size: int | None = None
 
     def read(self, path: Path) -> bytes:
-        """The text, out of an archive or not.
+        """Reads the text, from an archive or not.
 
         Raises:
-          UserError: it is not that text.
+          UserError: the file holds another text.
         """
         text = read_text(path, self.name)
         if self.size is not None and len(text) < self.size:
@@ -54,9 +54,9 @@ class TokenText(tfds.core.GeneratorBasedBuilder, abc.ABC):
     """A text as numbers, in order, with its vocabulary in the metadata.
 
     Attributes:
-      URL: of the official archive.
-      SOURCES: the files in it.
-      DTYPE: of the numbers.
+      URL: the address of the official archive.
+      SOURCES: the files in the archive.
+      DTYPE: the dtype of the numbers.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -75,7 +75,7 @@ class TokenText(tfds.core.GeneratorBasedBuilder, abc.ABC):
                     "tokens": tfds.features.Tensor(
                         shape=(CHUNK,), dtype=self.DTYPE, encoding=tfds.features.Encoding.BYTES
                     ),
-                    "length": np.int32,  # the last record is filled up
+                    "length": np.int32,  # Less than CHUNK in the last record.
                 }
             ),
             homepage=self.URL,
@@ -98,7 +98,7 @@ class TokenText(tfds.core.GeneratorBasedBuilder, abc.ABC):
             yield index, {"tokens": np.pad(chunk, (0, CHUNK - len(chunk))), "length": len(chunk)}
 
     def _paths(self, dl_manager: Any) -> list[Path]:
-        """Of each source: in the user's folder if there is one, else downloaded."""
+        """The path of each source, in the user's folder if there is one, otherwise downloaded."""
         try:
             folder = Path(dl_manager.manual_dir)
         except AssertionError:

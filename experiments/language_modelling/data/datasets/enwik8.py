@@ -11,10 +11,10 @@ from experiments.language_modelling.data.vocabulary import Vocabulary
 
 
 class Enwik8(TokenText):
-    """First 90 MB, next 5 MB, last 5 MB.
+    """The first 90 MB for training, the next 5 MB for validation and the last 5 MB for testing.
 
-    All 205 bytes that occur are symbols. The reference's preparation loses the line feeds, and so
-    has 204.
+    All 205 bytes that occur are symbols. The preparation of the reference loses the line feeds and
+    therefore has 204 symbols.
     """
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "enwik8, enwik8.xz or enwik8.zip"
@@ -23,5 +23,5 @@ class Enwik8(TokenText):
     DTYPE = np.uint8
 
     def split_text(self, texts: list[bytes]) -> tuple[Vocabulary, dict[str, bytes]]:
-        """The vocabulary of the whole file, cut in three."""
+        """The vocabulary of the whole file, and its three parts."""
         return vocabulary.build(texts[0], "byte", unknown=False), cut(texts[0])

@@ -11,9 +11,9 @@ from experiments.language_modelling.data.vocabulary import Vocabulary
 
 
 class Wikitext103(TokenText):
-    """The splits of its authors; `<eos>` at the end of every line, also of an empty one.
+    """The splits of its authors, with `<eos>` at the end of every line, also of an empty one.
 
-    267,735 words: those of the training part, `<unk>` being one of them, and `<eos>`.
+    The 267,735 words are those of the training part, which include `<unk>`, and `<eos>`.
     """
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "wikitext-103-v1.zip, or wiki.{train,valid,test}.tokens"
