@@ -1,13 +1,13 @@
-"""What a refresh of an always-sparse run costs beside its steps.
+"""Times the refreshes of an always-sparse run against its steps.
 
     .venv/bin/python scripts/bench_refresh.py [--variant=90/80] [--steps=N] [--repeats=N]
         [--config.KEY=VALUE …]
 
-The run is that of configs/enwik8_small.py on random tokens. A refresh writes the values back,
-chooses both sets on the host, and sends what is new; the steps between two refreshes change θ. The
-last line is JSON: `step_seconds`, `refresh_seconds` (medians), `refresh_ratio` (a refresh over a
-step), `amortised` (what it adds to each step at one refresh in 100 steps), and `entering`, the
-share of B that a refresh brought in.
+The run is that of configs/enwik8_small.py on random tokens. A refresh writes the values back to the
+host, chooses both sets there, and sends what is new; the steps between two refreshes change θ. The
+last line is JSON: the medians `step_seconds` and `refresh_seconds`, `refresh_ratio` (a refresh over
+a step), `amortised` (the cost that one refresh in 100 steps adds to each step), and `entering`, the
+share of B that is new after a refresh.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(variant: str, steps: int, repeats: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Times steps and refreshes in turn; the first refreshes compile and are not counted."""
+    """Times steps and refreshes in turn. The first refreshes compile and are not counted."""
     config = resolve(
         f"{CONFIG}:{variant}",
         ("method.always_sparse=True", f"method.refresh_every={steps}", *overrides),
@@ -79,7 +79,7 @@ def measure(variant: str, steps: int, repeats: int, overrides: Sequence[str]) ->
 
 
 def _check_refreshes(method: ConfigDict, steps: int, last: int) -> None:
-    """Raises UserError unless each refresh falls between the steps where it is timed."""
+    """Raises UserError unless each refresh happens between the steps where it is timed."""
     stop = method.get("stop_exploring_at")
     for key, fits, rule in (
         ("refresh_every", method.get("refresh_every") == steps, f"--steps={steps}"),
