@@ -2,9 +2,9 @@
 
 It reproduces no row of the paper. At a size that anyone can run, it answers the question of the
 paper's enwik8 model of 277 M parameters: whether Top-KAST at 90 % sparsity is better, after equally
-many steps, than a fixed random mask and than a dense model with as few parameters. Four layers of
-width 256, trained on segments of 64 bytes with as much memory. Every byte is a symbol; 90/5/5 split
-by bytes; test bits per character over the whole last 5 MB.
+many steps, than a fixed random mask and than a dense model with as few parameters. The model
+has four layers of width 256, and segments of 64 bytes with as much memory. Every byte is a symbol,
+the text is split by bytes (90/5/5), and bits per character are those of the whole last 5 MB.
 
 Sparse networks have another learning rate than dense ones: if a unit has a tenth of its inputs, a
 step of the same size changes its output by that much less. The widest network, `dense`, has the

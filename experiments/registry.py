@@ -19,12 +19,7 @@ class Registry(Generic[T]):
     """
 
     def __init__(self, key: str, entries: Mapping[str, T]):
-        """Starts with some entries.
-
-        Args:
-            key: the key of the config, for error messages.
-            entries: what is known, by name.
-        """
+        """Starts with some entries; the key of the config is for error messages."""
         self._key, self._entries = key, dict(entries)
 
     def register(self, name: str, entry: T) -> None:
@@ -55,12 +50,8 @@ class Registry(Generic[T]):
 def import_path(key: str, path: str) -> Any:
     """Imports `package.module:attribute`; an error inside that module keeps its traceback.
 
-    Args:
-        key: the key of the config, for error messages.
-        path: the import path.
-
     Raises:
-        UserError: there is no such module, or it has no such attribute.
+        UserError: there is no such module, or it has no such attribute; the message names the key.
     """
     module, _, attribute = path.partition(":")
     try:

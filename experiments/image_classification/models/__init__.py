@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import jax
-from flax import nnx
 from ml_collections import ConfigDict
 
 from experiments.image_classification.models.resnet import ARCHITECTURES, residual_network
@@ -20,21 +19,9 @@ class Network(Protocol):
         """Maps normalised images [batch, height, width, channels] to float32 logits."""
 
 
-class Builder(Protocol):
-    """Makes a network of one configuration."""
-
-    def __call__(self, *, channels: int, num_classes: int, rngs: nnx.Rngs) -> Network:
-        """The network with initialised parameters.
-
-        Args:
-            channels: the channels of the images.
-            num_classes: the number of logits.
-            rngs: the random numbers for the initialisation.
-        """
-
-
-# A factory reads the section `model` of a config; it raises UserError for a bad value in it.
-Factory = Callable[[ConfigDict], Builder]
+# A factory reads the section `model` of a config; it raises UserError for a bad value in it. It
+# returns a function (*, channels, num_classes, rngs) that builds the network.
+Factory = Callable[[ConfigDict], Callable[..., Network]]
 MODELS: Registry[Factory] = Registry(
     "config.model.name", {name: residual_network(a) for name, a in ARCHITECTURES.items()}
 )

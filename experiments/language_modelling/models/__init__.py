@@ -17,21 +17,15 @@ Tree = Any
 
 
 class Model(Protocol):
-    """Pure functions of plain nested parameters.
-
-    Attributes:
-        abstract_params: the shapes and types of the parameters, as `init` would return them.
-        stacked: the beginning of the names of parameters whose first axis numbers layers; "" if
-            there are none.
-    """
+    """Pure functions of plain nested parameters."""
 
     @property
     def abstract_params(self) -> Tree:
-        """The shapes and types of the parameters."""
+        """The shapes and types of the parameters, as `init` would return them."""
 
     @property
     def stacked(self) -> str:
-        """The beginning of the names of parameters whose first axis numbers layers."""
+        """The beginning of the names of parameters whose first axis numbers layers, or ""."""
 
     def init(self, rng: jax.Array) -> Tree:
         """Initialised parameters, float32."""
