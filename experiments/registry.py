@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar, cast
 
@@ -39,7 +40,7 @@ class Registry(Generic[T]):
         """
         if name in self._entries:
             return self._entries[name]
-        if ":" in name:
+        if re.fullmatch(r"\w+(\.\w+)*:\w+", name):
             return cast(T, import_path(self._key, name))
         raise UserError(
             f"{self._key}: found {name!r}; must be one of {', '.join(self._entries)}, or an import "

@@ -130,6 +130,7 @@ def test_the_first_convolution_is_dense_and_every_other_kernel_sparse(name):
     [
         ("model.name=resnet51", "model.name: found 'resnet51'; must be one of resnet50, resnet20"),
         ("model.name=no_such:model", "model.name: found 'no_such:model'; there is no module"),
+        ("model.name=:model", "model.name: found ':model'; must be one of resnet50, resnet20"),
         ("model.name=json:resnet", "model.name: found 'json:resnet'; json has no 'resnet'"),
         ("model.dtype=float64", "model.dtype: found 'float64'; must be one of 'float32', 'bfloat"),
         ("model.width=0.0", "model.width: found 0.0; must be a number above 0"),
