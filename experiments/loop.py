@@ -40,6 +40,49 @@ class Session:
         """The wall time of the run in seconds, including earlier processes."""
         return time.time() - self.began
 
+    def log(self, state: TrainState, step: int, batches: Prefetcher) -> None:
+        """Writes the records of the window that ends at this step."""
+        task, totals = self.program.task, self.window.totals.settled()
+        with self.window.paused():
+            values: dict[str, Any] = task.final_metrics(totals)
+            values = values | {"learning_rate": self.program.learning_rate(step - 1)}
+            timing = self.window.timing(task.unit, task.units_per_step, batches.waited)
+            self.metrics.write(step, "train", values | {"timing": timing})
+            if masks := self.program.representation.mask_statistics(state):
+                self.metrics.write(step, "masks", masks)
+            self.window.next(step + 1)
+            batches.waited = 0.0
+
+    def save(self, state: TrainState, step: int, position: Any) -> None:
+        """Saves a checkpoint from which the run continues as if it had not been interrupted."""
+        sums = self.window.totals.settled()
+        with self.window.paused():
+            if not self.program.finite(state.params):
+                raise NonFiniteError(step, f"the parameters after step {step} are not finite")
+            self.metrics.sync()
+            state = self.program.representation.settled(state)
+            meta = {"data": position, "first": self.window.first, "sums": sums}
+            self.checkpoints.save(step, state, meta | {"seconds": self.seconds()})
+            self.saved = step
+
+    def finish(self, state: TrainState) -> None:
+        """Does the last evaluation and writes `final.json`."""
+        task, step, results = self.program.task, int(state.step), {}
+        if self.program.config.eval_at_end:
+            for split in dict.fromkeys([task.eval_split, task.test_split]):
+                results[split] = evaluate(self.program, state, split)
+                self.metrics.write(step, split, results[split] | {"final": True})
+        value = summary.summary(self.program, state, results, self.seconds())
+        summary.write(self.directory, value)
+
+    def not_finite(self, error: NonFiniteError) -> str:
+        """The message about a loss or parameters that are not finite."""
+        kept = f"the last good checkpoint, of step {self.saved}, is kept"
+        return (
+            f"{error}, in steps {self.window.first} to {error.step}: must be finite; "
+            f"{kept if self.saved else 'there is no checkpoint yet'} in {self.directory}"
+        )
+
 
 def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Outcome:
     """Trains from the beginning or from the last checkpoint.
@@ -88,10 +131,10 @@ def _train_from(
         with Prefetcher(data, program.put) as batches, StopRequest() as stop:
             state, stopped = _loop(session, state, batches, stop, stop_at)
         if not stopped:
-            _finish(session, state)
+            session.finish(state)
         return "stopped" if stopped else "finished"
     except NonFiniteError as error:
-        raise UserError(_not_finite(session, error)) from error
+        raise UserError(session.not_finite(error)) from error
     finally:
         metrics.close()
 
@@ -119,7 +162,7 @@ def _loop(
         state = program.representation.between_steps(state, step)
         session.metrics.tick(step)
         if step % config.log_every == 0 or step == config.steps:
-            _log(session, state, step, batches)
+            session.log(state, step, batches)
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             window.totals.settled()
             with window.paused():
@@ -128,56 +171,5 @@ def _loop(
         stopping = stop.asked()
         due = config.checkpoint_every and step % config.checkpoint_every == 0
         if due or stopping or step == end:
-            _save(session, state, step, batches.position)
+            session.save(state, step, batches.position)
     return state, step < config.steps
-
-
-def _log(session: Session, state: TrainState, step: int, batches: Prefetcher) -> None:
-    """Writes the records of the window that ends at this step."""
-    program, window = session.program, session.window
-    totals = window.totals.settled()
-    with window.paused():
-        values: dict[str, Any] = program.task.final_metrics(totals)
-        values = values | {"learning_rate": program.learning_rate(step - 1)}
-        units = program.task.unit, program.task.units_per_step
-        session.metrics.write(
-            step, "train", values | {"timing": window.timing(*units, batches.waited)}
-        )
-        masks = program.representation.mask_statistics(state)
-        if masks:
-            session.metrics.write(step, "masks", masks)
-        window.next(step + 1)
-        batches.waited = 0.0
-
-
-def _save(session: Session, state: TrainState, step: int, position: Any) -> None:
-    """Saves a checkpoint from which the run continues as if it had not been interrupted."""
-    window = session.window
-    meta = {"data": position, "first": window.first, "sums": window.totals.settled()}
-    with window.paused():
-        if not session.program.finite(state.params):
-            raise NonFiniteError(step, f"the parameters after step {step} are not finite")
-        session.metrics.sync()
-        state = session.program.representation.settled(state)
-        session.checkpoints.save(step, state, meta | {"seconds": session.seconds()})
-        session.saved = step
-
-
-def _finish(session: Session, state: TrainState) -> None:
-    """Does the last evaluation and writes `final.json`."""
-    program, step = session.program, int(state.step)
-    results = {}
-    if program.config.eval_at_end:
-        for split in dict.fromkeys([program.task.eval_split, program.task.test_split]):
-            results[split] = evaluate(program, state, split)
-            session.metrics.write(step, split, results[split] | {"final": True})
-    value = summary.summary(program, state, results, session.seconds())
-    summary.write(session.directory, value)
-
-
-def _not_finite(session: Session, error: NonFiniteError) -> str:
-    kept = f"the last good checkpoint, of step {session.saved}, is kept"
-    return (
-        f"{error}, in steps {session.window.first} to {error.step}: must be finite; "
-        f"{kept if session.saved else 'there is no checkpoint yet'} in {session.directory}"
-    )
