@@ -1,1 +1,1 @@
-"""One file an experiment; each defines get_config(variant)."""
+"""The configs of experiments; each file defines get_config(variant)."""

@@ -1,9 +1,9 @@
 """ResNet-20 on CIFAR-10.
 
-Reproduces no row of the paper (which has no CIFAR-10). The recipe is that of He et al. 2015,
+It reproduces no row of the paper, which has no CIFAR-10. The recipe is that of He et al. 2015,
 section 4.2: 64,000 steps at batch 128, learning rate 0.1 divided by 10 at 32,000 and 48,000,
-momentum 0.9, L2 1e-4, crops out of 4 pixels of padding and mirror images; with a warm-up of 400
-steps. On the sparse leaves the exploration loss of Top-KAST takes the place of L2.
+momentum 0.9, L2 1e-4, crops after 4 pixels of padding, and mirrored images, with a warm-up of 400
+steps. On sparse leaves, the exploration loss of Top-KAST replaces L2.
 
 Expected: about 91 % for the dense network; there is no reference for the sparse ones.
 Data: tensorflow_datasets' cifar10, prepared once by `scripts/prepare_tfds cifar10`, or a folder of
@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.channels = 3
     config.data.recipe = "cifar"
     config.optimizer.learning_rate = 0.1
-    config.optimizer.momentum = 0.9  # 0.0 for SGD without momentum
+    config.optimizer.momentum = 0.9  # 0.0 is SGD without momentum.
     config.optimizer.l2 = 1e-4
     config.optimizer.schedule.name = "step"
     config.optimizer.schedule.warmup_steps = 400

@@ -1,15 +1,15 @@
 """Transformer-XL of 277 M parameters on enwik8, a row of the paper.
 
-The recipe of Transformer-XL's large model: 24 layers, 400,000 steps of 64 lanes of 768 bytes.
-Adam at 2.5e-4 with cosine decay after a warm-up of 4,000 steps, gradient norm clipped at 0.25, no
-weight decay; masks are refreshed every 100 steps. Which layers the paper made sparse and its
-optimiser settings are not known: lines below.
+The recipe of Transformer-XL's large model: 24 layers, 400,000 steps of 64 lanes of 768 bytes. Adam
+at 2.5e-4 with cosine decay after a warm-up of 4,000 steps, gradient norm clipped at 0.25, no weight
+decay; masks are refreshed every 100 steps. It is not known which layers the paper made sparse, nor
+its optimizer settings. Both are set in single lines below.
 
-Expected: dense 0.99 bpc, Transformer-XL's published result at these evaluation lengths. For
-Top-KAST no number that we could check.
+Expected: dense 0.99 bpc, Transformer-XL's published result at these evaluation lengths. There
+is no number for Top-KAST that could be checked.
 
-Data: enwik8, prepared once by `scripts/prepare_text enwik8`. Each of its 205 bytes is a symbol; the
-reference has 204, for its preparation loses the line feeds.
+Data: enwik8, prepared once by `scripts/prepare_text enwik8`. Each of its 205 bytes is a symbol. The
+preparation of the reference loses the line feeds and has 204 symbols.
 Hardware: 64 TPU v3 cores, or 8 GPUs of 80 GB;
 docs/reproducing.md has the device-hours.
 
@@ -24,7 +24,7 @@ sparsity runs on); smoke (three steps of a tiny model on Python's own documentat
 from ml_collections import ConfigDict
 
 from experiments.config import base_config
-from experiments.language_modelling.variants import apply_variant, shrink_to_smoke
+from experiments.language_modelling.config import apply_variant, shrink_to_smoke
 
 
 def get_config(variant: str = "90/80") -> ConfigDict:
@@ -63,7 +63,7 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.method.backward_density = 0.2
     config.method.refresh_every = 100
     config.method.exploration_weight = 1e-4
-    # Attention and feed-forward blocks; embeddings, and so the tied softmax, are dense.
+    # Attention and feed-forward blocks are sparse; embeddings and the tied softmax are dense.
     config.method.rules = (("layers/.*/kernel", "sparse"), (".*", "dense"))
     if apply_variant(config, variant):
         shrink_to_smoke(config)

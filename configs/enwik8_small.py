@@ -1,15 +1,16 @@
 """A Transformer-XL of about 3 M parameters on enwik8, for two CPU cores or one GPU.
 
-Reproduces no row of the paper: it asks, at a size that anyone can run, what the paper asks on
-enwik8 with 277 M parameters: whether at equal steps Top-KAST at 90 % sparsity is ahead of a fixed
-random mask and of a dense model with as few parameters. Four layers of width 256, trained on
-segments of 64 bytes with as much memory. Every byte is a symbol; 90/5/5 split by bytes; test bits
-per character over the whole last 5 MB.
+It reproduces no row of the paper. At a size that anyone can run, it answers the question of the
+paper's enwik8 model of 277 M parameters: whether Top-KAST at 90 % sparsity is better, after equally
+many steps, than a fixed random mask and than a dense model with as few parameters. The model
+has four layers of width 256, and segments of 64 bytes with as much memory. Every byte is a symbol,
+the text is split by bytes (90/5/5), and bits per character are those of the whole last 5 MB.
 
-Sparse networks have one learning rate and dense ones another: where a tenth of a unit's inputs are
-left, a step of the same size moves its output by that much less. The widest network, `dense`, takes
-the smallest. Sets are chosen anew every 200 of the 2,000 steps: with so little text, more often is
-chosen by noise. docs/reproducing.md ("A small Transformer-XL") has the runs behind this.
+Sparse networks have another learning rate than dense ones: if a unit has a tenth of its inputs, a
+step of the same size changes its output by that much less. The widest network, `dense`, has the
+smallest learning rate. The sets are refreshed every 200 of the 2,000 steps, because with so little
+text more frequent choices follow noise. docs/reproducing.md ("A small Transformer-XL") has the runs
+behind this.
 
 Data: enwik8, prepared once by `scripts/prepare_text enwik8`, or any file of raw text, for example
 the same one: --config.data.name=text_file --config.data.file=enwik8.
@@ -28,7 +29,7 @@ narrower, with as many parameters as a model of F % sparsity runs on); smoke.
 from ml_collections import ConfigDict
 
 from experiments.config import base_config
-from experiments.language_modelling.variants import apply_variant, shrink_to_smoke
+from experiments.language_modelling.config import apply_variant, shrink_to_smoke
 
 
 def get_config(variant: str = "90/80") -> ConfigDict:
@@ -42,15 +43,15 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.model.d_model = 256
     config.model.d_head = 64
     config.model.d_inner = 768
-    config.model.scan = True  # compiles in a quarter of the time
+    config.model.scan = True  # Compiles in a quarter of the time.
     config.model.train.target = 64
     config.model.train.memory = 64
     config.model.evaluation.target = 128
-    config.model.evaluation.memory = 128  # no distance that training does not have
+    config.model.evaluation.memory = 128  # All distances occur in training.
     config.model.evaluation.same_length = True
     config.data.name = "enwik8"
     config.data.eval_batch_size = 32
-    config.data.eval_split = "test"  # nothing is chosen by it
+    config.data.eval_split = "test"  # No choice depends on it.
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-2
     config.optimizer.clip_global_norm = 0.25
@@ -59,9 +60,9 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.method.name = "top_kast"
     config.method.forward_density = 0.1
     config.method.backward_density = 0.2
-    config.method.refresh_every = 200  # of 2,000 steps
+    config.method.refresh_every = 200
     config.method.exploration_weight = 1e-4
-    # Attention and feed-forward blocks; embeddings, and so the tied softmax, are dense.
+    # Attention and feed-forward blocks are sparse; embeddings and the tied softmax are dense.
     config.method.rules = (("layers/.*/kernel", "sparse"), (".*", "dense"))
     smoke = apply_variant(config, variant)
     if config.method.name == "dense":

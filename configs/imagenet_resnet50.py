@@ -2,10 +2,10 @@
 
 Batch 4096, 32,000 steps (102 epochs), SGD with Nesterov momentum 0.9, learning rate 1.6 after a
 linear warm-up of 5 epochs, divided by 10 at epochs 30, 70 and 90, label smoothing 0.1, L2 1e-4,
-random resized crops of 224 and mirror images. Every layer has the same sparsity; the first
-convolution, batch normalisation and biases are dense. Masks are refreshed every 100 steps. On the
-sparse leaves the exploration loss takes the place of L2. Whether the paper used momentum is not
-settled: one line below.
+random resized crops of 224, and mirrored images. Every layer has the same sparsity; the first
+convolution, batch normalisation and biases are dense. Masks are refreshed every 100 steps. On
+sparse leaves, the exploration loss replaces L2. It is not known whether the paper used momentum,
+which is set in one line below.
 
 Expected top-1 accuracy (for the other variants there is no number that could be checked):
     dense      76.8 ± .09 %   RigL paper, dense baseline
@@ -46,10 +46,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.channels = 3
     config.data.recipe = "imagenet"
     config.data.cache = False
-    config.data.workers = 16  # each holds about three of this host's batches
+    config.data.workers = 16  # Each of them keeps about three batches of this host in memory.
     config.optimizer.learning_rate = 1.6
     config.optimizer.reference_batch_size = 4_096
-    config.optimizer.momentum = 0.9  # 0.0 for SGD without momentum
+    config.optimizer.momentum = 0.9  # 0.0 is SGD without momentum.
     config.optimizer.nesterov = True
     config.optimizer.l2 = 1e-4
     config.optimizer.schedule.name = "step"

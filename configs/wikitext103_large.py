@@ -1,13 +1,12 @@
 """Transformer-XL of 284 M parameters on WikiText-103, a row of the paper.
 
 The recipe of Transformer-XL's large model: 18 layers, adaptive softmax and embeddings, 4,000,000
-steps of 128 lanes of 384 words.
-Adam at 2.5e-4 with cosine decay after a warm-up of 16,000 steps, gradient norm clipped at 0.25, no
-weight decay; masks are refreshed every 100 steps. Which layers the paper made sparse and its
-optimiser settings are not known: lines below.
+steps of 128 lanes of 384 words. Adam at 2.5e-4 with cosine decay after a warm-up of 16,000 steps,
+gradient norm clipped at 0.25, no weight decay; masks are refreshed every 100 steps. It is not known
+which layers the paper made sparse, nor its optimizer settings. Both are set in single lines below.
 
-Expected: dense 18.3 perplexity, Transformer-XL's published result at these evaluation lengths. For
-Top-KAST no number that we could check.
+Expected: dense 18.3 perplexity, Transformer-XL's published result at these evaluation lengths.
+There is no number for Top-KAST that could be checked.
 
 All four projections of the softmax are tied to the embedding's: this gives the published count,
 284,121,930. The reference's script leaves the first untied and has 285,170,506:
@@ -28,7 +27,7 @@ sparsity runs on); smoke (three steps of a tiny model on Python's own documentat
 from ml_collections import ConfigDict
 
 from experiments.config import base_config
-from experiments.language_modelling.variants import apply_variant, shrink_to_smoke
+from experiments.language_modelling.config import apply_variant, shrink_to_smoke
 
 
 def get_config(variant: str = "90/80") -> ConfigDict:
@@ -71,7 +70,7 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.method.backward_density = 0.2
     config.method.refresh_every = 100
     config.method.exploration_weight = 1e-4
-    # Attention and feed-forward blocks; embeddings, and so the tied softmax, are dense.
+    # Attention and feed-forward blocks are sparse; embeddings and the tied softmax are dense.
     config.method.rules = (("layers/.*/kernel", "sparse"), (".*", "dense"))
     if apply_variant(config, variant):
         shrink_to_smoke(config)

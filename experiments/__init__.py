@@ -1,1 +1,1 @@
-"""Training with topkast_jax: one loop for every task."""
+"""Training with topkast_jax: one loop for all tasks."""

@@ -1,13 +1,13 @@
-"""Turns a run under masks into an always-sparse one that goes on from there, or back.
+"""Turns a run under masks into an always-sparse run that continues from there, or back.
 
 python -m experiments.convert --workdir=DIR --out=NEW_DIR --to=always_sparse|masked
 
-The new folder, which appears whole or not at all, holds the newest checkpoint, the records and the
-config in the other form. The command that made the first run goes on with it: to always sparse with
-`--config.method.always_sparse=True` and without `--config.method.inner_state`, which masks alone
-have; back with `--config.method.inner_state=reset` and without what always sparse alone reads
-(`always_sparse`, `refresh_delay`, `backend`). Moments outside the backward set, which a masked run
-may keep, are dropped on the way to always sparse.
+The new folder is written completely or not at all. It holds the newest checkpoint, the records and
+the config in the other representation. The command of the first run continues the new one. Towards
+always sparse, add `--config.method.always_sparse=True` and leave out `--config.method.inner_state`,
+which only masked runs read. Towards masks, add `--config.method.inner_state=reset` and leave out
+the keys that only always-sparse runs read (`always_sparse`, `refresh_delay`, `backend`). A masked
+run may keep moments outside the backward set; they are dropped on the way to always sparse.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments import flags, saved, workdir
-from experiments.checkpoints import Checkpoints
+from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.form import Compact
-from experiments.partition import all_devices
-from experiments.run import build
-from experiments.state import TrainState
+from experiments.records import restore, workdir
+from experiments.records.checkpoints import Checkpoints
+from experiments.training.methods import representation
+from experiments.training.partition import all_devices
+from experiments.training.program import build
+from experiments.training.state import TrainState
 
-FORMS = ("masked", "always_sparse")
 
-
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     args = _parser().parse_args(argv)
@@ -40,18 +39,22 @@ def main(argv: list[str]) -> None:
 
 
 def convert(directory: Path, out: Path, to: str) -> int:
-    """Writes the newest state of a run to a new folder in another form; returns its step."""
-    config = saved.read_config(directory)
-    twin_config = saved.other_form(config)
-    if saved.is_compact(twin_config) != (to == "always_sparse"):
+    """Writes the newest state of a run to a new folder in another representation.
+
+    Returns:
+        The step of that state.
+    """
+    config = restore.read_config(directory)
+    twin_config = restore.with_representation(config, to)
+    if representation(config.method) == to:
         raise UserError(f"--to={to}: the run in {directory} is that already")
     workdir.check_no_address("--out", out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: exists; must be a new or an empty folder")
-    found = saved.read(directory)
-    twin = build(saved.on_one_device(twin_config), all_devices()[:1])
-    state = _in_form_of(twin.form, found)
-    _check_shapes(twin.form.abstract(int(state.step)), state)
+    found = restore.read(directory)
+    twin = build(restore.on_one_device(twin_config), all_devices()[:1]).representation
+    state = twin.from_masked(found.program.representation.to_masked(found.state))
+    _check_shapes(twin.abstract(int(state.step)), state)
     with workdir.whole(out) as unfinished:
         unfinished.mkdir(parents=True)
         _write(unfinished, twin_config, state, found.meta)
@@ -69,17 +72,6 @@ def _write(directory: Path, config: ConfigDict, state: TrainState, meta: dict[st
         store.close()
 
 
-def _in_form_of(form: object, found: saved.Saved) -> TrainState:
-    state = found.state
-    if isinstance(form, Compact):
-        held = form.sparse.from_masked(state.params, state.opt_state)
-        return TrainState(state.step, held[0], held[1], state.model_state, held[2])
-    assert isinstance(found.run.form, Compact)
-    reservoir = found.run.form.sparse.settled(state.reservoir)
-    params, opt_state = found.run.form.sparse.to_masked(state.params, state.opt_state, reservoir)
-    return TrainState(state.step, params, opt_state, state.model_state)
-
-
 def _check_shapes(abstract: TrainState, state: TrainState) -> None:
     for (path, expected), found in zip(
         jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(state), strict=True
@@ -87,15 +79,15 @@ def _check_shapes(abstract: TrainState, state: TrainState) -> None:
         if expected.shape != found.shape:
             raise UserError(
                 f"config.optimizer.name: its state at {jax.tree_util.keystr(path)} has shape "
-                f"{found.shape} and would need {expected.shape}: it has no other form"
+                f"{found.shape} and would need {expected.shape}: it has no other representation"
             )
 
 
-def _parser() -> flags.Parser:
-    parser = flags.Parser(prog="experiments.convert", description=__doc__)
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="experiments.convert", description=__doc__)
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--out", required=True, help="a new folder")
-    parser.add_argument("--to", required=True, choices=FORMS)
+    parser.add_argument("--to", required=True, choices=("masked", "always_sparse"))
     return parser
 
 

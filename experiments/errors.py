@@ -1,5 +1,5 @@
-"""Errors a user can cause."""
+"""The error for mistakes of a user."""
 
 
 class UserError(Exception):
-    """A user's mistake, told in one line: the thing, what was found and what is allowed."""
+    """A mistake of a user, in one line that names the thing, what was found and what is allowed."""

@@ -1,7 +1,7 @@
-"""The products every model is built from.
+"""The products from which every model is built.
 
-A model hands its kernel to one of these and never asks what the kernel is: a dense array, or the
-compact kernel of an always-sparse run.
+Each of them accepts a dense array or the compact kernel of an always-sparse run, so that a model
+does not depend on the representation of its parameters.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def matmul(x: jax.Array, kernel: Kernel) -> jax.Array:
 def conv(x: jax.Array, kernel: Kernel, strides: tuple[int, int], padding: Padding) -> jax.Array:
     """Convolves `x` (batch, height, width, channels) with an HWIO `kernel`, in the dtype of `x`.
 
-    Blocks of a 1×1 kernel are a block product. Other compact kernels are convolved through their
-    dense tile, which exists for the moment it is used.
+    A 1×1 kernel of blocks is applied as a block product. Any other compact kernel is convolved
+    through its dense tile, which exists only while it is used.
     """
     if isinstance(kernel, CompactKernel) and _is_block_matrix(kernel):
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -44,7 +44,7 @@ def conv(x: jax.Array, kernel: Kernel, strides: tuple[int, int], padding: Paddin
 
 
 def matmul_transposed(x: jax.Array, table: Kernel) -> jax.Array:
-    """`x [..., width] @ table [rows, width]ᵀ`, float32 whatever the type of x."""
+    """Computes `x [..., width] @ table [rows, width]ᵀ` in float32, whatever the dtype of x."""
 
     def product(tile: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.einsum("...d,vd->...v", x, tile, preferred_element_type=jnp.float32)
@@ -54,7 +54,7 @@ def matmul_transposed(x: jax.Array, table: Kernel) -> jax.Array:
 
 
 def lookup(table: Kernel, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`table [rows, width]` at `rows [...]`: [..., width]; NaN for rows that do not exist."""
+    """Rows `rows [...]` of `table [rows, width]`: [..., width]. Rows that do not exist are NaN."""
 
     def take(tile: jax.Array, rows: jax.Array) -> jax.Array:
         return jnp.take(tile, rows, axis=0, mode="fill").astype(dtype)
@@ -63,7 +63,7 @@ def lookup(table: Kernel, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def rows(table: Kernel, low: int, high: int) -> jax.Array:
-    """Rows `low` to `high` of a table, dense."""
+    """Rows `low` to `high` of a table, as a dense array."""
 
     def cut(tile: jax.Array) -> jax.Array:
         return tile[low:high]

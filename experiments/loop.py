@@ -1,4 +1,4 @@
-"""The one loop."""
+"""The training loop of all tasks."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from experiments import final, workdir
-from experiments.checkpoints import Checkpoints
 from experiments.errors import UserError
-from experiments.evaluation import evaluate
-from experiments.metrics import Metrics
-from experiments.prefetch import Prefetcher
-from experiments.run import Run, build
-from experiments.signals import StopRequest
-from experiments.state import TrainState
+from experiments.records import summary, workdir
+from experiments.records.checkpoints import Checkpoints
+from experiments.records.metrics import Metrics
 from experiments.task import DataIterator
-from experiments.totals import NonFiniteError, Window
+from experiments.training.evaluation import evaluate
+from experiments.training.metric_sums import NonFiniteError, Window
+from experiments.training.prefetch import Prefetcher
+from experiments.training.program import Program, build
+from experiments.training.state import TrainState
+from experiments.training.stopping import StopRequest
 
 Outcome = Literal["finished", "stopped", "finished before"]
 
 
 @dataclasses.dataclass
 class Session:
-    """One process's part of a run: what it writes to, and where it is."""
+    """The part of a run that one process does: what it writes to, and how far it is."""
 
-    run: Run
+    program: Program
     directory: Path
     checkpoints: Checkpoints
     metrics: Metrics
@@ -37,61 +37,104 @@ class Session:
     saved: int | None
 
     def seconds(self) -> float:
-        """Wall time of the run, earlier processes included."""
+        """The wall time of the run in seconds, including earlier processes."""
         return time.time() - self.began
+
+    def log(self, state: TrainState, step: int, batches: Prefetcher) -> None:
+        """Writes the records of the window that ends at this step."""
+        task, totals = self.program.task, self.window.totals.settled()
+        with self.window.paused():
+            values: dict[str, Any] = task.final_metrics(totals)
+            values = values | {"learning_rate": self.program.learning_rate(step - 1)}
+            timing = self.window.timing(task.unit, task.units_per_step, batches.waited)
+            self.metrics.write(step, "train", values | {"timing": timing})
+            if masks := self.program.representation.mask_statistics(state):
+                self.metrics.write(step, "masks", masks)
+            self.window.next(step + 1)
+            batches.waited = 0.0
+
+    def save(self, state: TrainState, step: int, position: Any) -> None:
+        """Saves a checkpoint from which the run continues as if it had not been interrupted."""
+        sums = self.window.totals.settled()
+        with self.window.paused():
+            if not self.program.finite(state.params):
+                raise NonFiniteError(step, f"the parameters after step {step} are not finite")
+            self.metrics.sync()
+            state = self.program.representation.settled(state)
+            meta = {"data": position, "first": self.window.first, "sums": sums}
+            self.checkpoints.save(step, state, meta | {"seconds": self.seconds()})
+            self.saved = step
+
+    def finish(self, state: TrainState) -> None:
+        """Does the last evaluation and writes `final.json`."""
+        task, step, results = self.program.task, int(state.step), {}
+        if self.program.config.eval_at_end:
+            for split in dict.fromkeys([task.eval_split, task.test_split]):
+                results[split] = evaluate(self.program, state, split)
+                self.metrics.write(step, split, results[split] | {"final": True})
+        value = summary.summary(self.program, state, results, self.seconds())
+        summary.write(self.directory, value)
+
+    def not_finite(self, error: NonFiniteError) -> str:
+        """The message about a loss or parameters that are not finite."""
+        kept = f"the last good checkpoint, of step {self.saved}, is kept"
+        return (
+            f"{error}, in steps {self.window.first} to {error.step}: must be finite; "
+            f"{kept if self.saved else 'there is no checkpoint yet'} in {self.directory}"
+        )
 
 
 def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Outcome:
-    """Trains, or goes on from the last checkpoint.
+    """Trains from the beginning or from the last checkpoint.
 
     Args:
-        config: from `experiments.config.resolve`.
-        directory: the run's own folder.
-        stop_at: stop after this many steps, with a checkpoint.
+        config: a config from `experiments.config.resolve`.
+        directory: the folder of the run.
+        stop_at: the number of steps after which the run stops, with a checkpoint.
 
     Returns:
-        How it ended; a stopped run goes on when it is called again.
+        How the call ended. A stopped run continues when the function is called again.
     """
     if workdir.finished(directory):
         workdir.claim(directory, config)
         return "finished before"
-    run = build(config)  # before the folder is touched: most mistakes show here
-    data = run.task.train_data()
+    program = build(config)  # Most mistakes show here, before the folder is touched.
+    data = program.task.train_data()
     workdir.claim(directory, config)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
     try:
-        return _train_from(run, data, directory, checkpoints, stop_at)
+        return _train_from(program, data, directory, checkpoints, stop_at)
     finally:
         checkpoints.close()
 
 
 def _train_from(
-    run: Run,
+    program: Program,
     data: DataIterator,
     directory: Path,
     checkpoints: Checkpoints,
     stop_at: int | None,
 ) -> Outcome:
-    restored = checkpoints.restore(run.form.abstract)
-    state, meta = restored or (run.init(), {})
+    restored = checkpoints.restore(program.representation.abstract)
+    state, meta = restored or (program.representation.init(), {})
     if restored:
         data.set_state(meta["data"])
     start = int(state.step)
-    metrics = Metrics(directory, start, run.config.steps)
+    metrics = Metrics(directory, start, program.config.steps)
     if restored:
         metrics.say(f"going on from the checkpoint of step {start}")
     window = Window(meta.get("first", start + 1), meta.get("sums"))
     began = time.time() - meta.get("seconds", 0.0)
     saved = start if restored else None
-    session = Session(run, directory, checkpoints, metrics, window, began, saved)
+    session = Session(program, directory, checkpoints, metrics, window, began, saved)
     try:
-        with Prefetcher(data, run.put) as batches, StopRequest() as stop:
+        with Prefetcher(data, program.put) as batches, StopRequest() as stop:
             state, stopped = _loop(session, state, batches, stop, stop_at)
         if not stopped:
-            _finish(session, state)
+            session.finish(state)
         return "stopped" if stopped else "finished"
     except NonFiniteError as error:
-        raise UserError(_not_finite(session, error)) from error
+        raise UserError(session.not_finite(error)) from error
     finally:
         metrics.close()
 
@@ -103,81 +146,30 @@ def _loop(
     stop: StopRequest,
     stop_at: int | None,
 ) -> tuple[TrainState, bool]:
-    """Steps until the last one, or until asked to stop.
+    """Trains until the last step, or until the process is asked to stop.
 
-    The order matters. A step is only dispatched, and the sums of the one before it fetched, so that
-    the device never waits for the host. Records come before the checkpoint that counts on them, and
-    the check that all is finite before both.
+    The order of the statements matters. Each step is only dispatched before the sums of the step
+    before it are fetched, so that the device never waits for the host. Records are written before
+    the checkpoint that relies on them, and both only after a check that all values are finite.
     """
-    run, window, config = session.run, session.window, session.run.config
+    program, window, config = session.program, session.window, session.program.config
     end = config.steps if stop_at is None else min(config.steps, stop_at)
     step, stopping = int(state.step), False
     while step < end and not stopping:
-        state, sums = run.step(state, batches.next())
+        state, sums = program.step(state, batches.next())
         step += 1
         window.add(step, sums)
-        state = run.form.between_steps(state, step)
+        state = program.representation.between_steps(state, step)
         session.metrics.tick(step)
         if step % config.log_every == 0 or step == config.steps:
-            _log(session, state, step, batches)
+            session.log(state, step, batches)
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
             window.totals.settled()
             with window.paused():
-                values = evaluate(run, state, run.task.eval_split)
-                session.metrics.write(step, run.task.eval_split, values)
+                values = evaluate(program, state, program.task.eval_split)
+                session.metrics.write(step, program.task.eval_split, values)
         stopping = stop.asked()
         due = config.checkpoint_every and step % config.checkpoint_every == 0
         if due or stopping or step == end:
-            _save(session, state, step, batches.position)
+            session.save(state, step, batches.position)
     return state, step < config.steps
-
-
-def _log(session: Session, state: TrainState, step: int, batches: Prefetcher) -> None:
-    """The records of the window that ends here."""
-    run, window = session.run, session.window
-    totals = window.totals.settled()
-    with window.paused():
-        values: dict[str, Any] = run.task.final_metrics(totals)
-        values = values | {"learning_rate": run.learning_rate(step - 1)}
-        units = run.task.unit, run.task.units_per_step
-        session.metrics.write(
-            step, "train", values | {"timing": window.timing(*units, batches.waited)}
-        )
-        masks = run.masks(state)
-        if masks:
-            session.metrics.write(step, "masks", masks)
-        window.next(step + 1)
-        batches.waited = 0.0
-
-
-def _save(session: Session, state: TrainState, step: int, position: Any) -> None:
-    """A checkpoint from which the run goes on as if nothing had happened."""
-    window = session.window
-    meta = {"data": position, "first": window.first, "sums": window.totals.settled()}
-    with window.paused():
-        if not session.run.finite(state.params):
-            raise NonFiniteError(step, f"the parameters after step {step} are not finite")
-        session.metrics.sync()
-        state = session.run.form.settled(state)
-        session.checkpoints.save(step, state, meta | {"seconds": session.seconds()})
-        session.saved = step
-
-
-def _finish(session: Session, state: TrainState) -> None:
-    """The last evaluation and `final.json`."""
-    run, step = session.run, int(state.step)
-    results = {}
-    if run.config.eval_at_end:
-        for split in dict.fromkeys([run.task.eval_split, run.task.test_split]):
-            results[split] = evaluate(run, state, split)
-            session.metrics.write(step, split, results[split] | {"final": True})
-    summary = final.summary(run, state, results, session.seconds())
-    final.write(session.directory, summary)
-
-
-def _not_finite(session: Session, error: NonFiniteError) -> str:
-    kept = f"the last good checkpoint, of step {session.saved}, is kept"
-    return (
-        f"{error}, in steps {session.window.first} to {error.step}: must be finite; "
-        f"{kept if session.saved else 'there is no checkpoint yet'} in {session.directory}"
-    )

@@ -1,4 +1,4 @@
-"""Trains what a config describes, or goes on with it.
+"""Trains what a config describes, or continues its run.
 
 python -m experiments.main --config=configs/NAME.py:VARIANT --workdir=DIR [--config.KEY=VALUE …]
 """
@@ -10,8 +10,7 @@ from pathlib import Path
 
 import jax
 
-from experiments import flags
-from experiments.config import resolve
+from experiments.config import command_line, resolve
 from experiments.loop import train
 
 ENDS = {
@@ -21,21 +20,21 @@ ENDS = {
 }
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    args, overrides = flags.parse(_parser(), argv)
+    args, overrides = command_line.parse(_parser(), argv)
     if args.distributed:
         jax.distributed.initialize()
     outcome = train(resolve(args.config, overrides), Path(args.workdir), args.stop_at)
     print(ENDS[outcome].format(args.workdir))
 
 
-def _parser() -> flags.Parser:
-    parser = flags.Parser(prog="experiments.main", description=__doc__)
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="experiments.main", description=__doc__)
     parser.add_argument("--config", required=True, help="path/to/NAME.py:VARIANT")
     parser.add_argument("--workdir", required=True, help="the run's own folder")
-    parser.add_argument("--stop_at", type=flags.positive, help="stop after so many steps")
+    parser.add_argument("--stop_at", type=command_line.positive, help="stop after so many steps")
     parser.add_argument("--distributed", action="store_true", help="one process of several hosts")
     return parser
 

@@ -1,10 +1,11 @@
-"""Many runs from one file, then their report.
+"""Does the runs that one file describes, and then their report.
 
     python -m experiments.sweep --config=configs/sweeps/NAME.py --workdir=DIR [--list]
         [--only=i,j] [--slurm] [--seeds=N] [--config.KEY=VALUE …]
 
 The file defines `get_sweep()`, which yields (run name, config file:variant, overrides as a dict).
-A run is in DIR/NAME/seed-K; overrides on the command line go to all runs, over those of the file.
+The folder of a run is DIR/NAME/seed-K. Overrides on the command line apply to all runs and take
+precedence over those of the file.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import flags
-from experiments.config import load, resolve
+from experiments.config import command_line, load, resolve
 from experiments.errors import UserError
 from experiments.loop import Outcome, train
 from experiments.report import report
@@ -28,21 +28,21 @@ from topkast_jax import SparsityError
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """One run of a sweep: its folder below the sweep's, its config file, and its overrides."""
+    """One run of a sweep: its folder in that of the sweep, its config file and its overrides."""
 
     name: str
     config: str
     overrides: tuple[str, ...]
 
     def line(self) -> str:
-        """How `--list` shows it."""
+        """The line that `--list` prints."""
         return " ".join([self.name, self.config, *(f"--config.{o}" for o in self.overrides)])
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> int:
     """Runs the command line."""
-    args, overrides = flags.parse(_parser(), argv)
+    args, overrides = command_line.parse(_parser(), argv)
     runs = plan(args.config, args.seeds, overrides)
     chosen = _choose(args.only, len(runs))
     if args.list:
@@ -52,7 +52,9 @@ def main(argv: list[str]) -> int:
         print(_slurm(argv, Path(args.workdir), chosen))
         return 0
     for i in chosen:
-        resolve(runs[i].config, runs[i].overrides)  # every mistake before the first run
+        resolve(
+            runs[i].config, runs[i].overrides
+        )  # A mistake in any config is found before the first run.
     status = run_all([runs[i] for i in chosen], Path(args.workdir))
     if args.only is None and status != STOPPED:
         print(report([Path(args.workdir)], Path(args.workdir) / "report"))
@@ -63,7 +65,7 @@ STOPPED = -1
 
 
 def plan(spec: str, seeds: int, overrides: Sequence[str] = ()) -> list[Planned]:
-    """The runs of a sweep file: all with seed 0, then all with seed 1, and so on."""
+    """The runs of a sweep file, first all with seed 0, then all with seed 1, and so on."""
     entries = list(_entries(spec))
     names = [name for name, _, _ in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -79,7 +81,7 @@ def plan(spec: str, seeds: int, overrides: Sequence[str] = ()) -> list[Planned]:
 
 
 def run_all(runs: Sequence[Planned], workdir: Path) -> int:
-    """Runs one after another; a failure is told and the rest go on.
+    """Does one run after another; a failure is printed, and the others are still done.
 
     Returns:
         0, or 1 if a run failed, or STOPPED.
@@ -102,7 +104,7 @@ def _run(run: Planned, workdir: Path) -> Outcome | None:
     try:
         return train(resolve(run.config, run.overrides), workdir / run.name)
     except (UserError, SparsityError) as error:
-        flags.fail(UserError(f"{run.name}: {error}"))
+        command_line.fail(UserError(f"{run.name}: {error}"))
     except Exception:
         print(f"error: {run.name}:", file=sys.stderr)
         traceback.print_exc()
@@ -149,13 +151,15 @@ exec {command} --only="$SLURM_ARRAY_TASK_ID\""""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(prog="experiments.sweep", description=__doc__)
+    parser = command_line.Parser(prog="experiments.sweep", description=__doc__)
     parser.add_argument("--config", required=True, help="configs/sweeps/NAME.py")
     parser.add_argument("--workdir", required=True, help="folder of all runs")
     parser.add_argument("--list", action="store_true", help="print the numbered runs")
     parser.add_argument("--only", help="numbers of the runs to do, like 0,3; no report")
     parser.add_argument("--slurm", action="store_true", help="print an sbatch array script")
-    parser.add_argument("--seeds", type=flags.positive, default=1, help="runs of each, by seed")
+    parser.add_argument(
+        "--seeds", type=command_line.positive, default=1, help="runs of each, by seed"
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What a task is to the loop, and the registry of tasks."""
+"""The protocol between a task and the loop, and the registry of tasks."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ Totals = Mapping[str, tuple[float, float]]
 
 
 class DataIterator(Protocol):
-    """Endless numpy batches that know their position.
+    """Endless batches of NumPy arrays, with a position.
 
-    `get_state()` after the n-th `next` says that n batches were taken; an iterator set to it yields
-    batch n + 1. `close()` may be missing.
+    The position after the n-th `next` says that n batches were taken. An iterator that is set to it
+    yields batch n + 1 next. A method `close()` is optional.
     """
 
     def __next__(self) -> Batch:
-        """The next batch of this host: a dict of numpy arrays, examples (lanes) first."""
+        """The next batch of this host: a dict of arrays whose first axis numbers the examples."""
 
     def get_state(self) -> Any:
-        """The position, as something `json.dumps` accepts."""
+        """The position, as a value that `json.dumps` accepts."""
 
     def set_state(self, state: Any) -> None:
-        """Go to a position that `get_state` gave, perhaps in another process."""
+        """Continues from a position that `get_state` returned, perhaps in another process."""
 
 
 class Task(Protocol):
     """A model, its data and its loss.
 
     Attributes:
-        unit: what throughput is counted in ("examples", "tokens").
-        units_per_step: how many of them one training step takes, over all hosts.
-        eval_split: the split evaluated during training.
-        test_split: the split evaluated at the end, for `final.json`.
+        unit: the unit in which throughput is counted, "examples" or "tokens".
+        units_per_step: the number of units in one training step, over all hosts.
+        eval_split: the split that is evaluated during training.
+        test_split: the split that is evaluated at the end, for `final.json`.
     """
 
     unit: str
@@ -51,36 +51,39 @@ class Task(Protocol):
     test_split: str
 
     def init(self, rng: jax.Array) -> tuple[Tree, Tree]:
-        """Parameters (nested dict of arrays) and model state; pure and jittable."""
+        """Parameters (a nested dict of arrays) and model state; pure and jittable."""
 
     def loss(
         self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[Tree, Sums]]:
-        """The training loss at the forward view, with the new model state and sums; pure."""
+        """The training loss at the forward view, with the new model state and the sums.
+
+        The function is pure.
+        """
 
     def eval_state(self, model_state: Tree, split: str) -> Tree:
-        """What evaluation starts from."""
+        """The state with which the evaluation of a split starts."""
 
     def eval_step(self, params: Tree, eval_state: Tree, batch: Batch) -> tuple[Tree, Sums]:
-        """Sums over one batch, in which padding has weight 0; pure."""
+        """The sums over one batch, in which padding has weight 0. The function is pure."""
 
     def train_data(self) -> DataIterator:
-        """The training batches of this host, from the first."""
+        """The training batches of this host, starting with the first."""
 
     def eval_data(self, split: str) -> Iterable[Batch]:
-        """This host's part of all batches of a split; of one size, the last ones padded."""
+        """This host's part of all batches of a split; the last one is padded to the common size."""
 
     def model_state_specs(self, shapes: Tree) -> Tree:
-        """A PartitionSpec for each leaf of the model state, given its abstract values."""
+        """A PartitionSpec for each leaf of the model state, from its abstract values."""
 
     def eval_context(self, split: str) -> dict[str, Any]:
-        """What a metric depends on besides the parameters: lengths, number of examples."""
+        """What a metric depends on besides the parameters, such as the number of examples."""
 
     def final_metrics(self, totals: Totals) -> dict[str, float]:
-        """Summed (numerator, denominator) pairs of training or evaluation → what is reported."""
+        """The metrics to report, from the summed numerators and denominators."""
 
     def example_batch(self) -> Batch:
-        """ShapeDtypeStructs of one training batch."""
+        """One training batch of all hosts, as ShapeDtypeStructs."""
 
 
 # Where a task's module is. It defines `default_config() -> ConfigDict` with sections `model` and
@@ -92,11 +95,11 @@ _MODULES: dict[str, str] = {
 
 
 def register_task(name: str, module: str) -> None:
-    """Make a task known under a name.
+    """Makes a task known under a name.
 
     Args:
-        name: what configs call it.
-        module: import path of the module that defines it.
+        name: the value of `config.task`.
+        module: the import path of a module with `default_config`, `validate` and `make_task`.
     """
     _MODULES[name] = module
 
@@ -115,7 +118,7 @@ def make_task(config: ConfigDict) -> Task:
 
 
 def ratios(totals: Totals) -> dict[str, float]:
-    """The usual `final_metrics`: each numerator over its denominator."""
+    """The usual `final_metrics`: each numerator divided by its denominator."""
     return {
         name: top / bottom if bottom else float("nan") for name, (top, bottom) in totals.items()
     }

@@ -1,23 +1,24 @@
-"""Compiles a run's training step for a TPU, without one, and prints what it costs as one JSON line.
+"""Compiles the training step of a run for a TPU, without a TPU, and prints its cost as JSON.
 
     .venv/bin/python scripts/aot_tpu.py --config=configs/NAME.py:VARIANT --topology=v5e:2x2 \
         [--devices=N] [--config.KEY=VALUE …]
 
-Needs the TPU compiler: `scripts/setup aot`. Data need not be there. The line holds, for one device:
+The script needs the TPU compiler of `scripts/setup aot`, and no data. The line of JSON contains,
+for one device:
 
-device_bytes, host_bytes  what the compiler sets aside; `total` counts donated arguments once
-reservoir_bytes           what an always-sparse run keeps in host memory, outside the program
-flops                     of matrix products and convolutions, 2 a multiply-add
-bytes_moved               in and out of the device's main memory, tiles' padding left out
-collectives               kind → count, bytes, and [bytes of one, count] for each size
-seconds                   flops, bytes_moved and bytes sent, each over the chip's published peak
-roofline_seconds, bound   the largest of them, and which: no step of this program is faster
-costliest                 the same for a step that takes the costlier side of every conditional
-                          (a step that chooses masks anew); the others are for an ordinary step
-unknown                   loops counted once and kernels counted as 0, for nothing says what they do
+device_bytes, host_bytes  memory that the compiler allocates; `total` counts donated arguments once
+reservoir_bytes           host memory of an always-sparse run, outside the program
+flops                     FLOPs of matrix products and convolutions, 2 for a multiply-add
+bytes_moved               bytes into and out of the main memory, without the padding of tiles
+collectives               for each kind: count, bytes, and [bytes of one, count] for each size
+seconds                   flops, bytes_moved and bytes sent, each over its published peak
+roofline_seconds, bound   the largest of these times, and its name; no step can be faster
+costliest                 the same for a step that takes the costlier branch of every conditional
+                          (a refresh of the masks); the other values are for an ordinary step
+unknown                   loops that count once and kernels that count as 0, without information
 
-A step that does not fit prints `"fits": false` with the bytes that it needs, as the compiler says.
-A user's mistake is one line, and status 2.
+If the step does not fit, the line contains `"fits": false` and the bytes that the compiler needs. A
+mistake of the user is printed as one line, and the exit status is 2.
 """
 
 from __future__ import annotations
@@ -31,29 +32,27 @@ from typing import Any
 
 import jax
 
-from experiments import flags
-from experiments.config import resolve
-from experiments.run import build
+from experiments.config import command_line, resolve
 from experiments.tpu import compiling, hlo, library
 from experiments.tpu.chips import Chip
 from experiments.tpu.cost import Cost, cost, dearest
+from experiments.training.program import build
 
 
 def report(spec: str, overrides: Sequence[str], topology: str, count: int | None) -> dict[str, Any]:
-    """Compiles; the record that is printed."""
+    """Compiles the step; returns the record that is printed."""
     config = resolve(spec, overrides)
     target = compiling.target(topology, count)
-    run = build(config, target.devices)
-    lowered = compiling.lower(run)
+    program = build(config, target.devices)
+    lowered = compiling.lower(program)
+    reservoir = program.representation.abstract().reservoir
     record: dict[str, Any] = {
         "config": config.name,
         "overrides": list(overrides),
         "topology": topology,
         "devices": len(target.devices),
         "hbm_bytes": target.peaks.hbm_bytes,
-        "reservoir_bytes": sum(
-            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract.reservoir)
-        ),
+        "reservoir_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(reservoir)),
     }
     start = time.perf_counter()
     try:
@@ -62,21 +61,21 @@ def report(spec: str, overrides: Sequence[str], topology: str, count: int | None
         needs = {"needed_bytes": error.needed, "available_bytes": error.available}
         return record | {"fits": False} | needs
     record |= {"fits": True, "compile_seconds": round(time.perf_counter() - start, 1)}
-    program = hlo.parse(compiled.as_text() or "")
-    return record | compiling.memory(compiled) | costs(program, len(target.devices), target.peaks)
+    module = hlo.parse(compiled.as_text() or "")
+    return record | compiling.memory(compiled) | costs(module, len(target.devices), target.peaks)
 
 
-def costs(program: hlo.Program, devices: int, peaks: Chip) -> dict[str, Any]:
-    """What an ordinary step does, and the costliest one."""
-    ordinary = cost(program, devices)
+def costs(module: hlo.Module, devices: int, peaks: Chip) -> dict[str, Any]:
+    """The cost of an ordinary step and of the costliest step."""
+    ordinary = cost(module, devices)
     record = roofline(ordinary, peaks)
     if ordinary.alternatives:
-        record["costliest"] = roofline(cost(program, devices, dearest), peaks)
+        record["costliest"] = roofline(cost(module, devices, dearest), peaks)
     return record
 
 
 def roofline(step: Cost, peaks: Chip) -> dict[str, Any]:
-    """A cost as numbers, and the least time that it takes."""
+    """The numbers of a cost, and the shortest time that it allows."""
     kinds: dict[str, dict[str, Any]] = defaultdict(lambda: {"count": 0, "bytes": 0, "sizes": []})
     for (kind, size), times in sorted(step.collectives.items()):
         kinds[kind]["count"] += times
@@ -96,14 +95,14 @@ def roofline(step: Cost, peaks: Chip) -> dict[str, Any]:
     }
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    parser = flags.Parser(prog="scripts/aot_tpu.py", description=__doc__)
+    parser = command_line.Parser(prog="scripts/aot_tpu.py", description=__doc__)
     parser.add_argument("--config", required=True, help="path/to/NAME.py:VARIANT")
     parser.add_argument("--topology", required=True, help="CHIP:SHAPE, for example v5e:2x2")
-    parser.add_argument("--devices", type=flags.positive, help="only the first so many")
-    args, overrides = flags.parse(parser, argv)
+    parser.add_argument("--devices", type=command_line.positive, help="only the first so many")
+    args, overrides = command_line.parse(parser, argv)
     library.require()
     jax.config.update("jax_platforms", "cpu")
     print(json.dumps(report(args.config, overrides, args.topology, args.devices)))

@@ -1,11 +1,11 @@
-"""Time of an always-sparse training step over the dense one: same run, same shapes.
+"""Times an always-sparse training step against the dense step of the same shapes.
 
-A feed-forward stack K → H → K with a ReLU, forward + backward (parameters and input) + SGD:
-1024 → 4096 → 1024 on 1,024 tokens in float32 on CPU; 4096 → 16384 → 4096 on 8,192 tokens in
-bfloat16 on GPU. Each repeat times the dense step and then each sparse one; a row's `step_ratio` is
-the median over repeats of its time over the dense time of the same repeat. `limit` is what the
-counts of multiplications allow, (2D + D_B) / 3. Densities are named by their forward/backward
-sparsity in percent.
+The network is a feed-forward stack K → H → K with a ReLU. A step is a forward pass, a backward pass
+to parameters and input, and SGD. The sizes are 1024 → 4096 → 1024 on 1,024 tokens in float32 on
+CPU, and 4096 → 16384 → 4096 on 8,192 tokens in bfloat16 on GPU. Each repeat times the dense step
+and then each sparse step. The `step_ratio` of a row is the median over repeats of its time over the
+dense time of the same repeat. `limit` is the ratio of multiplications, (2D + D_B) / 3. Densities
+are named by their forward/backward sparsity in percent.
 
     .venv/bin/python scripts/bench_always_sparse.py [--repeats 9] [--patterns block128,unstructured]
 
@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import flags, host_memory
-from experiments.partition import all_devices
+from experiments.config import command_line
+from experiments.training import host_memory
+from experiments.training.partition import all_devices
 from topkast_jax import Block, Unstructured
 from topkast_jax.always_sparse import CompactKernel, matmul
 from topkast_jax.patterns import units_in
@@ -46,7 +47,7 @@ Step = Callable[[], None]
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The stack: features, hidden features, tokens and dtype."""
+    """The sizes of the stack."""
 
     features: int
     hidden: int
@@ -64,7 +65,7 @@ def random_kernel(
     dtype: str,
     rng: np.random.Generator,
 ) -> CompactKernel:
-    """A compact kernel with random values at random places, `densities` those of A and of B."""
+    """A compact kernel with random values at random indices, and the densities of A and B."""
     n = units_in(pattern, shape)
     a, b = (keep_count(n, d) for d in densities)
     places = rng.choice(n, b, replace=False)
@@ -86,7 +87,7 @@ def jax_step(kernels: tuple[Any, Any], x: jax.Array) -> Step:
         y = matmul(jax.nn.relu(matmul(x, first)), second)
         return 0.5 * jnp.mean(jnp.square(y), dtype=jnp.float32)
 
-    # The kernels are an argument for their indices: as constants they could be compiled in.
+    # The kernels are an argument, so that their indices are not compiled in as constants.
     def step(
         values: tuple[Any, Any], x: jax.Array, kernels: tuple[Any, Any]
     ) -> tuple[tuple[Any, Any], jax.Array]:
@@ -105,7 +106,7 @@ def jax_step(kernels: tuple[Any, Any], x: jax.Array) -> Step:
 
 
 def sparselab_step(sizes: Sizes, sparsity: float | None, rng: np.random.Generator) -> Step:
-    """The same step in PyTorch, with SparseLab's layers, or dense ones for `sparsity=None`."""
+    """The same step in PyTorch, with SparseLab's layers or, for `sparsity=None`, dense ones."""
     import sparselab  # type: ignore[import-not-found, unused-ignore]
     import torch  # type: ignore[import-not-found, unused-ignore]
 
@@ -130,7 +131,7 @@ def sparselab_step(sizes: Sizes, sparsity: float | None, rng: np.random.Generato
 
 
 def median_ratios(steps: dict[str, Step], base: dict[str, str], repeats: int) -> dict[str, Any]:
-    """Runs all steps in turn; name -> (median seconds, median ratio to its base)."""
+    """Runs all steps in turn; returns the median seconds and the median ratio of each."""
     for run in steps.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -147,7 +148,7 @@ def median_ratios(steps: dict[str, Step], base: dict[str, str], repeats: int) ->
 
 
 def bench(patterns: list[str], densities: list[str], repeats: int) -> dict[str, Any]:
-    """Times every pattern at every density; the record that is printed as JSON."""
+    """Times every pattern at every density; returns the record that is printed as JSON."""
     device = jax.devices()[0]
     sizes = SIZES.get(device.platform, SIZES["cpu"])
     rng = np.random.default_rng(0)
@@ -201,16 +202,20 @@ def _add_sparselab(
     return densities
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Parses flags, prints the table and the JSON line."""
-    parser = flags.Parser(prog="scripts/bench_always_sparse.py", description=__doc__)
-    parser.add_argument("--repeats", type=flags.positive, default=9)
-    parser.add_argument("--patterns", type=flags.some_of(PATTERNS), default=",".join(PATTERNS))
-    parser.add_argument("--densities", type=flags.some_of(DENSITIES), default=",".join(DENSITIES))
+    parser = command_line.Parser(prog="scripts/bench_always_sparse.py", description=__doc__)
+    parser.add_argument("--repeats", type=command_line.positive, default=9)
+    parser.add_argument(
+        "--patterns", type=command_line.some_of(PATTERNS), default=",".join(PATTERNS)
+    )
+    parser.add_argument(
+        "--densities", type=command_line.some_of(DENSITIES), default=",".join(DENSITIES)
+    )
     args = parser.parse_args(argv)
     host_memory.keep_freed()
-    all_devices()  # says so, where JAX was told to use some that are not here
+    all_devices()  # Raises UserError if JAX_PLATFORMS names devices that are absent.
     record = bench(args.patterns, args.densities, args.repeats)
     print(f"dense step {record['dense_ms']} ms on {record['device']}, {record['sizes']}")
     peer = record["sparselab"] if isinstance(record["sparselab"], list) else []

@@ -1,11 +1,11 @@
-"""Memory of always-sparse training on one TPU v5e chip over dense training, by the TPU compiler.
+"""Compares the memory of always-sparse and dense training on one TPU v5e chip.
 
     .venv/bin/python scripts/bench_memory.py [--patterns=block:128x128,unstructured] \
         [--skip_largest] [--masked] [--config.KEY=VALUE …]
 
-No TPU is needed; `scripts/setup aot` gets the compiler. The model is enwik8's large Transformer-XL
-with Adam at 90/80 % sparsity, rematerialised and scanned, on one short segment (SETTING below;
-`--config.` changes it for the dense and the sparse runs alike). The last line is JSON:
+No TPU is needed: the TPU compiler of `scripts/setup aot` reports the memory. The model is the large
+Transformer-XL of enwik8 with Adam at 90/80 % sparsity, rematerialised and scanned, on one short
+segment (SETTING below; `--config.` changes it for dense and sparse runs). The last line is JSON:
 
 state_ratio           bytes of parameters, gradients and optimizer state on the device over dense
 device_ratio          bytes of the compiled step on the device (arguments, temporaries and output,
@@ -13,9 +13,10 @@ device_ratio          bytes of the compiled step on the device (arguments, tempo
 largest_params_ratio  parameters (of the dense shapes) of the deepest model that compiles into the
                       chip's memory over those of the deepest dense one
 
-for the first pattern, and for each under "patterns". A gradient has the shape and type of the
-values that the optimizer sees. Whether a model fits is the compiler's word: near the limit it packs
-more tightly than the bytes that it reports. `--masked` measures masks over dense arrays instead.
+The values are those of the first pattern; "patterns" has those of each pattern. A gradient has the
+shape and dtype of the values that the optimizer sees. Whether a model fits is decided by the
+compiler, which packs more tightly near the limit than the bytes that it reports. `--masked`
+measures masks over dense arrays instead.
 """
 
 from __future__ import annotations
@@ -29,15 +30,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from experiments import flags, optimizers
-from experiments import state as states
-from experiments.config import resolve
-from experiments.run import Run, build
+from experiments.config import command_line, resolve
 from experiments.task import make_task
 from experiments.tpu import compiling, library
+from experiments.training import state as states
+from experiments.training.program import Program, build
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_large.py"
 TOPOLOGY = "v5e:2x2"
@@ -51,29 +50,29 @@ SETTING = (
     "model.train.target=64",
     "model.train.memory=64",
 )
-# The deepest model is found to within this part of its layers.
+# The relative accuracy of the number of layers of the deepest model.
 TOLERANCE = 0.01
-# The compiler keeps so much of a chip's memory for itself.
+# The part of a chip's memory that the compiler reserves.
 RESERVED = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to train: the config's variant, and overrides on top of the setting."""
+    """A way to train: the variant of the config, and overrides on top of the setting."""
 
     name: str
     variant: str
     overrides: tuple[str, ...]
 
     def config(self, layers: int | None = None) -> ConfigDict:
-        """The config, of another depth if asked."""
+        """The config, with another depth if `layers` is given."""
         depth = () if layers is None else (f"model.n_layer={layers}",)
         return resolve(f"{CONFIG}:{self.variant}", (*self.overrides, *depth))
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One compiled step; `total` is what the compiler asked for where it does not fit."""
+    """A compiled step. If it does not fit, `total` is the memory that the compiler asked for."""
 
     layers: int
     params: int
@@ -82,9 +81,10 @@ class Measured:
     fits: bool
 
 
-def state_bytes(run: Run) -> int:
-    """Parameters, gradients and optimizer state that lie on the device."""
-    params, opt_state = run.abstract.params, run.abstract.opt_state
+def state_bytes(program: Program) -> int:
+    """The bytes of parameters, gradients and optimizer state on the device."""
+    state = program.representation.abstract()
+    params, opt_state = state.params, state.opt_state
     gradients = [p for p in jax.tree.leaves(params) if jnp.issubdtype(p.dtype, jnp.floating)]
     leaves = [*jax.tree.leaves(params), *gradients, *jax.tree.leaves(opt_state)]
     return sum(_bytes(leaf) for leaf in leaves)
@@ -94,28 +94,17 @@ def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return int(np.prod(leaf.shape)) * leaf.dtype.itemsize
 
 
-def check(variant: Variant, target: compiling.Target) -> None:
-    """Raises what is wrong with a variant's densities, rules and pattern, from shapes alone."""
-    config = variant.config()
-    params = states.abstract_params(make_task(config))
-    if config.method.get("always_sparse"):
-        place = SingleDeviceSharding(target.devices[0])
-        optimizers.make_always_sparse(config, params, lambda shape: place)
-    else:
-        optimizers.make_optimizer(config, params)
-
-
 def measure(variant: Variant, target: compiling.Target, layers: int | None = None) -> Measured:
-    """Compiles a variant's step, of its own depth or another, and prints a row."""
+    """Compiles the step of a variant, perhaps with another depth, and prints a row."""
     config = variant.config(layers)
-    run = build(config, target.devices)
+    program = build(config, target.devices)
     params = sum(leaf.size for leaf in jax.tree.leaves(states.abstract_params(make_task(config))))
     try:
-        compiled = compiling.compile(compiling.lower(run))
+        compiled = compiling.compile(compiling.lower(program))
         total, fits = compiling.memory(compiled)["device_bytes"]["total"], True
     except compiling.TooLarge as error:
         total, fits = error.needed or 0, False
-    found = Measured(config.model.n_layer, params, state_bytes(run), total, fits)
+    found = Measured(config.model.n_layer, params, state_bytes(program), total, fits)
     print(_row(variant.name, found), flush=True)
     return found
 
@@ -134,14 +123,14 @@ def deepest(
 ) -> Measured:
     """The deepest model that compiles.
 
-    Memory is near linear in layers, which says where to look; where that does not halve what is
-    left to search, the next look is in the middle of it.
+    Memory is nearly linear in the number of layers, which gives the next guess. If a guess does not
+    halve the remaining range, the next one is in its middle.
 
     Args:
-        fits: a model that does.
-        memory: bytes of the device.
-        measure_at: compiles a model of so many layers.
-        tolerance: how near to the first that does not fit, as a part of its layers.
+        fits: a model that compiles.
+        memory: the memory of the device in bytes.
+        measure_at: compiles a model with a given number of layers.
+        tolerance: the distance to the first model that does not fit, relative to its layers.
     """
     fails: Measured | None = None
     slope = fits.total / fits.layers
@@ -167,7 +156,7 @@ def deepest(
 
 
 def variants(patterns: Sequence[str], masked: bool, overrides: Sequence[str]) -> list[Variant]:
-    """Dense, and one for each pattern."""
+    """The dense variant, and one variant for each pattern."""
     setting = (*SETTING, *overrides)
     sparse = ("method.inner_state=reset",) if masked else ("method.always_sparse=True",)
     return [Variant("dense", "dense", setting)] + [
@@ -177,10 +166,10 @@ def variants(patterns: Sequence[str], masked: bool, overrides: Sequence[str]) ->
 
 
 def bench(runs: Sequence[Variant], skip_largest: bool) -> dict[str, dict[str, float]]:
-    """Pattern → ratios; the first variant is the dense one."""
+    """The ratios of each pattern to the first variant, which is dense."""
     target = compiling.target(TOPOLOGY, 1)
-    for run in runs:  # before any is compiled
-        check(run, target)
+    for run in runs:  # A mistake in any of them ends the script before the first compilation.
+        build(run.config(), target.devices)
     measured = [measure(run, target) for run in runs]
     pairs = [] if skip_largest else list(zip(runs, measured, strict=True))
     largest = [_deepest(run, start, target) for run, start in pairs]
@@ -201,14 +190,14 @@ def _deepest(run: Variant, start: Measured, target: compiling.Target) -> Measure
     return deepest(start, memory, lambda layers: measure(run, target, layers))
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Prints a row for each compiled step, and the JSON line."""
-    parser = flags.Parser(prog="scripts/bench_memory.py", description=__doc__)
+    parser = command_line.Parser(prog="scripts/bench_memory.py", description=__doc__)
     parser.add_argument("--patterns", default=PATTERNS, help="comma list")
     parser.add_argument("--skip_largest", action="store_true", help="only at the config's depth")
     parser.add_argument("--masked", action="store_true", help="masks over dense arrays")
-    args, overrides = flags.parse(parser, argv)
+    args, overrides = command_line.parse(parser, argv)
     library.require()
     jax.config.update("jax_platforms", "cpu")
     runs = variants(args.patterns.split(","), args.masked, overrides)

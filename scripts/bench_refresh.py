@@ -1,13 +1,13 @@
-"""What a refresh of an always-sparse run costs beside its steps.
+"""Times the refreshes of an always-sparse run against its steps.
 
     .venv/bin/python scripts/bench_refresh.py [--variant=90/80] [--steps=N] [--repeats=N]
         [--config.KEY=VALUE …]
 
-The run is that of configs/enwik8_small.py on random tokens. A refresh writes the values back,
-chooses both sets on the host, and sends what is new; the steps between two refreshes change θ. The
-last line is JSON: `step_seconds`, `refresh_seconds` (medians), `refresh_ratio` (a refresh over a
-step), `amortised` (what it adds to each step at one refresh in 100 steps), and `entering`, the
-share of B that a refresh brought in.
+The run is that of configs/enwik8_small.py on random tokens. A refresh writes the values back to the
+host, chooses both sets there, and sends what is new; the steps between two refreshes change θ. The
+last line is JSON: the medians `step_seconds` and `refresh_seconds`, `refresh_ratio` (a refresh over
+a step), `amortised` (the cost that one refresh in 100 steps adds to each step), and `entering`, the
+share of B that is new after a refresh.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import flags
-from experiments.config import resolve
+from experiments.config import command_line, resolve
 from experiments.errors import UserError
-from experiments.form import Compact
-from experiments.run import Run, build
-from experiments.totals import LOSS
+from experiments.training.methods import representation
+from experiments.training.metric_sums import LOSS
+from experiments.training.program import Program, build
 from topkast_jax.flags import BACKWARD
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_small.py"
@@ -38,32 +37,33 @@ EVERY = 100
 WARM = 3
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    args, overrides = flags.parse(_parser(), argv)
+    args, overrides = command_line.parse(_parser(), argv)
     print(json.dumps(measure(args.variant, args.steps, args.repeats, overrides)))
 
 
 def measure(variant: str, steps: int, repeats: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Times steps and refreshes in turn; the first refreshes compile and are not counted."""
+    """Times steps and refreshes in turn. The first refreshes compile and are not counted."""
     config = resolve(
         f"{CONFIG}:{variant}",
         ("method.always_sparse=True", f"method.refresh_every={steps}", *overrides),
     )
     _check_refreshes(config.method, steps, (repeats + WARM) * steps)
-    run = build(config)
-    if not isinstance(run.form, Compact):
+    if representation(config.method) != "always_sparse":
         raise UserError("config.method.always_sparse: found False; must be True")
-    state, batch = run.init(), _batch(run)
+    program = build(config)
+    held = program.representation
+    state, batch = held.init(), _batch(program)
     step_seconds, refresh_seconds, entering = [], [], []
     for i in range(1, (repeats + WARM) * steps + 1):
-        seconds, (state, sums) = _timed(run.step, state, batch)
+        seconds, (state, sums) = _timed(program.step, state, batch)
         step_seconds.append(seconds)
         _check_finite(i, float(sums[LOSS]))
         if i % steps == 0:
             before = {k: v & BACKWARD for k, v in state.reservoir.sets.items()}
-            seconds, state = _timed(run.form.between_steps, state, i)
+            seconds, state = _timed(held.between_steps, state, i)
             refresh_seconds.append(seconds)
             entering.append(_entering(before, state.reservoir.sets))
             print(f"refresh {len(refresh_seconds)}: {seconds:.3f} s, {entering[-1]:.2%} of B new")
@@ -79,7 +79,7 @@ def measure(variant: str, steps: int, repeats: int, overrides: Sequence[str]) ->
 
 
 def _check_refreshes(method: ConfigDict, steps: int, last: int) -> None:
-    """Raises UserError unless each refresh falls between the steps where it is timed."""
+    """Raises UserError unless each refresh happens between the steps where it is timed."""
     stop = method.get("stop_exploring_at")
     for key, fits, rule in (
         ("refresh_every", method.get("refresh_every") == steps, f"--steps={steps}"),
@@ -101,13 +101,13 @@ def _check_finite(step: int, loss: float) -> None:
         )
 
 
-def _batch(run: Run) -> Any:
+def _batch(program: Program) -> Any:
     rng = np.random.default_rng(0)
     tokens = {
-        name: rng.integers(0, run.config.data.vocabulary_size, x.shape).astype(x.dtype)
-        for name, x in run.task.example_batch().items()
+        name: rng.integers(0, program.config.data.vocabulary_size, x.shape).astype(x.dtype)
+        for name, x in program.task.example_batch().items()
     }
-    return run.put(tokens)
+    return program.put(tokens)
 
 
 def _timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
@@ -123,10 +123,14 @@ def _entering(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> fl
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = flags.Parser(prog="bench_refresh", description=__doc__)
+    parser = command_line.Parser(prog="bench_refresh", description=__doc__)
     parser.add_argument("--variant", default="90/80")
-    parser.add_argument("--steps", type=flags.positive, default=10, help="between two refreshes")
-    parser.add_argument("--repeats", type=flags.positive, default=7, help="refreshes counted")
+    parser.add_argument(
+        "--steps", type=command_line.positive, default=10, help="between two refreshes"
+    )
+    parser.add_argument(
+        "--repeats", type=command_line.positive, default=7, help="refreshes counted"
+    )
     return parser
 
 

@@ -1,14 +1,14 @@
-"""Times exact top-K selection against sorting and NumPy's partition, in one run.
+"""Times exact top-K selection against sorting and NumPy's partition.
 
     .venv/bin/python scripts/bench_selection.py [--entries=4194304,16777216] [--repeats=N]
 
-Everyone does the same job on the same normally distributed float32 entries, a matrix: exact
-thresholds for two densities, 0.1 and 0.2. The sort is one `jnp.argsort` of the magnitudes, the
-partition one `numpy.partition` of them at both ranks. Repeats are interleaved; ratios are of median
-times. `passes` is our time over that of one jitted pass `jnp.sum(jnp.abs(x) > t)`, for a cold
-selection; `warm_passes` starts from the thresholds of before every entry moved by about 0.1 %, and
-`mask_passes` also writes both keep-masks. The `cpu_` fields compare processor time instead, which
-other programs on the machine disturb less. The last line is JSON.
+All of them find exact thresholds for the densities 0.1 and 0.2 in the same matrix of normally
+distributed float32 entries. The sort is one `jnp.argsort` of the magnitudes. The partition is one
+`numpy.partition` of them at both ranks. Repeats are interleaved, and ratios are those of median
+times. `passes` is the time of a selection over that of one jitted pass `jnp.sum(jnp.abs(x) > t)`.
+`warm_passes` starts from the thresholds before every entry changed by about 0.1 %, and
+`mask_passes` also writes both masks. The `cpu_` fields compare processor time, which other programs
+on the machine disturb less. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import flags
-from experiments.partition import all_devices
+from experiments.config import command_line
+from experiments.training.partition import all_devices
 from topkast_jax import selection
 
 DENSITIES = (0.1, 0.2)
-COLUMNS = 2048  # of the matrix
-SLOW_REPEATS = 3  # of the sort
+COLUMNS = 2048  # The columns of the matrix.
+SLOW_REPEATS = 3  # The repeats of the sort.
 
 
 def contestants(entries: int) -> dict[str, Callable[[], Any]]:
-    """What to time, compiled and run once."""
+    """The functions to time, after each of them was compiled and run once."""
     x = jax.random.normal(jax.random.key(0), (entries // COLUMNS, COLUMNS))
     moved = x * (1 + 1e-3 * jax.random.normal(jax.random.key(1), x.shape))
     counts = tuple(selection.keep_count(entries, d) for d in DENSITIES)
@@ -66,7 +66,7 @@ def contestants(entries: int) -> dict[str, Callable[[], Any]]:
 
 
 def check(results: Mapping[str, Any]) -> None:
-    """Raises unless all found the same magnitudes."""
+    """Raises an error unless all functions found the same magnitudes."""
     expected = np.asarray(results["partition"]).view(np.int32).tolist()
     found = {
         "cold": results["cold"].key.tolist(),
@@ -79,7 +79,7 @@ def check(results: Mapping[str, Any]) -> None:
 
 
 def measure(timed: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median wall and processor seconds of each, interleaved."""
+    """The median wall time and processor time of each function, in seconds."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}
     for repeat in range(repeats):
         for name, run in timed.items():
@@ -95,7 +95,7 @@ def measure(timed: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, t
 
 
 def ratios(seconds: Mapping[str, tuple[float, float]], clock: int) -> dict[str, float]:
-    """The reported ratios by one clock, 0 for wall and 1 for processor time."""
+    """The reported ratios by one clock: 0 for wall time, 1 for processor time."""
     time_of = {name: times[clock] for name, times in seconds.items()}
     values = {
         "sort_ratio": time_of["sort"] / time_of["cold"],
@@ -107,14 +107,14 @@ def ratios(seconds: Mapping[str, tuple[float, float]], clock: int) -> dict[str, 
     return {name: round(value, 2) for name, value in values.items()}
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Measures every size and prints a table and the JSON line."""
-    parser = flags.Parser(prog="scripts/bench_selection.py", description=__doc__)
+    parser = command_line.Parser(prog="scripts/bench_selection.py", description=__doc__)
     parser.add_argument("--entries", type=_sizes, default=f"{4 * 2**20},{16 * 2**20}")
-    parser.add_argument("--repeats", type=flags.positive, default=15)
+    parser.add_argument("--repeats", type=command_line.positive, default=15)
     args = parser.parse_args(argv)
-    all_devices()  # says so, where JAX was told to use some that are not here
+    all_devices()  # Raises UserError if JAX_PLATFORMS names devices that are absent.
     results = []
     for entries in args.entries:
         seconds = measure(contestants(entries), args.repeats)

@@ -1,14 +1,14 @@
-"""Times a Top-KAST training step against the dense step of the same network, in one run.
+"""Times a Top-KAST training step against the dense step of the same network.
 
     .venv/bin/python scripts/bench_step.py [--cases=mlp_b128_r100,…] [--pairs=N]
 
-A case is a network, a batch and how often the sets are chosen anew: `mlp_b128_r100` is a
-784-2048-2048-2048-10 MLP at batch 128 with a refresh every 100 steps, `txl_small_r100` the
-Transformer-XL of `configs/enwik8_small.py` with its batch, optimizer and sparse layers. Steps are
-timed in interleaved pairs (dense, then Top-KAST at 90/80 % sparsity) and the median ratio is
-reported; with a refresh every r steps, the time of a Top-KAST step is ((r − 1) · plain +
-refreshing) / r, both measured. `memory_ratio` is the compiled step's peak (arguments, outputs and
-temporaries) over the dense one's. The last line is JSON.
+A case is a network, a batch size and a refresh interval: `mlp_b128_r100` is a 784-2048-2048-2048-10
+MLP at batch size 128 with a refresh every 100 steps, and `txl_small_r100` is the Transformer-XL of
+`configs/enwik8_small.py` with its batch, optimizer and sparse layers. Steps are timed in
+interleaved pairs (dense, then Top-KAST at 90/80 % sparsity), and the median ratio is reported. With
+a refresh every r steps, the time of a Top-KAST step is ((r − 1) · plain + refreshing) / r, where
+both times are measured. `memory_ratio` is the peak memory of the compiled step (arguments, outputs
+and temporaries) over that of the dense step. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import optax
 
 import topkast_jax as tk
-from experiments import flags
-from experiments.partition import all_devices
+from experiments.config import command_line
 from experiments.tpu import compiling
+from experiments.training.partition import all_devices
 
 Loss = Callable[[Any, Any], jax.Array]
 CONFIG = Path(__file__).parents[1] / "configs" / "enwik8_small.py"
@@ -38,7 +38,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "enwik8_small.py"
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A network, a batch, and its dense optimizer beside the Top-KAST one."""
+    """A network, a batch, its dense optimizer and its Top-KAST optimizer."""
 
     params: Any
     data: Any
@@ -49,14 +49,14 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What one row measures."""
+    """The measurement of one row."""
 
     make: Callable[[int], Training]
     refresh_every: int
 
 
 def mlp(batch: int, refresh_every: int) -> Training:
-    """An MLP with momentum."""
+    """An MLP that is trained with momentum."""
     sizes = (784, 2048, 2048, 2048, 10)
     keys = jax.random.split(jax.random.key(0), len(sizes) + 1)
     params = [
@@ -82,9 +82,10 @@ def mlp(batch: int, refresh_every: int) -> Training:
 
 
 def transformer_xl(refresh_every: int) -> Training:
-    """`configs/enwik8_small.py` on random bytes, its memory full."""
-    from experiments import config, optimizers
+    """The model of `configs/enwik8_small.py` on random bytes, with a full memory."""
+    from experiments import config
     from experiments.task import make_task
+    from experiments.training import optimizers
 
     with_refresh = [f"method.refresh_every={refresh_every}"]
     sparse = config.resolve(f"{CONFIG}:90/80", with_refresh)
@@ -101,7 +102,10 @@ def transformer_xl(refresh_every: int) -> Training:
         batch = {"tokens": text[:, :-1], "targets": text[:, 1:]}
         return task.loss(params, memory, batch, keys[0])[0]
 
-    dense_tx, sparse_tx = (optimizers.make_optimizer(c, params) for c in (dense, sparse))
+    dense_tx, (_, sparse_tx) = (
+        optimizers.make_dense(dense, params),
+        optimizers.make_masked(sparse, params),
+    )
     return Training(params, (memory, text), loss, dense_tx, sparse_tx)
 
 
@@ -115,7 +119,7 @@ CASES = {
 def compile_step(
     tx: optax.GradientTransformation, sparse: bool, loss: Loss, params: Any, data: Any
 ) -> tuple[Any, Any]:
-    """The compiled, donating training step and its first optimizer state."""
+    """The compiled training step, which donates its arguments, and the initial optimizer state."""
 
     def step(params: Any, state: Any, data: Any) -> tuple[Any, Any, jax.Array]:
         view = tk.forward_params(params, state) if sparse else params
@@ -133,7 +137,7 @@ def at_step(state: Any, step: int) -> Any:
 
 
 def measure(case: Case, pairs: int) -> dict[str, float]:
-    """Median step ratio over interleaved pairs, and the ratio of peak memory."""
+    """The median ratio of step times over interleaved pairs, and the ratio of peak memory."""
     training = case.make(case.refresh_every)
     params, data, loss = training.params, training.data, training.loss
     dense, dense_state = compile_step(training.dense, False, loss, params, data)
@@ -165,14 +169,16 @@ def measure(case: Case, pairs: int) -> dict[str, float]:
     return {"step_ratio": round(statistics.median(ratios), 3), "memory_ratio": round(memory, 3)}
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the chosen cases and prints the results."""
-    parser = flags.Parser(prog="scripts/bench_step.py", description=__doc__)
-    parser.add_argument("--cases", type=flags.some_of(CASES), default=",".join(CASES))
-    parser.add_argument("--pairs", type=flags.positive, default=15, help="timed pairs a case")
+    parser = command_line.Parser(prog="scripts/bench_step.py", description=__doc__)
+    parser.add_argument("--cases", type=command_line.some_of(CASES), default=",".join(CASES))
+    parser.add_argument(
+        "--pairs", type=command_line.positive, default=15, help="timed pairs a case"
+    )
     args = parser.parse_args(argv)
-    all_devices()  # says so, where JAX was told to use some that are not here
+    all_devices()  # Raises UserError if JAX_PLATFORMS names devices that are absent.
     results = []
     for name in args.cases:
         results.append({"case": name, **measure(CASES[name], args.pairs)})

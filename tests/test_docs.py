@@ -1,7 +1,10 @@
 """The code in the documents runs as it stands there."""
 
+import importlib
+import json
 import pathlib
 import re
+import shlex
 
 import pytest
 
@@ -18,9 +21,27 @@ def test_python_blocks_run(name):
         exec(compile(block, name, "exec"), scope)
 
 
+def test_a_model_and_a_data_set_of_ones_own(tmp_path, monkeypatch, capsys):
+    """The files of docs/adding_a_task.md are written to a folder, and its commands run there."""
+    text = (ROOT / "docs/adding_a_task.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        (tmp_path / re.match(r"# (\w+\.py)\n", block)[1]).write_text(block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (commands,) = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    for command in commands.splitlines():
+        python, m, module, *arguments = shlex.split(command)
+        assert (python, m) == ("python", "-m")
+        assert importlib.import_module(module).main(arguments) == 0, capsys.readouterr().err
+    for run in ("masked", "sparse"):
+        final = json.loads((tmp_path / "runs" / run / "final.json").read_text())
+        assert final["test"]["accuracy"] > 0.9
+        assert final["densities"]["forward"] == pytest.approx(0.2, abs=0.01)
+    assert {"stripes.npz", "report"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_docstring_examples():
     import doctest
-    import importlib
 
     top_kast = importlib.import_module("topkast_jax.top_kast")
 

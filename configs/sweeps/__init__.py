@@ -1,1 +1,1 @@
-"""One file a table or figure; each defines get_sweep()."""
+"""The sweeps behind tables and figures; each file defines get_sweep()."""

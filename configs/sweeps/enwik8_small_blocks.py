@@ -1,8 +1,8 @@
-"""What blocks cost in accuracy: single entries and blocks of 16, 32 and 128 at the same densities.
+"""The accuracy of single entries and of blocks of 16, 32 and 128 at the same densities.
 
-Reproduces no row of the paper. Top-KAST 75/50, for a kernel of 256×256 has four blocks of 128, and
-90/80 without these; `configs/enwik8_small.py` cut to 400 steps, refresh every 40. Hardware: two CPU
-cores.
+It reproduces no row of the paper. The runs are those of `configs/enwik8_small.py`, shortened to 400
+steps with a refresh every 40 steps: Top-KAST 75/50, and 90/80 without blocks of 128, of which a
+kernel of 256×256 has only four. Hardware: two CPU cores.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/enwik8_small_blocks.py --seeds=3 \
@@ -26,7 +26,7 @@ SHORT: dict[str, object] = {
 
 
 def get_sweep() -> Iterator[tuple[str, str, dict[str, object]]]:
-    # The denser network takes the smaller steps, as in configs/enwik8_small.py.
+    # The denser network has the smaller learning rate, as in configs/enwik8_small.py.
     for variant, rate in (("75/50", 3e-3), ("90/80", 1e-2)):
         for name, pattern in PATTERNS.items():
             if variant == "75/50" or name != "blocks_128":

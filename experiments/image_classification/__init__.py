@@ -1,1 +1,1 @@
-"""Image classification: residual networks, data, and the task that joins them."""
+"""Image classification: networks, data, and the task that joins them."""

@@ -1,4 +1,4 @@
-"""Image classification: a residual network, labelled images, and their cross-entropy."""
+"""Image classification: a network, labelled images, and their cross-entropy."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,14 +10,14 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments.image_classification import pipeline, settings
-from experiments.image_classification.models import ARCHITECTURES, ResNet
-from experiments.image_classification.preprocessing import RECIPES, Recipe
-from experiments.image_classification.sources import Source
+from experiments.image_classification.config import default_config, validate
+from experiments.image_classification.data import DATA_SETS, pipeline
+from experiments.image_classification.data.preprocessing import RECIPES, Recipe
+from experiments.image_classification.data.sources import Source
+from experiments.image_classification.models import MODELS, Network
 from experiments.task import Batch, Sums, Totals, Tree, ratios
 
-default_config = settings.default_config
-validate = settings.validate
+__all__ = ["ImageClassification", "default_config", "make_task", "validate"]
 
 
 class ImageClassification:
@@ -29,30 +29,32 @@ class ImageClassification:
 
     def __init__(self, config: ConfigDict):
         self._data = config.data
-        self._model = config.model
+        self._label_smoothing = config.model.get("label_smoothing", 0.0)
+        self._builder = MODELS.get(config.model.name)(config.model)
+        self._data_set = DATA_SETS.get(config.data.name)(config.data)
         self._seed = config.seed
         self.units_per_step = config.batch_size
         self._sources: dict[str, Source] = {}
-        self._recipe: Recipe = RECIPES[config.data.recipe]
-        self._num_classes = settings.num_classes(config.data)
+        self._recipe: Recipe = RECIPES.get(config.data.recipe)
+        self._num_classes = self._data_set.num_classes()
         abstract = nnx.eval_shape(lambda: self._make_model(jax.random.key(0)))
         self._graph = nnx.graphdef(abstract)
         self._abstract_params = nnx.state(abstract, nnx.Param)
         self._abstract_rest = nnx.state(abstract, nnx.Not(nnx.Param))
 
     def init(self, rng: jax.Array) -> tuple[Tree, Tree]:
-        """Fresh parameters and batch statistics, as nested dicts."""
+        """Initial parameters and batch statistics, as nested dicts."""
         return _dicts(self._make_model(rng))
 
     def loss(
         self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[Tree, Sums]]:
-        """Mean cross-entropy with smoothed labels, over the whole batch; moves the statistics."""
-        del rng  # the augmentation is in the data
+        """Mean cross-entropy with smoothed labels over the batch; updates the statistics."""
+        del rng  # The data pipeline does the augmentation.
         model = self._merge(params, model_state)
         logits = model(self._normalise(batch["image"]), train=True)
         targets = jax.nn.one_hot(batch["label"], self._num_classes)
-        targets = optax.smooth_labels(targets, self._model.label_smoothing)
+        targets = optax.smooth_labels(targets, self._label_smoothing)
         losses = optax.softmax_cross_entropy(logits, targets)
         _, new_state = _dicts(model)
         weights = jnp.ones_like(losses)
@@ -64,14 +66,14 @@ class ImageClassification:
         return model_state
 
     def eval_step(self, params: Tree, eval_state: Tree, batch: Batch) -> tuple[Tree, Sums]:
-        """Cross-entropy (labels as they are) and correct answers, summed with the weights."""
+        """Weighted sums of the cross-entropy, without smoothing, and of correct predictions."""
         model = self._merge(params, eval_state)
         logits = model(self._normalise(batch["image"]), train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return eval_state, _sums(losses, logits, batch["label"], batch["weight"])
 
     def train_data(self) -> pipeline.TrainBatches:
-        """This host's part of endless shuffled epochs."""
+        """The part of this host of endless shuffled epochs."""
         return pipeline.TrainBatches(self._source("train"), self._options())
 
     def eval_data(self, split: str) -> Iterable[Batch]:
@@ -79,11 +81,11 @@ class ImageClassification:
         return pipeline.eval_batches(self._source(split), self._options())
 
     def model_state_specs(self, shapes: Tree) -> Tree:
-        """Batch statistics are small and go everywhere."""
+        """Every device holds a copy of the batch statistics, which are small."""
         return jax.tree.map(lambda _: PartitionSpec(), shapes)
 
     def eval_context(self, split: str) -> dict[str, Any]:
-        """The data set and how many of its images were counted."""
+        """The data set, and how many of its images are counted."""
         return {
             "dataset": self._data.name,
             "examples": len(self._source(split)),
@@ -95,30 +97,25 @@ class ImageClassification:
         return ratios(totals)
 
     def example_batch(self) -> Batch:
-        """One training batch of all hosts, in the abstract."""
+        """One training batch of all hosts, as abstract arrays."""
         size, count = self._data.image_size, self.units_per_step
         return {
             "image": jax.ShapeDtypeStruct((count, size, size, self._data.channels), jnp.uint8),
             "label": jax.ShapeDtypeStruct((count,), jnp.int32),
         }
 
-    def _make_model(self, rng: jax.Array) -> ResNet:
-        return ResNet(
-            ARCHITECTURES[self._model.name],
-            channels=self._data.channels,
-            num_classes=self._num_classes,
-            width=self._model.width,
-            dtype=self._model.dtype,
-            rngs=nnx.Rngs(params=rng),
-        )
+    def _make_model(self, rng: jax.Array) -> Network:
+        rngs = nnx.Rngs(params=rng)
+        channels, classes = self._data.channels, self._num_classes
+        return self._builder(channels=channels, num_classes=classes, rngs=rngs)
 
-    def _merge(self, params: Tree, rest: Tree) -> ResNet:
+    def _merge(self, params: Tree, rest: Tree) -> Network:
         variables = []
         for abstract, values in ((self._abstract_params, params), (self._abstract_rest, rest)):
             state = nnx.clone(abstract)
             nnx.replace_by_pure_dict(state, values)
             variables.append(state)
-        # A copy, for BatchNorm writes its statistics.
+        # The model is a copy, because BatchNorm writes its statistics into it.
         return nnx.merge(self._graph, *variables, copy=True)
 
     def _normalise(self, images: jax.Array) -> jax.Array:
@@ -127,7 +124,10 @@ class ImageClassification:
 
     def _source(self, split: str) -> Source:
         if split not in self._sources:
-            self._sources[split] = settings.open_source(self._data, split, self._recipe)
+            source = self._data_set.source(split)
+            if self._data.cache and not self._data_set.in_memory:
+                source = pipeline.cached(source, self._recipe, self._data.image_size)
+            self._sources[split] = source
         return self._sources[split]
 
     def _options(self) -> pipeline.Options:
@@ -152,8 +152,8 @@ def _sums(losses: jax.Array, logits: jax.Array, labels: jax.Array, weights: jax.
     }
 
 
-def _dicts(model: ResNet) -> tuple[Tree, Tree]:
-    """Parameters, and the rest, as nested dicts."""
+def _dicts(model: Network) -> tuple[Tree, Tree]:
+    """The parameters and all other variables, as nested dicts."""
     params, rest = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
     return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 

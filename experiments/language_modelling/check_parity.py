@@ -1,9 +1,9 @@
-"""Compares the model with golden values of the authors' PyTorch model.
+"""Compares the Transformer-XL with values of its authors' PyTorch model in a golden file.
 
     python -m experiments.language_modelling.check_parity FILE.npz
 
-Prints the largest differences as a JSON line and exits with 0 if all are within bounds, 1 if not,
-and 2 with one line if the file is no golden file.
+It prints the largest differences as one line of JSON. The exit status is 0 if all of them are
+within bounds, 1 if they are not, and 2, with one line, if the file is not a golden file.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import flags
+from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.language_modelling.reference_weights import (
+from experiments.language_modelling.models.reference_weights import (
     from_reference,
     settings_from_reference,
     to_reference,
 )
-from experiments.language_modelling.settings import Lengths
-from experiments.language_modelling.transformer_xl import LanguageModel, Memory, Params
+from experiments.language_modelling.models.settings import Lengths
+from experiments.language_modelling.models.transformer_xl import LanguageModel, Memory, Params
 
 BOUNDS = {"nll": 2e-5, "memory": 2e-5, "gradient": 1e-4}
-SMALLEST_GRADIENT = 1e-9  # a tensor whose largest entry is below is compared with this
+# The scale of a gradient whose largest entry is smaller.
+SMALLEST_GRADIENT = 1e-9
 
 Golden = Mapping[str, np.ndarray]
 
 
 def read_golden(file: str | Path) -> dict[str, np.ndarray]:
-    """Every array of a golden file.
+    """Reads every array of a golden file.
 
     Raises:
-      UserError: no such file, not a whole .npz file, or one without the keys of a golden file.
+      UserError: the file is missing, damaged, or without the keys of a golden file.
     """
     try:
         with np.load(file, allow_pickle=False) as archive:
@@ -60,38 +61,40 @@ def read_golden(file: str | Path) -> dict[str, np.ndarray]:
 
 
 def differences(golden: Golden) -> dict[str, float]:
-    """`compare` for a file of which nothing has run yet.
+    """Runs all segments of a golden file, and compares them with `compare`.
 
     Raises:
-      UserError: settings, tokens, weights or expected values that do not fit each other.
+      UserError: settings, tokens, weights or expected values do not fit each other.
     """
     with jax.default_matmul_precision("highest"):
-        return compare(Run.of(golden), golden)
+        return compare(Replay.of(golden), golden)
 
 
-def compare(run: Run, golden: Golden) -> dict[str, float]:
-    """Largest absolute difference of nll and memories; of gradients, relative to each tensor's max.
+def compare(replay: Replay, golden: Golden) -> dict[str, float]:
+    """The largest differences of likelihoods, memories and gradients.
+
+    Those of gradients are relative to the largest entry of each tensor; the others are absolute.
 
     Args:
-      run: before its first segment; all of them run.
-      golden: what is expected, as from `read_golden`.
+      replay: a replay before its first segment; all of its segments run.
+      golden: the expected values, as from `read_golden`.
     """
     worst = {"nll": 0.0, "memory": 0.0}
-    for s in range(len(run.tokens_SxBxT)):
-        nll_BxT, memories = run.segment(s)
+    for s in range(len(replay.tokens_SxBxT)):
+        nll_BxT, memories = replay.segment(s)
         worst["nll"] = _max(worst["nll"], _difference(golden, f"nll/{s}", nll_BxT.T))
         for i, memory_MxBxD in enumerate(memories):
             difference = _difference(golden, f"mem/{s}/{i}", memory_MxBxD)
             worst["memory"] = _max(worst["memory"], difference)
-    gradients = to_reference(run.gradients, run.model.config, all_names=True)
+    gradients = to_reference(replay.gradients, replay.model.config, all_names=True)
     return worst | {"gradient": _gradient_difference(golden, gradients)}
 
 
-class Run:
-    """The segments of one golden file in turn.
+class Replay:
+    """Runs the segments of one golden file, one after another.
 
     Attributes:
-      gradients: of the mean likelihood of the segment that ran last.
+      gradients: the gradients of the mean likelihood of the last segment that ran.
     """
 
     def __init__(
@@ -110,8 +113,8 @@ class Run:
         self._step = jax.jit(jax.value_and_grad(self._apply, has_aux=True))
 
     @classmethod
-    def of(cls, golden: Golden, *, scan: bool = False) -> Run:
-        """Before the first segment of a golden file."""
+    def of(cls, golden: Golden, *, scan: bool = False) -> Replay:
+        """A replay before the first segment of a golden file."""
         config, lengths = settings_from_reference(_cfg(golden))
         config = dataclasses.replace(config, scan=scan)
         tokens_SxBxT, targets_SxBxT = _segments(golden, lengths, config.n_token)
@@ -127,10 +130,13 @@ class Run:
         return nll_BxT.mean(), (nll_BxT, hidden_BxTxD, memory)
 
     def segment(self, s: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Runs segment s; the likelihoods [B, T], and memories [M, B, D] as the reference has them.
+        """Runs segment s.
 
-        The reference also remembers the last layer's output, which nothing reads; the model does
-        not, so it is gathered here.
+        The memories are those of the reference, which also remembers the output of the last layer.
+        Nothing reads that output, and the model does not keep it, so it is gathered here.
+
+        Returns:
+          The likelihoods [B, T], and the memories [M, B, D].
         """
         (_, (nll_BxT, hidden_BxTxD, self.memory)), self.gradients = self._step(
             self.params, self.memory, self.tokens_SxBxT[s], self.targets_SxBxT[s]
@@ -192,14 +198,16 @@ def _gradient_difference(golden: Golden, gradients: Mapping[str, np.ndarray]) ->
 
 
 def _max(a: float, b: float) -> float:
-    """The larger, or NaN if either is."""
+    """The larger of two numbers, or NaN if one of them is NaN."""
     return float(np.maximum(a, b))
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> int:
-    """Checks one file; the status is 0 only within the bounds."""
-    parser = flags.Parser(prog="experiments.language_modelling.check_parity", description=__doc__)
+    """Checks one file; the exit status is 0 only if all differences are within the bounds."""
+    parser = command_line.Parser(
+        prog="experiments.language_modelling.check_parity", description=__doc__
+    )
     parser.add_argument("file", metavar="FILE.npz")
     args = parser.parse_args(argv)
     try:

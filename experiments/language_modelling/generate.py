@@ -1,15 +1,15 @@
-"""Goes on with a text, from the last checkpoint of a run.
+"""Continues a text with the model of a run, from its last checkpoint.
 
 python -m experiments.language_modelling.generate --workdir=DIR --prompt=TEXT --tokens=N
 
-It runs on the forward set alone, as training and evaluation do, with the memory of evaluation; with
-`--params=FILE`, on that of a file from `experiments.export --form=dense` or `compact`.
+The model runs on the forward set only, like in training and evaluation, with the memory of
+evaluation. With `--params=FILE`, it runs on a file from `experiments.export` of the form `dense` or
+`compact`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,22 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import export, flags, saved
+from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.language_modelling import options
+from experiments.language_modelling.config import lengths
+from experiments.language_modelling.data import TEXTS
+from experiments.language_modelling.data.vocabulary import Vocabulary
 from experiments.language_modelling.sampling import Sampling, generate
 from experiments.language_modelling.task import LanguageModelling
-from experiments.language_modelling.vocabulary import Vocabulary
+from experiments.records import exported, restore, workdir
 from topkast_jax.always_sparse import is_compact
 from topkast_jax.trees import flatten_with_names
 
-# May differ between a model and the one that its parameters are from.
-FREE = ("dropout", "dropatt", "dtype", "remat")
+# Keys that may differ between a model and the one that its parameters come from.
+FREE = ("dropout", "dropatt", "dtype", "remat", "train", "evaluation")
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     args = _parser().parse_args(argv)
@@ -49,43 +51,43 @@ def continuation(
     seed: int,
     params: Path | None = None,
 ) -> str:
-    """The prompt and what the model of a run makes of it.
+    """The prompt, continued by the model of a run.
 
     Args:
-      directory: of the run.
-      prompt: one symbol at least.
-      tokens: how many to add.
-      sampling: how they are drawn.
-      seed: of the draws.
-      params: a file from `experiments.export`, in place of the run's newest parameters.
+      directory: the folder of the run.
+      prompt: the beginning of the text, at least one symbol.
+      tokens: the number of tokens to add.
+      sampling: how tokens are drawn.
+      seed: the seed of the draws.
+      params: a file from `experiments.export` that replaces the newest parameters of the run.
     """
-    found = saved.read(directory, "language_modelling")
-    run, state = found.run, found.state
-    assert isinstance(run.task, LanguageModelling)
+    found = restore.read(directory, "language_modelling")
+    program, state = found.program, found.state
+    assert isinstance(program.task, LanguageModelling)
     if params is None:
-        alpha = run.view(state.params, state.opt_state)
+        alpha = program.view(state.params, state.opt_state)
     else:
-        alpha = exported(params, found.config, run.task.model.abstract_params)
+        alpha = read_params(params, found.config, program.task.model.abstract_params)
     vocabulary = _vocabulary(found.config, found.meta["data"]["text"])
     numbers = encode_prompt(vocabulary, prompt)
-    lengths = options.lengths(found.config, "evaluation")
-    drawn = generate(run.task.model, alpha, lengths, numbers, tokens, sampling, seed)
+    reach = lengths(found.config, "evaluation")
+    drawn = generate(program.task.model, alpha, reach, numbers, tokens, sampling, seed)
     return vocabulary.decode([*numbers, *drawn])
 
 
-def exported(path: Path, config: ConfigDict, like: Any) -> Any:
-    """The parameters in an exported file.
+def read_params(path: Path, config: ConfigDict, like: Any) -> Any:
+    """Reads the parameters in an exported file.
 
     Args:
-      path: of the file.
-      config: of the run whose model is to run on them.
-      like: that model's parameters, perhaps abstract.
+      path: the path of the file.
+      config: the config of the run whose model will run on the parameters.
+      like: the parameters of that model, perhaps abstract.
 
     Raises:
-      UserError: it cannot be read, holds another form, or parameters of another model.
+      UserError: the file cannot be read, has another form, or belongs to another model.
     """
     try:
-        tree, metadata = export.load(path)
+        tree, metadata = exported.load(path)
     except UserError as error:
         raise UserError(f"--params={error}") from error
     if metadata["form"] not in ("dense", "compact"):
@@ -93,7 +95,7 @@ def exported(path: Path, config: ConfigDict, like: Any) -> Any:
             f"--params={path}: holds form {metadata['form']!r}; must be 'dense' or 'compact'"
         )
     for found, needed in (
-        (_what_fits(metadata["config"]), _what_fits(config)),
+        (_what_fits(metadata["config"]), _what_fits(workdir.as_json(config))),
         (_shapes(tree), _shapes(like)),
     ):
         different = [k for k in needed | found if found.get(k) != needed.get(k)]
@@ -107,17 +109,18 @@ def exported(path: Path, config: ConfigDict, like: Any) -> Any:
 
 
 def _what_fits(config: Any) -> dict[str, Any]:
-    """What must be the same of two configs for one to run on the other's parameters."""
-    config = ConfigDict(config)
-    if config.task != "language_modelling":
-        return {"task": config.task}
-    model = dataclasses.asdict(options.transformer_config(config))
+    """The values that must agree if one config's model runs on the other's parameters."""
+    config = dict(config)
+    if config["task"] != "language_modelling":
+        return {"task": config["task"]}
+    model, data = dict(config["model"]), dict(config["data"])
     fits = {key: value for key, value in model.items() if key not in FREE}
-    return {"task": config.task, "vocabulary": config.data.vocabulary} | fits
+    fits |= {key: data[key] for key in ("vocabulary", "vocabulary_size")}
+    return {"task": config["task"]} | fits
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    """Dense shapes by name."""
+    """The dense shapes of parameters by name."""
     names, leaves, _ = flatten_with_names(params, is_leaf=is_compact)
     return {
         name: (*leaf.index.shape[:-1], *leaf.shape) if is_compact(leaf) else leaf.shape
@@ -126,7 +129,7 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
 
 
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> list[int]:
-    """The numbers of a prompt's symbols; of words, the last line is not ended."""
+    """The numbers of the symbols of a prompt. A prompt of words does not end its last line."""
     try:
         numbers = vocabulary.encode(prompt.encode()).tolist()
     except UnicodeEncodeError:
@@ -141,10 +144,10 @@ def encode_prompt(vocabulary: Vocabulary, prompt: str) -> list[int]:
 
 
 def _vocabulary(config: ConfigDict, text: dict[str, Any]) -> Vocabulary:
-    """Out of the checkpoint, or, where it is large, out of the prepared data."""
+    """The vocabulary in the checkpoint, or that of the prepared data if it is large."""
     if text["symbols"] is not None:
         return Vocabulary(config.data.level, tuple(text["symbols"]))
-    found = options.open_corpus(config.data).vocabulary
+    found = TEXTS.get(config.data.name)(config.data).open().vocabulary
     if found.fingerprint != text["vocabulary"]:
         raise UserError(
             f"config.data.dir={config.data.dir!r}: its vocabulary is {found.fingerprint}, "
@@ -153,11 +156,15 @@ def _vocabulary(config: ConfigDict, text: dict[str, Any]) -> Vocabulary:
     return found
 
 
-def _parser() -> flags.Parser:
-    parser = flags.Parser(prog="experiments.language_modelling.generate", description=__doc__)
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(
+        prog="experiments.language_modelling.generate", description=__doc__
+    )
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--prompt", required=True, help="what the text begins with")
-    parser.add_argument("--tokens", required=True, type=flags.positive, help="how many to add")
+    parser.add_argument(
+        "--tokens", required=True, type=command_line.positive, help="how many to add"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="0: most probable token")
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability")

@@ -1,4 +1,4 @@
-"""Prepares a text of the paper for training.
+"""Prepares a text for training.
 
 python -m experiments.language_modelling.prepare NAME [--data_dir=DIR] [--manual_dir=DIR]
 """
@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import sys
 
-from experiments import flags
-from experiments.language_modelling.prepared import PREPARED, prepare
+from experiments.config import command_line
+from experiments.language_modelling.data.prepared import PREPARED, prepare
 
 
-@flags.command
+@command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    parser = flags.Parser(prog="prepare_text", description=__doc__)
+    parser = command_line.Parser(prog="prepare_text", description=__doc__)
     parser.add_argument("name", choices=sorted(PREPARED))
-    parser.add_argument("--data_dir", default="", help="where to; default: ~/tensorflow_datasets")
-    parser.add_argument("--manual_dir", default="", help="holds the file, if it is here already")
+    parser.add_argument(
+        "--data_dir", default="", help="output folder; default: ~/tensorflow_datasets"
+    )
+    parser.add_argument(
+        "--manual_dir", default="", help="folder with the file, if it is already here"
+    )
     args = parser.parse_args(argv)
     where = prepare(args.name, args.data_dir, args.manual_dir)
     print(f"prepared {args.name} in {where}")

@@ -1,4 +1,4 @@
-"""Text, token by token, from a language model and its memory."""
+"""Draws text from a language model, one token after another."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments.errors import UserError
-from experiments.language_modelling.settings import Lengths
-from experiments.language_modelling.transformer_xl import LanguageModel, Memory
+from experiments.language_modelling.models import Model
+from experiments.language_modelling.models.settings import Lengths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,8 @@ class Sampling:
 
     Attributes:
       temperature: divides the log-probabilities; 0 takes the most probable token.
-      top_k: only among so many of the most probable; 0 for all.
-      top_p: only among the fewest that together have this probability.
+      top_k: the number of most probable tokens to draw from; 0 for all tokens.
+      top_p: draws from the smallest set of tokens that together have this probability.
     """
 
     temperature: float = 1.0
@@ -37,13 +37,13 @@ class Sampling:
             raise UserError(f"--top_p={self.top_p}: must be above 0 and at most 1")
 
     def draw(self, rng: jax.Array, log_probs: jax.Array) -> jax.Array:
-        """One token from log-probabilities [tokens]."""
+        """Draws one token from log-probabilities [tokens]."""
         if self.temperature == 0.0:
             return jnp.argmax(log_probs)
         return jax.random.categorical(rng, self.restrict(log_probs / self.temperature))
 
     def restrict(self, logits: jax.Array) -> jax.Array:
-        """The same, with minus infinity for what may not be drawn."""
+        """The same logits, with minus infinity for tokens that must not be drawn."""
         order = jnp.argsort(logits, descending=True)
         sorted_logits = logits[order]
         before = jnp.cumsum(jax.nn.softmax(sorted_logits)) - jax.nn.softmax(sorted_logits)
@@ -55,7 +55,7 @@ class Sampling:
 
 
 def generate(
-    model: LanguageModel,
+    model: Model,
     params: Any,
     lengths: Lengths,
     prompt: Sequence[int],
@@ -63,16 +63,16 @@ def generate(
     sampling: Sampling,
     seed: int,
 ) -> list[int]:
-    """The tokens that follow a prompt; the same for the same seed.
+    """Draws the tokens that follow a prompt. The same seed gives the same tokens.
 
     Args:
-      model: what predicts.
-      params: what it runs on.
-      lengths: its memory; segments are of one token.
-      prompt: one token at least.
-      tokens: how many to draw.
-      sampling: how.
-      seed: of the draws.
+      model: the language model.
+      params: the parameters on which it runs.
+      lengths: the lengths of its memory; segments have one token.
+      prompt: the tokens before, at least one.
+      tokens: the number of tokens to draw.
+      sampling: how tokens are drawn.
+      seed: the seed of the draws.
     """
     step = _step(model, lengths, sampling)
     memory, key = model.init_memory(1, lengths), jax.random.key(seed)
@@ -85,15 +85,12 @@ def generate(
     return found
 
 
-def _step(model: LanguageModel, lengths: Lengths, sampling: Sampling) -> Callable[..., Any]:
-    """(params, memory, token, rng) → (memory, next token), compiled."""
+def _step(model: Model, lengths: Lengths, sampling: Sampling) -> Callable[..., Any]:
+    """The compiled function (params, memory, token, rng) → (memory, next token)."""
 
     @jax.jit
-    def step(
-        params: Any, memory: Memory, token: jax.Array, rng: jax.Array
-    ) -> tuple[Memory, jax.Array]:
-        hidden, memory = model.hidden(params, memory, token.reshape(1, 1), lengths)
-        log_probs = model.log_probs(params, hidden[0, -1])
-        return memory, sampling.draw(rng, log_probs).astype(jnp.int32)
+    def step(params: Any, memory: Any, token: jax.Array, rng: jax.Array) -> tuple[Any, jax.Array]:
+        log_probs, memory = model.next_log_probs(params, memory, token.reshape(1, 1), lengths)
+        return memory, sampling.draw(rng, log_probs[0]).astype(jnp.int32)
 
     return step

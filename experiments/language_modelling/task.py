@@ -1,4 +1,4 @@
-"""Language modelling: Transformer-XL, texts in lanes, and bits per character or perplexity."""
+"""Language modelling: a model with a memory, texts in lanes, bits per character or perplexity."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
-from experiments.language_modelling import options, streams
-from experiments.language_modelling.corpus import Corpus
-from experiments.language_modelling.transformer_xl import LanguageModel, Memory
-from experiments.partition import BATCH
+from experiments.language_modelling.config import (
+    check_lengths,
+    default_config,
+    lengths,
+    make_model,
+    validate,
+)
+from experiments.language_modelling.data import TEXTS, streams
+from experiments.language_modelling.data.corpus import Corpus
 from experiments.task import Batch, Sums, Totals, Tree
 
-default_config = options.default_config
-validate = options.validate
+__all__ = ["LanguageModelling", "default_config", "make_task", "validate"]
 
 
 class LanguageModelling:
@@ -30,21 +33,22 @@ class LanguageModelling:
     def __init__(self, config: ConfigDict):
         self._config = config
         self._lanes = config.batch_size
-        self._train = options.lengths(config, "train")
-        self._evaluation = options.lengths(config, "evaluation")
+        self._train = lengths(config, "train")
+        self._evaluation = lengths(config, "evaluation")
         self.units_per_step = self._lanes * self._train.target
         self.eval_split = config.data.eval_split
-        self.model = LanguageModel(options.transformer_config(config))
+        self.model = make_model(config)
+        self._text = TEXTS.get(config.data.name)(config.data)
         self._share = streams.Share(jax.process_index(), jax.process_count())
         self._corpus: Corpus | None = None
 
-    def init(self, rng: jax.Array) -> tuple[Tree, Memory]:
-        """Fresh parameters and an empty memory."""
+    def init(self, rng: jax.Array) -> tuple[Tree, Tree]:
+        """Initial parameters and an empty memory."""
         return self.model.init(rng), self.model.init_memory(self._lanes, self._train)
 
     def loss(
-        self, params: Tree, model_state: Memory, batch: Batch, rng: jax.Array
-    ) -> tuple[jax.Array, tuple[Memory, Sums]]:
+        self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple[Tree, Sums]]:
         """Mean negative log-likelihood in nats over one segment of every lane."""
         nll, memory = self.model.apply(
             params, model_state, batch["tokens"], batch["targets"], self._train, rng=rng
@@ -52,12 +56,12 @@ class LanguageModelling:
         total = jnp.sum(nll)
         return total / nll.size, (memory, {"loss": (total, jnp.float32(nll.size))})
 
-    def eval_state(self, model_state: Memory, split: str) -> Memory:
+    def eval_state(self, model_state: Tree, split: str) -> Tree:
         """An empty memory of evaluation's length."""
         del model_state, split
         return self.model.init_memory(self._eval_rows, self._evaluation)
 
-    def eval_step(self, params: Tree, eval_state: Memory, batch: Batch) -> tuple[Memory, Sums]:
+    def eval_step(self, params: Tree, eval_state: Tree, batch: Batch) -> tuple[Tree, Sums]:
         """Negative log-likelihood, summed with the weights."""
         nll, memory = self.model.apply(
             params, eval_state, batch["tokens"], batch["targets"], self._evaluation
@@ -73,24 +77,22 @@ class LanguageModelling:
         )
 
     def eval_data(self, split: str) -> Iterable[Batch]:
-        """Every token of a split once, but for its first, which nothing stands before."""
+        """Every token of a split once, except its first, which has no token before it."""
         tokens = self._open().splits[split]
         plan = self.eval_plan(len(tokens))
         return streams.eval_segments(tokens, plan, self._share.of(self._eval_rows))
 
     def eval_plan(self, tokens: int) -> streams.EvalPlan:
-        """How so many tokens are shared out to the lanes."""
-        target, memory = self._evaluation.target, self._evaluation.memory
-        warmup = streams.reach(self.model.config.n_layer, memory, target)
+        """How a text of that many tokens is divided among the lanes."""
+        target, warmup = self._evaluation.target, self.model.reach(self._evaluation)
         return streams.EvalPlan(tokens - 1, target, self._config.data.eval_batch_size, warmup)
 
-    def model_state_specs(self, shapes: Memory) -> Tree:
-        """The memory lies where its lanes are."""
-        places: dict[str, Any] = {"states": PartitionSpec(None, *BATCH), "valid": PartitionSpec()}
-        return shapes._replace(**places)
+    def model_state_specs(self, shapes: Tree) -> Tree:
+        """The memory is sharded like its lanes."""
+        return self.model.memory_specs(shapes)
 
     def eval_context(self, split: str) -> dict[str, Any]:
-        """The text, how many tokens were counted, and how far the model looked."""
+        """The text, the number of tokens that are counted, and how far the model looks back."""
         return {
             "dataset": self._config.data.name,
             "level": self._config.data.level,
@@ -107,30 +109,29 @@ class LanguageModelling:
         return {"loss": loss, "bpc": loss / math.log(2)}
 
     def example_batch(self) -> Batch:
-        """One training batch of all hosts, in the abstract."""
+        """One training batch of all hosts, as abstract arrays."""
         segment = jax.ShapeDtypeStruct((self._lanes, self._train.target), jnp.int32)
         return {"tokens": segment, "targets": segment}
 
     @property
     def _eval_rows(self) -> int:
-        """Lanes of evaluation and as many empty ones as make them divide over all devices."""
+        """The lanes of evaluation, with empty ones so that they divide evenly over all devices."""
         devices = jax.device_count()
         return math.ceil(self._config.data.eval_batch_size / devices) * devices
 
     def _open(self) -> Corpus:
         if self._corpus is None:
-            self._corpus = options.open_corpus(self._config.data)
-            options.check_lengths(self._config, self._corpus)
+            self._corpus = self._text.open()
+            check_lengths(self._config, self._corpus)
         return self._corpus
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a position in the text to mean the same."""
+        """What must agree for a position in the text to keep its meaning."""
         corpus = self._open()
-        own = self._config.data.name in options.OWN
         return {
             "vocabulary": corpus.vocabulary.fingerprint,
             "tokens": len(corpus.splits["train"]),
-            "symbols": list(corpus.vocabulary.symbols) if own else None,
+            "symbols": None if self._text.known else list(corpus.vocabulary.symbols),
         }
 
 

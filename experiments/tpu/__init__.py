@@ -1,1 +1,1 @@
-"""What a training step costs on a TPU, from the TPU compiler alone: no TPU is needed."""
+"""The cost of a training step on a TPU, as its compiler reports it."""

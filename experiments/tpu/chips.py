@@ -13,14 +13,14 @@ from experiments.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip.
+    """The peaks of one chip.
 
     Attributes:
-        flops: bfloat16, a second.
-        hbm_bytes: memory.
-        hbm_bandwidth: bytes a second.
-        ici_bandwidth: bytes a second that leave the chip over all its links to other chips, half
-            of what the documentation calls bidirectional.
+        flops: bfloat16 operations per second.
+        hbm_bytes: the size of the main memory.
+        hbm_bandwidth: bytes per second to and from the main memory.
+        ici_bandwidth: bytes per second that leave the chip over all its links to other chips, which
+            is half of what the documentation calls bidirectional.
     """
 
     flops: float
@@ -29,7 +29,7 @@ class Chip:
     ici_bandwidth: float
 
     def shared_by(self, devices: int) -> Chip:
-        """The part of one of several devices on a chip: JAX sees two on each v4 chip."""
+        """The peaks of one of several devices on a chip. JAX sees two devices on each v4 chip."""
         return Chip(
             self.flops / devices,
             self.hbm_bytes // devices,
@@ -38,7 +38,7 @@ class Chip:
         )
 
     def seconds(self, flops: float, moved: float, sent: float) -> Mapping[str, float]:
-        """The least time that each part of a chip takes for its share."""
+        """The shortest time that each part of the chip needs for its work."""
         return {
             "compute": flops / self.flops,
             "memory": moved / self.hbm_bandwidth,
@@ -55,7 +55,7 @@ CHIPS: Mapping[str, Chip] = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology's name, the part before the colon."""
+    """The chip that a topology names before the colon."""
     name = topology.partition(":")[0]
     if name not in CHIPS:
         raise UserError(

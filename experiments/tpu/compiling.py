@@ -14,9 +14,9 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from experiments.errors import UserError
-from experiments.partition import BATCH, make_mesh
-from experiments.run import Run
 from experiments.tpu.chips import Chip, chip_of
+from experiments.training.partition import BATCH, make_mesh
+from experiments.training.program import Program
 
 _TOO_LARGE = (
     r"Used (?P<needed>[\d.]+[KMGT]?) of (?P<available>[\d.]+[KMGT]?) hbm",
@@ -26,7 +26,12 @@ _TOO_LARGE = (
 
 
 class TooLarge(Exception):
-    """A program does not fit; bytes that it needs and that there are, None if not said."""
+    """A program does not fit into the memory of a device.
+
+    Attributes:
+        needed: the bytes that the program needs; None if the compiler does not say so.
+        available: the bytes that the device has; None if the compiler does not say so.
+    """
 
     def __init__(self, needed: int | None, available: int | None):
         super().__init__(f"needs {needed} bytes of {available}")
@@ -35,14 +40,14 @@ class TooLarge(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices to compile for, and the peaks of one: a chip's, or its part of a chip's."""
+    """The devices to compile for, and the peaks of one device."""
 
     devices: Sequence[jax.Device]
     peaks: Chip
 
 
 def target(topology: str, count: int | None = None) -> Target:
-    """The first `count` devices of a topology such as `v5e:2x2`, or all of them."""
+    """The first `count` devices of a topology such as `v5e:2x2`; None takes all of them."""
     chip = chip_of(topology)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -72,25 +77,25 @@ def _form_a_mesh(devices: Sequence[jax.Device]) -> bool:
     return True
 
 
-def lower(run: Run) -> jax.stages.Lowered:
-    """The training step on its state and one batch, both in the abstract."""
-    place = NamedSharding(run.mesh, BATCH)
+def lower(program: Program) -> jax.stages.Lowered:
+    """Lowers the training step for an abstract state and an abstract batch."""
+    sharding = NamedSharding(program.mesh, BATCH)
     batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), run.task.example_batch()
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        program.task.example_batch(),
     )
-    step: Any = run.step
-    return step.lower(run.abstract, batch)
+    return program.step.lower(program.representation.abstract(), batch)
 
 
 def compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles; raises TooLarge where the device's memory does not suffice."""
+    """Compiles a lowered step; raises TooLarge if the memory of the device does not suffice."""
     try:
         with warnings.catch_warnings():
-            # Where JAX keeps what it compiles, it cannot read programs for absent devices back.
+            # JAX cannot read programs for absent devices back from its persistent cache.
             warnings.filterwarnings("ignore", message=".*persistent compilation cache")
             return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        # A kernel that asks for too much of a core's own memory (VMEM) exhausts a resource as well.
+        # A kernel that needs too much of a core's own memory (VMEM) has the same error code.
         if "RESOURCE_EXHAUSTED" not in str(error) or not re.search(r"(?i)\bhbm\b", str(error)):
             raise
         raise _too_large(str(error)) from error
@@ -109,10 +114,10 @@ def _bytes(text: str) -> int:
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, dict[str, int]]:
-    """Bytes of one device's memory, and of its host's, by what lies in them.
+    """The bytes that a program needs in the memory of one device and of its host, by purpose.
 
-    `alias` is the part of the output that takes the place of arguments; `total` is what there must
-    be at least while the program runs.
+    `alias` is the part of the output that reuses the memory of arguments. `total` is the least
+    amount of memory with which the program runs.
     """
     found: Any = compiled.memory_analysis()
     result = {}

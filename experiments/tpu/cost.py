@@ -1,16 +1,16 @@
-"""What a compiled program does on one device: FLOPs, bytes moved, collectives.
+"""The cost of a compiled program on one device: FLOPs, bytes moved, collectives.
 
-XLA's own `cost_analysis` counts the body of a loop once; here every loop counts as often as it
-turns. Of alternatives (`lax.cond`: a refresh of the masks or none) one is taken, the cheapest for
-the ordinary step.
+XLA's own `cost_analysis` counts the body of a loop once. Here the body counts as often as the loop
+runs it. One branch of each conditional counts (`lax.cond`: a refresh of the masks or none); for an
+ordinary step it is the cheapest.
 
-FLOPs are those of matrix products and convolutions, 2 a multiply-add, none for padding, and what
-Pallas kernels say of themselves. Bytes are those that go in or out of the device's main memory,
-without the padding of tiles: what the compiler keeps on the chip is free, and of an array that is
-only sliced or updated in place, the slice counts. Of a Pallas kernel, what it says counts; one that
-says nothing reads and writes all its arrays once. Those of this project say it of each array. Of
-others it is not known how often they read what the compiler keeps on the chip: that is taken off
-once, and the rest counts once at most, so as not to count too much.
+FLOPs are those of matrix products and convolutions, with 2 for a multiply-add and none for padding,
+and those that Pallas kernels report. Bytes are those that go into or out of the main memory of the
+device, without the padding of tiles. Arrays that the compiler keeps on the chip are free. Of an
+array that is only sliced or updated in place, the slice counts. A Pallas kernel counts as it
+reports; without a report, it reads and writes each of its arrays once. The kernels of this project
+report the bytes of each array. Other kernels do not report how often they read arrays on the chip,
+so these arrays are subtracted once, and the other arrays count at most once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from experiments.tpu.hlo import Array, Computation, Instruction, Program, trips
+from experiments.tpu.hlo import Array, Computation, Instruction, Module, trips
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = frozenset({
@@ -37,16 +37,16 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass
 class Cost:
-    """Of one device.
+    """The cost of a program on one device.
 
     Attributes:
-        flops: of matrix products.
-        moved: bytes in and out of main memory.
-        sent: bytes that leave the device, with the best algorithm on a ring.
-        collectives: (kind, bytes that each takes part with) → how many.
-        alternatives: how many conditionals there are.
-        unknown_loops: loops that count once, for nothing says how often they turn.
-        unknown_kernels: kernels that do not say what they cost.
+        flops: the FLOPs of matrix products and convolutions.
+        moved: the bytes into and out of the main memory.
+        sent: the bytes that leave the device, with the best algorithm on a ring.
+        collectives: the number of collectives by kind and by bytes of each participant.
+        alternatives: the number of conditionals.
+        unknown_loops: the number of loops with an unknown trip count, whose body counts once.
+        unknown_kernels: the number of kernels that do not report their cost.
     """
 
     flops: float = 0.0
@@ -58,7 +58,7 @@ class Cost:
     unknown_kernels: int = 0
 
     def add(self, other: Cost, times: int = 1) -> None:
-        """Adds another, so many times."""
+        """Adds another cost, multiplied by a number of times."""
         self.flops += times * other.flops
         self.moved += times * other.moved
         self.sent += times * other.sent
@@ -73,23 +73,23 @@ Choice = Callable[[Sequence[Cost]], Cost]
 
 
 def cheapest(costs: Sequence[Cost]) -> Cost:
-    """The alternative that moves and multiplies least."""
+    """The branch with the fewest bytes and FLOPs."""
     return min(costs, key=lambda c: (c.moved, c.flops))
 
 
 def dearest(costs: Sequence[Cost]) -> Cost:
-    """The alternative that moves and multiplies most."""
+    """The branch with the most bytes and FLOPs."""
     return max(costs, key=lambda c: (c.moved, c.flops))
 
 
-def cost(program: Program, devices: int, choose: Choice = cheapest) -> Cost:
-    """The cost of a program on each of so many devices."""
-    return _Counter(program, devices, choose).computation(program.entry)
+def cost(module: Module, devices: int, choose: Choice = cheapest) -> Cost:
+    """The cost of a module on each of its devices."""
+    return _Counter(module, devices, choose).computation(module.entry)
 
 
 class _Counter:
-    def __init__(self, program: Program, devices: int, choose: Choice):
-        self._program, self._devices, self._choose = program, devices, choose
+    def __init__(self, module: Module, devices: int, choose: Choice):
+        self._module, self._devices, self._choose = module, devices, choose
 
     def computation(self, inside: Computation) -> Cost:
         total = Cost()
@@ -100,26 +100,26 @@ class _Counter:
     def _add(self, total: Cost, instruction: Instruction, inside: Computation) -> None:
         opcode = instruction.opcode
         if opcode == "while":
-            turns = trips(self._program, instruction)
-            body = self.computation(self._program.called(instruction, "body")[0])
+            turns = trips(self._module, instruction)
+            body = self.computation(self._module.called(instruction, "body")[0])
             body.unknown_loops += turns is None
             total.add(body, 1 if turns is None else turns)
         elif opcode == "conditional":
             total.add(self._choose(self._branches(instruction)))
             total.alternatives += 1
         elif opcode == "call":
-            total.add(self.computation(self._program.called(instruction, "to_apply")[0]))
+            total.add(self.computation(self._module.called(instruction, "to_apply")[0]))
         elif opcode not in _FREE:
-            total.moved += _moved(self._program, instruction, inside)
+            total.moved += _moved(self._module, instruction, inside)
             self._work(total, instruction, inside)
 
     def _branches(self, instruction: Instruction) -> list[Cost]:
         names = ("branch_computations", "true_computation", "false_computation")
-        found = [c for name in names for c in self._program.called(instruction, name)]
+        found = [c for name in names for c in self._module.called(instruction, name)]
         return [self.computation(branch) for branch in found]
 
     def _work(self, total: Cost, instruction: Instruction, inside: Computation) -> None:
-        """Adds products and collectives, those inside fusions too."""
+        """Adds products and collectives, including those inside fusions."""
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
             kind = "reduce-scatter" if self._only_a_part_stays(instruction, inside) else kind
@@ -134,13 +134,13 @@ class _Counter:
             total.flops += _dot_flops(instruction, inside)
         elif kind == "custom-call":
             _add_kernel(total, instruction)
-        for inner in self._program.called(instruction):
+        for inner in self._module.called(instruction):
             for each in inner:
                 self._work(total, each, inner)
 
     def _only_a_part_stays(self, instruction: Instruction, inside: Computation) -> bool:
-        """Whether it is the all-reduce of a fusion that is a reduce-scatter."""
-        if instruction.opcode != "all-reduce" or inside is self._program.entry:
+        """Whether an all-reduce is part of a fusion that is a reduce-scatter."""
+        if instruction.opcode != "all-reduce" or inside is self._module.entry:
             return False
         return inside.root.opcode == "dynamic-slice" and instruction.name in inside.root.operands
 
@@ -150,7 +150,7 @@ def _is_kernel(instruction: Instruction) -> bool:
 
 
 def _estimate(kernel: Instruction) -> dict[str, float] | None:
-    """What a kernel says that it costs, if it does."""
+    """The cost that a kernel reports; None if it does not."""
     found = re.search(r'"cost_estimate":\s*(\{[^}]*\})', kernel.attributes)
     return {k: float(v) for k, v in json.loads(found[1]).items()} if found else None
 
@@ -165,7 +165,7 @@ def _add_kernel(total: Cost, instruction: Instruction) -> None:
 
 
 def _kernel_moved(kernel: Instruction, inside: Computation) -> float:
-    """Bytes that it says it moves, or its arrays once; on-chip ones are free."""
+    """The bytes that a kernel reports, or those of its arrays; arrays on the chip are free."""
     operands = [a for name in kernel.operands for a in inside[name].arrays]
     arrays = (*operands, *kernel.arrays)
     estimate = _estimate(kernel)
@@ -180,20 +180,20 @@ def _kernel_moved(kernel: Instruction, inside: Computation) -> float:
 
 
 def _each(kernel: Instruction, bound: str) -> list[float]:
-    """Bytes that a kernel of this project says it moves of each array, `least` or `most`."""
+    """The `least` or `most` bytes of each array that a kernel of this project reports."""
     found = re.search(rf'kernel_metadata=\{{[^}}]*"{bound}_bytes":"([\d ]+)"', kernel.attributes)
     return [float(size) for size in found[1].split()] if found else []
 
 
 def _share(kind: str, group: int) -> float:
-    """What part of its bytes a device sends on a ring."""
+    """The share of its bytes that a device sends on a ring."""
     if kind == "collective-permute":
         return 1.0
     return (2 if kind == "all-reduce" else 1) * (group - 1) / group
 
 
 def _group(instruction: Instruction, devices: int) -> int:
-    """How many devices take part together."""
+    """The number of devices that take part in one collective."""
     text = instruction.attributes
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return len(found[1].split(","))
@@ -227,28 +227,28 @@ def _convolution_flops(instruction: Instruction, inside: Computation) -> float:
 
 
 def _meetings(source: int, taps: int, out: int, window: dict[str, str]) -> int:
-    """How many pairs of an output and a tap meet an entry, and neither padding nor a hole."""
-    stride, holes, spread = (
+    """The number of pairs of output and tap that read an entry, not padding or a dilation gap."""
+    stride, base_dilation, window_dilation = (
         int(window.get(key, 1)) for key in ("stride", "lhs_dilate", "rhs_dilate")
     )
     before = int(window.get("pad", "0_0").split("_")[0])
-    place = np.arange(out)[:, None] * stride + np.arange(taps) * spread - before
-    return int(np.sum((place >= 0) & (place % holes == 0) & (place // holes < source)))
+    at = np.arange(out)[:, None] * stride + np.arange(taps) * window_dilation - before
+    return int(np.sum((at >= 0) & (at % base_dilation == 0) & (at // base_dilation < source)))
 
 
-def _moved(program: Program, instruction: Instruction, inside: Computation) -> float:
+def _moved(module: Module, instruction: Instruction, inside: Computation) -> float:
     if instruction.opcode.endswith("-start") and instruction.opcode != "async-start":
-        return 0.0  # counted where it is done
+        return 0.0  # It is counted where it is done.
     if _is_kernel(instruction):
         return _kernel_moved(instruction, inside)
     if instruction.opcode.endswith(("-done", "-update")):
         return _moved_by(inside[instruction.operands[0]], instruction.arrays, inside)
-    read = sum(_read(program, instruction, i, inside) for i in range(len(instruction.operands)))
-    return read + _written(program, instruction, inside)
+    read = sum(_read(module, instruction, i, inside) for i in range(len(instruction.operands)))
+    return read + _written(module, instruction, inside)
 
 
 def _moved_by(start: Instruction, result: tuple[Array, ...], inside: Computation) -> float:
-    """What an asynchronous copy, slice or collective moves."""
+    """The bytes that an asynchronous copy, slice or collective moves."""
     if start.opcode.startswith("async"):
         return _main(result)
     read = sum(_main(inside[name].arrays) for name in start.operands)
@@ -258,57 +258,57 @@ def _moved_by(start: Instruction, result: tuple[Array, ...], inside: Computation
 
 
 def _main(arrays: tuple[Array, ...]) -> float:
-    """Bytes of those that lie in main memory."""
+    """The bytes of the arrays in the main memory."""
     return sum(a.bytes for a in arrays if a.space == 0)
 
 
-def _read(program: Program, instruction: Instruction, i: int, inside: Computation) -> float:
-    """Bytes of main memory that an instruction reads of its i-th operand."""
+def _read(module: Module, instruction: Instruction, i: int, inside: Computation) -> float:
+    """The bytes of its i-th operand that an instruction reads from the main memory."""
     whole = _main(inside[instruction.operands[i]].arrays)
-    return min(whole, _used(program, instruction, i, whole)) if whole else 0.0
+    return min(whole, _used(module, instruction, i, whole)) if whole else 0.0
 
 
-def _used(program: Program, user: Instruction, i: int, whole: float) -> float:
+def _used(module: Module, user: Instruction, i: int, whole: float) -> float:
     if user.opcode in _SLICES and i == 0:
         return sum(a.bytes for a in user.arrays)
     if user.opcode in ("dynamic-update-slice", "scatter") and i == 0:
         return 0.0
     if user.opcode in ("fusion", "async-start"):
-        inner = program.called(user)[0]
+        inner = module.called(user)[0]
         named = next(p for p in inner if p.opcode == "parameter" and p.argument == str(i))
-        return _used_inside(program, inner, named.name, whole)
+        return _used_inside(module, inner, named.name, whole)
     return whole
 
 
-def _used_inside(program: Program, inner: Computation, name: str, whole: float) -> float:
+def _used_inside(module: Module, inner: Computation, name: str, whole: float) -> float:
     total = 0.0
     for user in inner.users(name):
         if user.opcode in _VIEWS:
-            total += _used_inside(program, inner, user.name, whole)
+            total += _used_inside(module, inner, user.name, whole)
         elif user.opcode != "tuple":
-            total += _used(program, user, user.operands.index(name), whole)
+            total += _used(module, user, user.operands.index(name), whole)
     return total
 
 
-def _written(program: Program, instruction: Instruction, inside: Computation) -> float:
-    """Bytes of main memory that an instruction writes."""
+def _written(module: Module, instruction: Instruction, inside: Computation) -> float:
+    """The bytes that an instruction writes to the main memory."""
     if instruction.opcode == "async-start":
-        return 0.0  # counted where it is done
-    sizes = _sizes(program, instruction, inside)
+        return 0.0  # It is counted where it is done.
+    sizes = _sizes(module, instruction, inside)
     if len(sizes) != len(instruction.arrays):
         return _main(instruction.arrays)
     return sum(s for s, a in zip(sizes, instruction.arrays, strict=True) if a.space == 0)
 
 
-def _sizes(program: Program, made: Instruction, inside: Computation) -> list[float]:
-    """Bytes that are new in each of the arrays that an instruction makes."""
+def _sizes(module: Module, made: Instruction, inside: Computation) -> list[float]:
+    """The bytes that are new in each of the arrays that an instruction makes."""
     if made.opcode == "dynamic-update-slice":
         return [sum(a.bytes for a in inside[made.operands[1]].arrays)]
     if made.opcode == "fusion":
-        inner = program.called(made)[0]
-        return _sizes(program, inner.root, inner)
+        inner = module.called(made)[0]
+        return _sizes(module, inner.root, inner)
     if made.opcode in _VIEWS and made.opcode != "get-tuple-element":
-        return _sizes(program, inside[made.operands[0]], inside)
+        return _sizes(module, inside[made.operands[0]], inside)
     if made.opcode == "tuple":
-        return [s for name in made.operands for s in _sizes(program, inside[name], inside)]
+        return [s for name in made.operands for s in _sizes(module, inside[name], inside)]
     return [a.bytes for a in made.arrays]

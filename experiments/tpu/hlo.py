@@ -1,4 +1,4 @@
-"""Reads the text of a compiled program: its computations, and how often its loops turn."""
+"""Parses the text of a compiled module: its computations, and the trip counts of its loops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape; `space` 0 is the device's main memory, others are on the chip."""
+    """An array in a shape. Memory space 0 is the main memory; other spaces are on the chip."""
 
     bits: int
     dims: tuple[int, ...]
@@ -26,13 +26,13 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """Without padding."""
+        """The size without padding."""
         return math.prod(self.dims) * self.bits / 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `name = arrays opcode(argument), attributes`; a tuple's arrays are flat."""
+    """A line `name = arrays opcode(argument), attributes`. The arrays of a tuple are flattened."""
 
     name: str
     opcode: str
@@ -43,22 +43,22 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions that it reads."""
+        """The names of the instructions that it reads."""
         return _NAME.findall(self.argument)
 
     def attribute(self, name: str) -> str | None:
-        """The value of `name=value`, braces and what is in them included."""
+        """The value in `name=value`, including braces and what is between them."""
         found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.attributes)
         return found[1] if found else None
 
     def called(self, name: str = "calls") -> list[str]:
-        """Names of the computations that an attribute names."""
+        """The names of the computations that an attribute lists."""
         return _NAME.findall(self.attribute(name) or "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in order."""
+    """Instructions by name, in their order."""
 
     instructions: Mapping[str, Instruction]
 
@@ -70,32 +70,32 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """What it returns."""
+        """The instruction whose value the computation returns."""
         return next(i for i in self if i.root)
 
     def users(self, name: str) -> Iterator[Instruction]:
-        """What reads an instruction."""
+        """The instructions that read an instruction."""
         return (i for i in self if name in i.operands)
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """Computations by name, and the one that runs."""
+class Module:
+    """Computations by name, and the entry computation."""
 
     computations: Mapping[str, Computation]
     entry: Computation
 
     def called(self, instruction: Instruction, name: str = "calls") -> list[Computation]:
-        """The computations that an attribute names."""
+        """The computations that an attribute lists."""
         return [self.computations[c] for c in instruction.called(name)]
 
 
-def parse(text: str) -> Program:
-    """A program from the text of `jax.stages.Compiled.as_text()`."""
+def parse(text: str) -> Module:
+    """Parses the text of `jax.stages.Compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     lines: dict[str, Instruction] = {}
     entry = ""
-    # All else of an instruction is on one line.
+    # Everything else about an instruction is on one line.
     text = _METADATA.sub(lambda found: found[0].replace("\n", ""), text)
     for line in text.splitlines():
         if header := _HEADER.match(line):
@@ -104,11 +104,11 @@ def parse(text: str) -> Program:
             entry = header[2] if header[1] else entry
         elif found := _LINE.match(line):
             lines[found[2]] = _instruction(found[2], found[3], bool(found[1]))
-    return Program(computations, computations[entry])
+    return Module(computations, computations[entry])
 
 
-def trips(program: Program, loop: Instruction) -> int | None:
-    """How often a `while` turns, if the text says.
+def trips(module: Module, loop: Instruction) -> int | None:
+    """The trip count of a `while` loop, if the text contains it.
 
     Loops of `lax.scan` and `lax.fori_loop` count from 0 in steps of 1 to a constant: the condition
     is one comparison with it. None for any other.
@@ -116,7 +116,7 @@ def trips(program: Program, loop: Instruction) -> int | None:
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    condition = list(_flat(program, program.called(loop, "condition")[0]))
+    condition = list(_flat(module, module.called(loop, "condition")[0]))
     compares = [i for i in condition if i.opcode == "compare"]
     limits = [i.argument for i in condition if i.opcode == "constant" and i.argument.isdigit()]
     if len(compares) != 1 or len(limits) != 1 or compares[0].attribute("direction") != "LT":
@@ -124,11 +124,11 @@ def trips(program: Program, loop: Instruction) -> int | None:
     return int(limits[0])
 
 
-def _flat(program: Program, computation: Computation) -> Iterator[Instruction]:
+def _flat(module: Module, computation: Computation) -> Iterator[Instruction]:
     for instruction in computation:
         yield instruction
-        for inner in program.called(instruction):
-            yield from _flat(program, inner)
+        for inner in module.called(instruction):
+            yield from _flat(module, inner)
 
 
 def _instruction(name: str, text: str, root: bool) -> Instruction:
@@ -147,12 +147,12 @@ def _instruction(name: str, text: str, root: bool) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place after the parenthesis that closes the one at `start`."""
+    """The position after the parenthesis that closes the one at `start`."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
+    for position in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[position], 0)
         if not depth:
-            return place + 1
+            return position + 1
     raise ValueError(f"no closing parenthesis: {text[:100]}")
 
 

@@ -1,4 +1,4 @@
-"""Where the TPU compiler is."""
+"""Finds the TPU compiler."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from experiments.errors import UserError
 
 _VARIABLE = "TPU_LIBRARY_PATH"
 _SETTINGS = {
-    # Compiling takes no TPU, so several processes may, beside one that trains.
+    # Compilation uses no TPU, so that several processes may do it while another one trains.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    # Without these libtpu complains at start, in several lines, that it does not know its machine.
+    # Without these settings libtpu prints several lines about an unknown machine at its start.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -21,18 +21,18 @@ _SETTINGS = {
 
 
 def find() -> Path | None:
-    """libtpu.so of `TPU_LIBRARY_PATH`, of `scripts/setup aot`, or of an installed package."""
-    places = [Path(sys.prefix) / "aot/libtpu/libtpu.so"]
+    """The libtpu.so of `TPU_LIBRARY_PATH`, of `scripts/setup aot`, or of an installed package."""
+    candidates = [Path(sys.prefix) / "aot/libtpu/libtpu.so"]
     if _VARIABLE in os.environ:
-        places.insert(0, Path(os.environ[_VARIABLE]))
+        candidates.insert(0, Path(os.environ[_VARIABLE]))
     spec = importlib.util.find_spec("libtpu")
     if spec is not None and spec.origin is not None:
-        places.append(Path(spec.origin).parent / "libtpu.so")
-    return next((place for place in places if place.is_file()), None)
+        candidates.append(Path(spec.origin).parent / "libtpu.so")
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def use() -> bool:
-    """Tells JAX where the compiler is; to be called before JAX looks for devices.
+    """Tells JAX where the compiler is. It must be called before JAX looks for devices.
 
     Returns:
         Whether there is a compiler.
@@ -48,7 +48,7 @@ def use() -> bool:
 
 
 def require() -> None:
-    """`use`, or a UserError where there is no compiler."""
+    """Does what `use` does; raises UserError if there is no compiler."""
     if not use():
         raise UserError(
             f"libtpu: found none in {sys.prefix}/aot, as a package, or at {_VARIABLE}; "

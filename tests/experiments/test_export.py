@@ -9,9 +9,11 @@ import pytest
 import toy_runs
 
 import topkast_jax as tk
-from experiments import convert, export, saved, workdir
-from experiments.checkpoints import Checkpoints
-from experiments.run import build
+from experiments import convert, export
+from experiments.errors import UserError
+from experiments.records import exported, restore, workdir
+from experiments.records.checkpoints import Checkpoints
+from experiments.training.program import build
 from topkast_jax.always_sparse import FORMS, to_dense
 from topkast_jax.trees import flatten_with_names
 
@@ -34,7 +36,9 @@ def view(directory, own):
     state, _ = toy_runs.last_state(directory, "80/60", *own)
     if state.reservoir == ():
         return tk.forward_params(state.params, state.opt_state)
-    params, opt_state = run.form.sparse.to_masked(state.params, state.opt_state, state.reservoir)
+    params, opt_state = run.representation.sparse.to_masked(
+        state.params, state.opt_state, state.reservoir
+    )
     return tk.forward_params(params, opt_state)
 
 
@@ -53,7 +57,7 @@ def test_a_file_of_any_form_is_the_forward_set(runs, tmp_path, capsys, name, own
     out = tmp_path / f"file{suffix}"
     flags = [f"--workdir={runs / name}", f"--out={out}", f"--form={form}"]
     assert export.main(flags) == 0
-    found, metadata = export.load(out)
+    found, metadata = exported.load(out)
     expected = view(runs / name, own)
     for layer in ("in", "out"):
         np.testing.assert_array_equal(dense(found[layer]["kernel"]), expected[layer]["kernel"])
@@ -103,7 +107,7 @@ def test_a_converted_run_goes_on(runs, tmp_path, name, own, to, new):
 
 def test_a_dense_run_is_exported_as_it_is(runs, tmp_path):
     assert export.main([f"--workdir={runs / 'dense'}", f"--out={tmp_path / 'file.npz'}"]) == 0
-    found, metadata = export.load(tmp_path / "file.npz")
+    found, metadata = exported.load(tmp_path / "file.npz")
     assert (metadata["form"], metadata["leaves"]) == ("dense", {})
     assert "in/kernel" in flatten_with_names(found)[0]
 
@@ -115,7 +119,7 @@ def test_a_masked_run_that_has_no_compact_form_is_exported(tmp_path):
     assert export.main([f"--workdir={tmp_path / 'run'}", f"--out={out}", "--form=bcoo"]) == 0
     expected = view(tmp_path / "run", own)["in"]["kernel"]
     assert np.count_nonzero(expected) == 16
-    np.testing.assert_array_equal(dense(export.load(out)[0]["in"]["kernel"]), expected)
+    np.testing.assert_array_equal(dense(exported.load(out)[0]["in"]["kernel"]), expected)
 
 
 MISTAKES = {
@@ -178,7 +182,7 @@ def test_a_file_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch, suffi
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", save)
-    monkeypatch.setattr(export.safetensors.numpy, "save_file", save)
+    monkeypatch.setattr(exported.safetensors.numpy, "save_file", save)
     out = tmp_path / f"file{suffix}"
     assert export.main([f"--workdir={runs / 'compact'}", f"--out={out}"]) == 2
     assert capsys.readouterr().err.endswith("cannot be written: No space left on device\n")
@@ -188,20 +192,20 @@ def test_a_file_is_whole_or_not_there(runs, tmp_path, capsys, monkeypatch, suffi
 def test_a_run_is_read_on_any_platform():
     blocks = (*COMPACT, "method.pattern=block:4x4", "method.backend=pallas_gpu")
     config = toy_runs.config("80/60", *blocks)
-    build(saved.on_one_device(config), jax.devices()[:1])
+    build(restore.on_one_device(config), jax.devices()[:1])
     assert config.method.backend == "pallas_gpu"
 
 
 def test_other_files_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", x=1)
     (tmp_path / "b.safetensors").write_bytes(b"no")
-    with pytest.raises(export.UserError, match="was not written by"):
-        export.load(tmp_path / "a.npz")
+    with pytest.raises(UserError, match="was not written by"):
+        exported.load(tmp_path / "a.npz")
     for name in ("b.safetensors", "c.npz"):
-        with pytest.raises(export.UserError, match="cannot be read"):
-            export.load(tmp_path / name)
-    with pytest.raises(export.UserError, match="is a folder; must be a file"):
-        export.load(tmp_path)
+        with pytest.raises(UserError, match="cannot be read"):
+            exported.load(tmp_path / name)
+    with pytest.raises(UserError, match="is a folder; must be a file"):
+        exported.load(tmp_path)
 
 
 def test_the_converted_config_is_that_of_a_run_made_so(runs, tmp_path):

@@ -10,7 +10,7 @@ from toy import SIZES, examples
 from toy_runs import config, last_state, records, run, sets
 
 from experiments.errors import UserError
-from experiments.prefetch import Prefetcher
+from experiments.training.prefetch import Prefetcher
 
 
 def accuracy_by_hand(state):
@@ -160,7 +160,7 @@ def test_prefetcher_stops_in_the_middle():
 
 
 def test_learning_rate_schedules():
-    from experiments.optimizers import make_schedule
+    from experiments.training.optimizers import make_schedule
 
     options = ("optimizer.schedule.warmup_steps=4", "optimizer.learning_rate=1.0", "steps=24")
     cosine = make_schedule(config("dense", *options, "optimizer.schedule.name=cosine"))

@@ -8,10 +8,10 @@ import sys
 import pytest
 from toy_runs import CACHE, CONFIG, last_state, records
 
-from experiments import workdir
 from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.main import main
+from experiments.records import workdir
 
 
 def call(capsys, *args):
@@ -126,8 +126,8 @@ def test_rules_that_do_not_fit(capsys, tmp_path, rules):
 BAD_FLAGS = {
     ("--config.stepz=3",): "no key 'stepz'",
     ("--config.steps=x",): "expected int",
-    ("--config.method.forward_density=1.5",): "config.method.forward_density: found 1.5",
-    ("--config.method.backward_density=0.1",): "below forward_density",
+    ("--config.method.forward_density=1.5",): "config.method.forward_density=1.5: must be",
+    ("--config.method.backward_density=0.1",): "is below forward_density",
     ("--config.method.pattern=block:3x3",): "Block(3, 3) does not divide",
     ("--config.mesh.fsdp=3",): "config.mesh",
     ("--config.batch_size=3",): "config.batch_size: found 3; must be a multiple of",

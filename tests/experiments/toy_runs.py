@@ -5,12 +5,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import workdir
-from experiments.checkpoints import load
 from experiments.config import resolve
 from experiments.loop import train
-from experiments.metrics import read_records
-from experiments.run import build
+from experiments.records import workdir
+from experiments.records.checkpoints import load
+from experiments.records.metrics import read_records
+from experiments.training.program import build
 from topkast_jax.sets import BACKWARD, FORWARD
 
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ def run(directory, variant="80/60", *overrides, stop_at=None):
 
 def last_state(directory, variant="80/60", *overrides):
     """The state of the newest checkpoint, as NumPy arrays, and the data's position."""
-    abstract = build(config(variant, *overrides)).form.abstract
+    abstract = build(config(variant, *overrides)).representation.abstract
     state, meta = load(directory / workdir.CHECKPOINTS, abstract)
     return jax.tree.map(np.asarray, state), meta["data"]
 

@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 import topkast_jax as tk
-from experiments import main, workdir
-from experiments.checkpoints import load
+from experiments import main
 from experiments.config import resolve
 from experiments.loop import train
-from experiments.run import build
+from experiments.records import workdir
+from experiments.records.checkpoints import load
+from experiments.training.program import build
 
 ROOT = pathlib.Path(__file__).parents[3]
 
@@ -54,7 +55,7 @@ def keep_masks(state):
 def take_steps(config, devices):
     """The losses of 20 steps, and the masks before and after them."""
     run = build(config, devices)
-    state, data, losses = run.init(), run.task.train_data(), []
+    state, data, losses = run.representation.init(), run.task.train_data(), []
     start = keep_masks(state)
     for _ in range(20):
         state, sums = run.step(state, run.put(next(data)))
@@ -88,7 +89,7 @@ def test_a_continued_run_equals_the_uninterrupted_one(tmp_path, stop_at):
     assert train(config(), tmp_path / "whole") == "finished"
     assert train(config(), tmp_path / "parts", stop_at) == "stopped"
     assert train(config(), tmp_path / "parts") == "finished"
-    abstract = build(config()).form.abstract
+    abstract = build(config()).representation.abstract
     (whole, meta), (parts, other) = (
         load(tmp_path / name / workdir.CHECKPOINTS, abstract) for name in ("whole", "parts")
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.config import resolve
-from experiments.image_classification.preprocessing import RECIPES
+from experiments.image_classification.data.preprocessing import RECIPES
 from experiments.task import make_task
 
 
@@ -77,7 +77,7 @@ def test_loss_against_numpy(trained, monkeypatch):
 def test_images_are_normalised_on_the_device():
     task = task_of()
     images = np.array([0, 128, 255], np.uint8).reshape(1, 1, 3, 1)
-    recipe = RECIPES["mnist"]
+    recipe = RECIPES.get("mnist")
     expected = (images / 255 - recipe.mean[0]) / recipe.std[0]
     np.testing.assert_allclose(task._normalise(images), expected, rtol=1e-5)
 

@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 
 import topkast_jax as tk
-from experiments import export, main, workdir
-from experiments.checkpoints import load
+from experiments import export, main
 from experiments.config import resolve
 from experiments.errors import UserError
-from experiments.evaluation import evaluate
-from experiments.language_modelling import generate, narrow, options, sampling
-from experiments.metrics import read_records
-from experiments.run import build
+from experiments.language_modelling import generate, sampling
+from experiments.language_modelling.config import lengths as config_lengths
+from experiments.language_modelling.config import make_model
+from experiments.language_modelling.models import narrow
+from experiments.records import workdir
+from experiments.records.checkpoints import load
+from experiments.records.exported import METADATA
+from experiments.records.metrics import read_records
 from experiments.task import make_task
+from experiments.training.evaluation import evaluate
+from experiments.training.program import build
 from topkast_jax.sets import FORWARD
 from topkast_jax.trees import flatten_with_names
 
@@ -75,7 +80,7 @@ def config_of(text):
 
 
 def last_state(config, directory):
-    state, meta = load(directory / workdir.CHECKPOINTS, build(config).form.abstract)
+    state, meta = load(directory / workdir.CHECKPOINTS, build(config).representation.abstract)
     return jax.tree.map(np.asarray, state), meta["data"]
 
 
@@ -115,9 +120,9 @@ def build_task(config):
 
 @pytest.mark.parametrize("name", ["enwik8_small", "wikitext103_large"])
 def test_small_dense_has_the_active_parameters(name):
-    full = options.transformer_config(resolve(spec(name, "dense")))
+    full = make_model(resolve(spec(name, "dense"))).config
     config = resolve(spec(name, "small-dense-90"))
-    small = options.transformer_config(config)
+    small = make_model(config).config
     budget = narrow.active_parameters(full, config.model.small_dense.rules, 0.1)
     names, leaves, _ = flatten_with_names(build_task(spec(name, "dense")).model.abstract_params)
     kernels = sum(
@@ -138,11 +143,11 @@ def test_rules_for_stacked_layers():
         (".*/(table|bias)/.*", {"forward_density": 0.5}),
         (".*", "dense"),
     )
-    stacked = narrow.for_stacked_layers(rules, names)
+    stacked = narrow.for_stacked_layers(rules, names, "layers/")
     assert stacked == ((".*/kernel", {"stacked": 1}), *rules[1:])
-    both = narrow.for_stacked_layers(((".*", "sparse"),), names)
+    both = narrow.for_stacked_layers(((".*", "sparse"),), names, "layers/")
     assert both == ((r"(?=layers/)(?:.*)", {"stacked": 1}), (".*", "sparse"))
-    assert narrow.for_stacked_layers(stacked, names) == stacked
+    assert narrow.for_stacked_layers(stacked, names, "layers/") == stacked
 
 
 def test_stacked_layers_are_sparse_each_on_its_own(runs):
@@ -171,10 +176,10 @@ def test_evaluation_is_exact_at_any_number_of_lanes(tmp_path, same_length):
     params, _ = jax.jit(task.init)(jax.random.key(0))
     # Large weights, so that what a lane saw before matters.
     params = jax.tree.map(lambda x: 12 * x, params)
-    state = run.form.abstract(0)._replace(params=params)
+    state = run.representation.abstract(0)._replace(params=params)
     tokens = task._open().splits["test"]
     whole = tokens.read(0, len(tokens))
-    memory = task.model.init_memory(1, options.lengths(run.config, "evaluation"))
+    memory = task.model.init_memory(1, config_lengths(run.config, "evaluation"))
     step, total = jax.jit(task.eval_step), 0.0
     for start in range(0, len(whole) - 1, 16):
         row = whole[start : start + 17]
@@ -276,10 +281,10 @@ def test_another_text_under_a_checkpoint_is_one_line(runs, tmp_path, change, cap
 def test_one_device_is_like_eight(runs):
     whole, _, text = runs
     config = config_of(text)
-    run, first = build(config, jax.devices()[:1]), build(config).init()
+    run, first = build(config, jax.devices()[:1]), build(config).representation.init()
     lanes = {s.data.shape[1] for s in first.model_state.states.addressable_shards}
     assert lanes == {1}
-    places = jax.tree.map(lambda x: x.sharding, run.form.abstract(0))
+    places = jax.tree.map(lambda x: x.sharding, run.representation.abstract(0))
     state = jax.tree.map(lambda x, to: jax.device_put(np.asarray(x), to), first, places)
     data, losses, valid = run.task.train_data(), [], []
     for _ in range(4):
@@ -317,7 +322,7 @@ def test_generation_runs_on_the_forward_set(runs, capsys, monkeypatch):
     alpha = tk.forward_params(state.params, state.opt_state)
     jax.tree.map(np.testing.assert_array_equal, params, alpha)
     assert (alpha["layers"]["feed_forward"]["up"]["kernel"] == 0).mean() > 0.89
-    assert lengths == options.lengths(config_of(text), "evaluation")
+    assert lengths == config_lengths(config_of(text), "evaluation")
     assert "".join(meta["text"]["symbols"][i] for i in prompt) == "so it"
 
 
@@ -349,9 +354,9 @@ def rewrite(path, out, change):
     """An exported file with another config or other arrays."""
     with np.load(path) as file:
         arrays = dict(file)
-    metadata = json.loads(str(arrays.pop(export.METADATA)))
+    metadata = json.loads(str(arrays.pop(METADATA)))
     change(metadata["config"], arrays)
-    np.savez(out, **{export.METADATA: np.array(json.dumps(metadata))}, **arrays)
+    np.savez(out, **{METADATA: np.array(json.dumps(metadata))}, **arrays)
 
 
 def set_sizes(**sizes):
@@ -368,7 +373,7 @@ OTHER_FILES = {
     "n_layer": (set_sizes(n_layer=7), "n_layer is 7 there and 2 in the run"),
     "heads": (set_sizes(n_head=1), "n_head is 1 there and 2 in the run"),
     "vocabulary": (lambda c, _: c["data"].update(vocabulary="x"), "vocabulary is 'x' there"),
-    "tokens": (lambda c, _: c["data"].update(vocabulary_size=99), "n_token is 99 there"),
+    "tokens": (lambda c, _: c["data"].update(vocabulary_size=99), "vocabulary_size is 99 there"),
     "task": (lambda c, _: c.update(task="toy"), "task is 'toy' there"),
     "array": (cut, "is (1, "),
     "name": (lambda _, arrays: arrays.update(new=np.zeros(3)), "new is (3,) there and None"),
@@ -389,10 +394,10 @@ def test_parameters_of_another_model_are_one_line(runs, exported, tmp_path, chan
     config, run = config_of(runs[2]), make_task(config_of(runs[2]))
     like = run.model.abstract_params
     if told is None:
-        generate.exported(tmp_path / "other.npz", config, like)
+        generate.read_params(tmp_path / "other.npz", config, like)
         return
     with pytest.raises(UserError, match="^--params=.*other.npz: of another model: ") as error:
-        generate.exported(tmp_path / "other.npz", config, like)
+        generate.read_params(tmp_path / "other.npz", config, like)
     assert told in str(error.value)
 
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.language_modelling.models.settings import Lengths, TransformerXLConfig
+from experiments.language_modelling.models.transformer_xl import LanguageModel
 from experiments.language_modelling.sampling import Sampling, generate
-from experiments.language_modelling.settings import Lengths, TransformerXLConfig
-from experiments.language_modelling.transformer_xl import LanguageModel
 
 CHANCES = np.array([0.15, 0.5, 0.05, 0.3])
 

@@ -1,0 +1,63 @@
+"""Checks of single values of a config."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from experiments.errors import UserError
+
+# A condition, and the words for it that complete "must be …".
+Check = tuple[Callable[[Any], bool], str]
+
+
+def number(
+    low: float, high: float = math.inf, *, above: bool = False, below: bool = False
+) -> Check:
+    """A finite number between two bounds; `above` and `below` leave out the bound itself."""
+
+    def fits(v: Any) -> bool:
+        real = isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v)
+        return real and (low < v if above else low <= v) and (v < high if below else v <= high)
+
+    text = f"a number {'above' if above else 'of at least'} {low:g}"
+    if math.isfinite(high):
+        text += f" and {'below' if below else 'at most'} {high:g}"
+    return fits, text
+
+
+def integer(low: int) -> Check:
+    """An integer with a lower bound."""
+    return (lambda v: type(v) is int and v >= low), f"an integer of at least {low}"
+
+
+def optional(check: Check) -> Check:
+    """None, or what passes another check."""
+    return (lambda v: v is None or check[0](v)), f"None or {check[1]}"
+
+
+def one_of(*allowed: Any) -> Check:
+    """One of some values."""
+    return (lambda v: v in allowed), "one of " + ", ".join(map(repr, allowed))
+
+
+def check_values(section: Any, checks: Mapping[str, Check], prefix: str = "config") -> None:
+    """Checks the values that are there.
+
+    Args:
+        section: a config or a section of it.
+        checks: by key, with dots between the levels.
+        prefix: how the section is called in the error message.
+
+    Raises:
+        UserError: a value does not pass.
+    """
+    for key, (fits, rule) in checks.items():
+        *parents, last = key.split(".")
+        parent = section
+        for name in parents:
+            parent = parent[name]
+        if last in parent and not fits(parent[last]):
+            raise UserError(f"{prefix}.{key}: found {parent[last]!r}; must be {rule}")

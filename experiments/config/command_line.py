@@ -1,0 +1,90 @@
+"""Command lines. A user's mistake is printed as one line, and the exit status is 2."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, Protocol
+
+from experiments.errors import UserError
+from topkast_jax.errors import SparsityError
+
+_OVERRIDE = "--config."
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UserError instead of printing its usage."""
+
+    def __init__(self, **options: Any):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{message}; see --help")
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses the flags, and returns the overrides `--config.KEY=VALUE` as `KEY=VALUE`."""
+    overrides = [arg.removeprefix(_OVERRIDE) for arg in argv if arg.startswith(_OVERRIDE)]
+    return parser.parse_args([arg for arg in argv if not arg.startswith(_OVERRIDE)]), overrides
+
+
+class Main(Protocol):
+    """A command, from its arguments to its exit status; None stands for the process's own."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Runs the command; returns the exit status."""
+        ...
+
+
+def command(body: Callable[[list[str]], int | None]) -> Main:
+    """Turns the body of a command into its `main(argv=None)`, which returns the exit status.
+
+    The body may return a status of its own. Its UserError or SparsityError is printed by `fail`;
+    all other exceptions keep their traceback.
+    """
+
+    @functools.wraps(body)
+    def main(argv: Sequence[str] | None = None) -> int:
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        try:
+            return body(list(sys.argv[1:] if argv is None else argv)) or 0
+        except (UserError, SparsityError) as error:
+            return fail(error)
+
+    return main
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; must be an integer of at least 1")
+    return int(text)
+
+
+def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """The type of a flag that takes a comma list of some of the names."""
+    allowed = list(names)
+
+    def read(text: str) -> list[str]:
+        found = text.split(",")
+        if not set(found) <= set(allowed):
+            raise argparse.ArgumentTypeError(
+                f"found {text!r}; must be a comma list of {', '.join(allowed)}"
+            )
+        return found
+
+    return read
+
+
+def fail(error: Exception) -> int:
+    """Prints a user's mistake as one line; returns the exit status."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return 2

@@ -1,0 +1,105 @@
+"""The defaults of a config, and the variants that choose its method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from experiments import task as tasks
+from experiments.errors import UserError
+from experiments.training import methods
+
+
+def base_config(task: str) -> ConfigDict:
+    """The default config of a task. A config file changes its values; it cannot add keys.
+
+    Args:
+        task: the name of a registered task, which provides the sections `model` and `data`.
+    """
+    own = tasks.task_module(task).default_config()
+    config = ConfigDict(
+        {
+            "name": "",
+            "task": task,
+            "seed": 0,
+            "steps": 1000,
+            "batch_size": 128,
+            "log_every": 100,
+            "eval_every": 0,  # 0 evaluates only at the end.
+            "eval_at_end": True,
+            "checkpoint_every": 0,  # 0 saves only at the end.
+            "keep_checkpoints": 2,
+            "model": own.model,
+            "data": own.data,
+            "optimizer": {
+                "name": "sgd",
+                "learning_rate": 0.1,
+                # The batch size that learning_rate is for; 0 does not scale it.
+                "reference_batch_size": 0,
+                "momentum": 0.9,
+                "nesterov": False,
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                # Added to the gradient; only on dense leaves if the method has its own penalty.
+                "l2": 0.0,
+                "weight_decay": 0.0,  # Decoupled from the gradient.
+                "clip_global_norm": 0.0,  # 0 does not clip.
+                "schedule": {
+                    "name": "constant",
+                    "warmup_steps": 0,
+                    "boundaries": (),
+                    "factor": 0.1,
+                    "final_factor": 0.0,
+                    # The steps that warm-up and boundaries are for; 0 does not scale them.
+                    "reference_steps": 0,
+                },
+            },
+            "method": methods.method_defaults(),
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        }
+    )
+    return config.lock()
+
+
+def apply_variant(config: ConfigDict, variant: str, flags: Sequence[str] = ("smoke",)) -> set[str]:
+    """Sets the method of a config from a variant.
+
+    Args:
+        config: the config; it is changed in place.
+        variant: a comma list of words: `dense`, `F/B` (Top-KAST with forward and backward sparsity
+            in percent), `static-F` (a fixed random mask), and the flags.
+        flags: further words, to which the config file itself reacts.
+
+    Returns:
+        The flags that the variant contains.
+    """
+    found = set()
+    for word in filter(None, (word.strip() for word in variant.split(","))):
+        if word in flags:
+            found.add(word)
+        else:
+            _apply_method(config.method, word, flags)
+    return found
+
+
+def _apply_method(method: ConfigDict, word: str, flags: Sequence[str]) -> None:
+    try:
+        if word == "dense":
+            method.name = "dense"
+        elif word.startswith("static-"):
+            method.name = "static_random"
+            method.forward_density = _density(word.removeprefix("static-"))
+        else:
+            forward, backward = word.split("/")
+            method.name = "top_kast"
+            method.forward_density = _density(forward)
+            method.backward_density = _density(backward)
+    except ValueError:
+        allowed = ", ".join(["dense", "F/B", "static-F", *flags])
+        raise UserError(f"variant {word!r}: allowed: {allowed} (F, B: sparsity in %)") from None
+
+
+def _density(percent: str) -> float:
+    return round(1 - float(percent) / 100, 9)

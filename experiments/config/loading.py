@@ -1,0 +1,97 @@
+"""Reads a config file, applies overrides to it, and makes the config of a run."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import runpy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.config.validation import finish
+from experiments.errors import UserError
+
+
+def load(spec: str, function: str = "get_config") -> Any:
+    """Calls a function of a config file; an error inside the file keeps its traceback.
+
+    Args:
+        spec: `path/to/NAME.py:VARIANT`; the function gets the variant if there is one.
+        function: the name of the function.
+
+    Raises:
+        UserError: there is no such file, or the function is missing or takes no variant.
+    """
+    path, _, variant = spec.partition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError(f"--config={spec}: no such file {path!r}; expected path/to/NAME.py:VARIANT")
+    found = runpy.run_path(path).get(function)
+    if found is None:
+        raise UserError(f"--config={spec}: {path} defines no {function}()")
+    if variant and not inspect.signature(found).parameters:
+        raise UserError(f"--config={spec}: {function}() of {path} takes no variant")
+    return found(variant) if variant else found()
+
+
+def resolve(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
+    """The config of a run: loaded, overridden, validated, with derived values, and locked.
+
+    Args:
+        spec: `path/to/NAME.py:VARIANT`.
+        overrides: texts `KEY=VALUE`, with dots between the levels of KEY.
+    """
+    config = load(spec)
+    keys = {override(config, text) for text in overrides}
+    path, _, variant = spec.partition(":")
+    config.name = Path(path).stem + (f":{variant}" if variant else "")
+    finish(config, keys)
+    return config
+
+
+def override(config: ConfigDict, text: str) -> str:
+    """Sets one value from the text `KEY=VALUE`, keeping its type; returns the key."""
+    key, equals, value = text.partition("=")
+    flag = f"--config.{key}"
+    if not equals:
+        raise UserError(f"{flag}: no value; expected {flag}=VALUE")
+    section: Any = config
+    *parents, last = key.split(".")
+    for part in [*parents, last]:
+        if not isinstance(section, ConfigDict) or part not in section:
+            raise UserError(f"{flag}: {_no_key(section, part)}")
+        parent, section = section, section[part]
+    if isinstance(section, ConfigDict):
+        raise UserError(f"{flag}: is a section; set one of {', '.join(section)}")
+    parent[last] = _parse(flag, section, value)
+    return key
+
+
+def _no_key(section: Any, key: str) -> str:
+    names = list(section) if isinstance(section, ConfigDict) else []
+    near = difflib.get_close_matches(key, names, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"no key {key!r}; {hint}allowed: {', '.join(sorted(names)) or 'nothing below'}"
+
+
+def _parse(flag: str, old: Any, text: str) -> Any:
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    if old is None or value is None or type(value) is type(old):
+        accepted = old is None or value is not None
+    elif isinstance(old, float) and type(value) is int:
+        value, accepted = float(value), True
+    elif isinstance(old, tuple) and isinstance(value, list | int | float):
+        value, accepted = tuple(value) if isinstance(value, list) else (value,), True
+    else:
+        accepted = False
+    if not accepted:
+        raise UserError(f"{flag}={text}: expected {type(old).__name__}, like {old!r}")
+    return value

@@ -1,0 +1,55 @@
+"""Endless batches that Grain reads, with a position that can be saved.
+
+This module imports no JAX, so that Grain's worker processes start quickly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+
+
+class EndlessBatches:
+    """Batches by number, read ahead from the present position.
+
+    Attributes:
+        position: how many batches were taken.
+    """
+
+    def __init__(
+        self, batches: grain.MapDataset, read: Callable[[grain.MapDataset], grain.IterDataset]
+    ):
+        """Starts at the first batch.
+
+        Args:
+            batches: the batches by number.
+            read: how they are read ahead, in threads or in processes.
+        """
+        self.position = 0
+        self._batches, self._read = batches, read
+        self._iterator: grain.DatasetIterator | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The iterator is the object itself."""
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        """The next batch of this host."""
+        if self._iterator is None:
+            self._iterator = iter(self._read(self._batches[self.position :]))
+        batch: dict[str, Any] = next(self._iterator)
+        self.position += 1
+        return batch
+
+    def go_to(self, position: int) -> None:
+        """Continues after that many batches."""
+        self.close()
+        self.position = position
+
+    def close(self) -> None:
+        """Stops the threads or processes that read ahead."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None

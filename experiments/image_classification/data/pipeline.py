@@ -1,0 +1,126 @@
+"""Batches of images that Grain reads: endless shuffled epochs, and exact evaluation passes."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from experiments.grain_batches import EndlessBatches
+from experiments.image_classification.data.preprocessing import Recipe
+from experiments.image_classification.data.sources import ArraySource, Example, Source
+
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How batches are made.
+
+    Attributes:
+        recipe: how an image is prepared.
+        image_size: the height and the width of the model's input.
+        batch_size: the number of images in a batch, over all hosts.
+        seed: the seed of the order and of the augmentation.
+        threads: the number of batches that one process makes at the same time.
+        workers: the number of processes that make batches; 0 makes them in this process.
+        host: the number of this host.
+        hosts: the number of hosts; each of them makes its part of every batch.
+    """
+
+    recipe: Recipe
+    image_size: int
+    batch_size: int
+    seed: int
+    threads: int
+    workers: int = 0
+    host: int = 0
+    hosts: int = 1
+
+
+class TrainBatches(EndlessBatches):
+    """Endless batches of freshly shuffled epochs, with a position.
+
+    An epoch takes every image once, and its end may lie inside a batch. The content of a batch
+    depends only on the seed and on its number, not on threads, workers or hosts.
+    """
+
+    def __init__(self, source: Source, options: Options):
+        examples = grain.MapDataset.source(source).seed(options.seed).shuffle().repeat()
+        examples = examples.random_map(_Augment(options))
+        own = examples[options.host :: options.hosts]
+        batches = own.batch(options.batch_size // options.hosts)
+        super().__init__(batches, functools.partial(_prefetch, options=options))
+
+    def get_state(self) -> dict[str, int]:
+        """The position, which `set_state` takes."""
+        return {"batches": self.position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues from a position that `get_state` gave."""
+        self.go_to(state["batches"])
+
+
+def eval_batches(source: Source, options: Options) -> Iterator[Batch]:
+    """Every image once, in order. The last batch is padded with images of weight 0."""
+    total = math.ceil(len(source) / options.batch_size) * options.batch_size
+    examples = grain.MapDataset.range(total).map(_PaddedExample(source, options))
+    mine = examples[options.host :: options.hosts]
+    batches = iter(_prefetch(mine.batch(options.batch_size // options.hosts), options))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def cached(source: Source, recipe: Recipe, size: int) -> ArraySource:
+    """A source that keeps all images of another one in memory, decoded."""
+    examples = [source[i] for i in range(len(source))]
+    images = [recipe.to_fixed_size(example["image"], size) for example in examples]
+    return ArraySource(images, [example["label"] for example in examples])
+
+
+def _prefetch(batches: grain.MapDataset, options: Options) -> grain.IterDataset:
+    read = grain.ReadOptions(
+        num_threads=options.threads, prefetch_buffer_size=max(2, options.threads)
+    )
+    made = batches.to_iter_dataset(read)
+    if options.workers:
+        if (
+            not flags.FLAGS.is_parsed()
+        ):  # The processes of Grain read its flags, which a test does not parse.
+            flags.FLAGS.mark_as_parsed()
+        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=options.workers))
+    return made
+
+
+class _Augment(grain.transforms.RandomMap):
+    """Augments an example for training."""
+
+    def __init__(self, options: Options):
+        self._recipe, self._size = options.recipe, options.image_size
+
+    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
+        return element | {"image": self._recipe.augment(element["image"], self._size, rng)}
+
+
+class _PaddedExample(grain.transforms.Map):
+    """Prepares the example of a number for evaluation; after the last one, padding of weight 0."""
+
+    def __init__(self, source: Source, options: Options):
+        self._source = source
+        self._recipe, self._size = options.recipe, options.image_size
+
+    def map(self, element: int) -> Example:
+        real = element < len(self._source)
+        example = self._source[int(element) if real else 0]
+        image = self._recipe.centre(example["image"], self._size)
+        return {
+            "image": image if real else np.zeros_like(image),
+            "label": example["label"] if real else np.int32(0),
+            "weight": np.float32(real),
+        }

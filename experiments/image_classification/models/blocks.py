@@ -1,0 +1,138 @@
+"""Layers and residual blocks. They compute in the dtype of their input; parameters are float32."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments import layers
+
+
+class Conv(nnx.Module):
+    """A square convolution without bias, with the same padding on both sides."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs):
+        init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        self.kernel = nnx.Param(init(rngs.params(), (size, size, inputs, outputs), jnp.float32))
+        self.strides = (stride, stride)
+        pad = (size - 1) // 2
+        self.padding = ((pad, pad), (pad, pad))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolves `x`."""
+        return layers.conv(x, self.kernel.get_value(), self.strides, self.padding)
+
+
+class Dense(nnx.Module):
+    """A linear layer with a bias."""
+
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal(0.01)
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps the last axis of `x`."""
+        return layers.matmul(x, self.kernel.get_value()) + self.bias.get_value().astype(x.dtype)
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch normalisation in float32, whatever the dtype of the activations."""
+
+    def __init__(self, features: int, rngs: nnx.Rngs, *, zero_scale: bool = False):
+        init = jax.nn.initializers.zeros if zero_scale else jax.nn.initializers.ones
+        super().__init__(features, momentum=0.9, scale_init=init, rngs=rngs)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:  # type: ignore[override]
+        """Normalises `x` by the batch's statistics in training, by the running ones otherwise."""
+        y = super().__call__(x.astype(jnp.float32), use_running_average=not train)
+        return y.astype(x.dtype)
+
+
+class Bottleneck(nnx.Module):
+    """Convolutions of 1×1, 3×3 and 1×1, with the stride in the 3×3 one (ResNet v1.5).
+
+    The scale of the last normalisation starts at zero.
+    """
+
+    EXPANSION: ClassVar[int] = 4
+    PRE_ACTIVATED: ClassVar[bool] = False
+
+    def __init__(self, inputs: int, width: int, stride: int, rngs: nnx.Rngs):
+        outputs = width * self.EXPANSION
+        self.conv1 = Conv(inputs, width, 1, 1, rngs)
+        self.bn1 = BatchNorm(width, rngs)
+        self.conv2 = Conv(width, width, 3, stride, rngs)
+        self.bn2 = BatchNorm(width, rngs)
+        self.conv3 = Conv(width, outputs, 1, 1, rngs)
+        self.bn3 = BatchNorm(outputs, rngs, zero_scale=True)
+        self.projects = stride > 1 or inputs != outputs
+        if self.projects:
+            self.shortcut = Conv(inputs, outputs, 1, stride, rngs)
+            self.shortcut_bn = BatchNorm(outputs, rngs)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Applies the block."""
+        y = jax.nn.relu(self.bn1(self.conv1(x), train))
+        y = jax.nn.relu(self.bn2(self.conv2(y), train))
+        y = self.bn3(self.conv3(y), train)
+        if self.projects:
+            x = self.shortcut_bn(self.shortcut(x), train)
+        return jax.nn.relu(x + y)
+
+
+class Basic(nnx.Module):
+    """Two convolutions of 3×3, with shortcuts that have no parameters.
+
+    Where the shape changes, the shortcut subsamples the image and pads the channels with zeros (He
+    et al. 2015, section 4.2, option A).
+    """
+
+    EXPANSION: ClassVar[int] = 1
+    PRE_ACTIVATED: ClassVar[bool] = False
+
+    def __init__(self, inputs: int, width: int, stride: int, rngs: nnx.Rngs):
+        self.conv1 = Conv(inputs, width, 3, stride, rngs)
+        self.bn1 = BatchNorm(width, rngs)
+        self.conv2 = Conv(width, width, 3, 1, rngs)
+        self.bn2 = BatchNorm(width, rngs)
+        self.stride = stride
+        self.new_channels = width - inputs
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Applies the block."""
+        y = jax.nn.relu(self.bn1(self.conv1(x), train))
+        y = self.bn2(self.conv2(y), train)
+        x = x[:, :: self.stride, :: self.stride]
+        before = self.new_channels // 2
+        after = self.new_channels - before
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, after)))
+        return jax.nn.relu(x + y)
+
+
+class PreActivation(nnx.Module):
+    """Two convolutions of 3×3, each after normalisation and ReLU (Zagoruyko and Komodakis 2016)."""
+
+    EXPANSION: ClassVar[int] = 1
+    PRE_ACTIVATED: ClassVar[bool] = True
+
+    def __init__(self, inputs: int, width: int, stride: int, rngs: nnx.Rngs):
+        self.bn1 = BatchNorm(inputs, rngs)
+        self.conv1 = Conv(inputs, width, 3, stride, rngs)
+        self.bn2 = BatchNorm(width, rngs)
+        self.conv2 = Conv(width, width, 3, 1, rngs)
+        self.projects = stride > 1 or inputs != width
+        if self.projects:
+            self.shortcut = Conv(inputs, width, 1, stride, rngs)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Applies the block."""
+        y = jax.nn.relu(self.bn1(x, train))
+        if self.projects:
+            x = self.shortcut(y)
+        y = jax.nn.relu(self.bn2(self.conv1(y), train))
+        return x + self.conv2(y)
+
+
+Block = Bottleneck | Basic | PreActivation

@@ -1,0 +1,217 @@
+"""The sections `model` and `data` of the config: their defaults, rules and variants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.config import apply_variant as apply_common
+from experiments.config.checks import check_values, integer, one_of
+from experiments.errors import UserError
+from experiments.language_modelling.data import TEXTS
+from experiments.language_modelling.data.corpus import SPLITS, Corpus
+from experiments.language_modelling.data.vocabulary import LEVELS
+from experiments.language_modelling.models import MODELS, Model
+from experiments.language_modelling.models.narrow import for_stacked_layers
+from experiments.language_modelling.models.settings import Lengths
+from topkast_jax.trees import flatten_with_names
+
+SMALL_DENSE = "small-dense-"
+_CHECKS = {
+    "data.level": one_of(*LEVELS),
+    "data.eval_split": one_of(*SPLITS[1:]),
+    "data.min_count": integer(1),
+    "data.eval_batch_size": integer(1),
+}
+
+
+def default_config() -> ConfigDict:
+    """A small byte-level model of Python's own documentation."""
+    lengths = {"target": 64, "memory": 64, "clamp": -1, "same_length": False}
+    return ConfigDict(
+        {
+            "model": {
+                "name": "transformer_xl",  # See `models`.
+                # Sizes and options as in `models.settings.TransformerXLConfig`.
+                "n_layer": 2,
+                "n_head": 2,
+                "d_model": 64,
+                "d_head": 32,
+                "d_inner": 128,
+                "d_embed": None,  # None stands for d_model.
+                "cutoffs": (),
+                "div_val": 1,
+                "tie_weight": True,
+                "tie_projs": (),
+                "untie_r": False,
+                "pre_lnorm": False,
+                "dropout": 0.0,
+                "dropatt": 0.0,
+                "dtype": "float32",  # That of activations; parameters stay float32.
+                "remat": False,
+                "scan": False,
+                # Makes the model narrower, with as many parameters as a sparse model of the sizes
+                # above runs on, if these rules (as in `method`) and this density make it sparse.
+                "small_dense": {"forward_density": 1.0, "rules": ()},
+                # How far the model looks back; see `models.settings.Lengths`.
+                "train": dict(lengths),
+                "evaluation": dict(lengths),
+            },
+            "data": {
+                "name": "python_docs",  # See `data`.
+                "file": "",  # The raw text of text_file: a plain, .xz or .zip file.
+                "dir": "",  # The folder where enwik8 and wikitext103 were prepared.
+                "level": "byte",  # Or character, or word.
+                "min_count": 1,  # Symbols that are rarer in the training part are <unk>.
+                "eval_batch_size": 16,  # The number of lanes; the result does not depend on it.
+                "eval_split": "validation",  # Or "test", for evaluation on the test part only.
+                # These are found in the data. A value given here must agree with the data.
+                "vocabulary_size": 0,
+                "vocabulary": "",
+            },
+        }
+    )
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks the two sections, and fills in what the data decides.
+
+    Raises:
+      UserError: names the key, what was found and what is allowed.
+    """
+    check_values(config, _CHECKS)
+    lengths(config, "train")
+    lengths(config, "evaluation")
+    text = TEXTS.get(config.data.name)(config.data)
+    if text.known is None:
+        corpus = text.open()
+        _fill_in(config.data, _vocabulary_of(config.data, corpus))
+        check_lengths(config, corpus)
+    else:
+        level, size = text.known
+        _fill_in(config.data, {"level": level, "vocabulary_size": size})
+    model = make_model(config)
+    if model.stacked and "rules" in config.method:
+        config.method.rules = _stacked(config.method.rules, model)
+
+
+def make_model(config: ConfigDict) -> Model:
+    """The model of a config."""
+    return MODELS.get(config.model.name)(config.model, config.data.vocabulary_size)
+
+
+def lengths(config: ConfigDict, which: str) -> Lengths:
+    """How far the model looks back in "train" or "evaluation"."""
+    try:
+        return Lengths(**config.model[which])
+    except UserError as error:
+        text = str(error).replace("lengths.", f"config.model.{which}.")
+        raise UserError(text) from None
+
+
+def check_lengths(config: ConfigDict, corpus: Corpus) -> None:
+    """Checks that the text is long enough for the segments and lanes.
+
+    Raises:
+      UserError: the text is too short.
+    """
+    sizes = {split: len(tokens) for split, tokens in corpus.splits.items()}
+    target, lanes = config.model.train.target, config.batch_size
+    for key, longest, splits in (
+        ("train", target, ("train",)),
+        ("evaluation", config.model.evaluation.target, ("validation", "test")),
+    ):
+        for split in splits:
+            if longest >= sizes[split]:
+                raise UserError(
+                    f"config.model.{key}.target={longest}: beyond the data; the {split} part of "
+                    f"{corpus.name} has {sizes[split]} tokens, so at most {sizes[split] - 1}"
+                )
+    if sizes["train"] < lanes * (target + 1):
+        raise UserError(
+            f"config.batch_size={lanes}: too few tokens; {lanes} lanes of {target} + 1 tokens "
+            f"need {lanes * (target + 1)}, {corpus.name} has {sizes['train']} to train on"
+        )
+
+
+def _vocabulary_of(data: ConfigDict, corpus: Corpus) -> dict[str, Any]:
+    vocabulary = corpus.vocabulary
+    if len(vocabulary) < 2:
+        raise UserError(
+            f"config.data.min_count: found {data.min_count}, which leaves {len(vocabulary)} symbol "
+            f"of {data.name}; must leave 2 at least"
+        )
+    return {"vocabulary_size": len(vocabulary), "vocabulary": vocabulary.fingerprint}
+
+
+def _fill_in(data: ConfigDict, found: dict[str, Any]) -> None:
+    for key, value in found.items():
+        if data[key] not in (value, 0, ""):
+            raise UserError(f"config.data.{key}: found {data[key]!r}; {data.name} has {value!r}")
+        data[key] = value
+
+
+def _stacked(rules: Any, model: Model) -> Any:
+    if rules is None:
+        raise UserError(
+            "config.method.rules: found None; with config.model.scan=True it must name what is "
+            "sparse, for stacked vectors look like matrices"
+        )
+    names, _, _ = flatten_with_names(model.abstract_params)
+    return for_stacked_layers(rules, names, model.stacked)
+
+
+def apply_variant(config: ConfigDict, variant: str) -> bool:
+    """Sets the method of a config from a variant.
+
+    Args:
+      config: the config; it is changed in place.
+      variant: as for `experiments.config.apply_variant`, with the further word `small-dense-F`.
+        This is a dense and narrower model of the same depth, with as many parameters as a model of
+        F % sparsity by `method.rules` runs on.
+
+    Returns:
+      Whether the variant asks for a smoke test.
+    """
+    words = [word.strip() for word in variant.split(",")]
+    common = [word for word in words if not word.startswith(SMALL_DENSE)]
+    flags = apply_common(config, ",".join(common), flags=("smoke", f"{SMALL_DENSE}F"))
+    for word in words:
+        if word.startswith(SMALL_DENSE):
+            config.method.name = "dense"
+            config.model.small_dense.rules = config.method.rules
+            config.model.small_dense.forward_density = _small_dense_density(word)
+    return "smoke" in flags
+
+
+def _small_dense_density(word: str) -> float:
+    try:
+        density = round(1 - float(word.removeprefix(SMALL_DENSE)) / 100, 9)
+    except ValueError:
+        density = 0.0
+    if not 0 < density <= 1:
+        raise UserError(f"variant {word!r}: F must be a sparsity in %, 0 to below 100")
+    return density
+
+
+def shrink_to_smoke(config: ConfigDict) -> None:
+    """Shrinks a config to a few steps of a tiny model on Python's documentation."""
+    config.steps = 3
+    config.batch_size = 8
+    config.log_every = 1
+    config.eval_every = 0
+    config.checkpoint_every = 0
+    config.optimizer.schedule.warmup_steps = min(1, config.optimizer.schedule.warmup_steps)
+    config.method.refresh_every = 2
+    for key, size in (
+        ("n_layer", 2), ("n_head", 2), ("d_model", 64), ("d_head", 16), ("d_inner", 64)
+    ):  # fmt: skip
+        config.model[key] = size
+    for which in ("train", "evaluation"):
+        config.model[which].target = 32
+        config.model[which].memory = 32
+    if config.model.cutoffs:
+        config.model.cutoffs = (100, 300, 1_000)
+    config.data.name = "python_docs"
+    config.data.eval_batch_size = 16

@@ -1,0 +1,123 @@
+"""Texts as numbers: a file of the user, or the documentation that comes with Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from experiments.errors import UserError
+from experiments.language_modelling.data import vocabulary
+from experiments.language_modelling.data.archives import read_text
+from experiments.language_modelling.data.vocabulary import Vocabulary
+
+SPLITS = ("train", "validation", "test")
+# The shares of the training and the validation part, in bytes; the rest is for testing.
+PARTS = (0.90, 0.05)
+
+
+class Tokens(Protocol):
+    """A text as numbers, of which any range can be read."""
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens from start to stop - 1, int32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The three parts of a text.
+
+    Attributes:
+      name: the name of the text in messages.
+      vocabulary: the vocabulary of its symbols.
+      splits: the parts, by the names in `SPLITS`.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    splits: Mapping[str, Tokens]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """A text that a config names.
+
+    Attributes:
+      open: reads it; raises UserError if that is not possible.
+      known: the level and the size of the vocabulary, if they are known without the text. If it is
+        None, the text is opened as soon as the config is read.
+    """
+
+    open: Callable[[], Corpus]
+    known: tuple[str, int] | None = None
+
+
+class ArrayTokens:
+    """Tokens in memory."""
+
+    def __init__(self, numbers: np.ndarray):
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return len(self._numbers)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The tokens from start to stop - 1."""
+        return self._numbers[start:stop].astype(np.int32)
+
+
+def text_file(file: str, level: str, min_count: int) -> Corpus:
+    """A file of raw text, divided by bytes into 90 % for training, 5 % and 5 %.
+
+    Raises:
+      UserError: there is no such file, or it is damaged.
+    """
+    if not file:
+        raise UserError("config.data.file is empty; text_file needs a file of raw text")
+    path = Path(file)
+    try:
+        changed = path.stat().st_mtime_ns
+    except OSError as error:
+        raise UserError(f"config.data.file: cannot read {file}: {error.strerror}") from None
+    return _text_file(path, changed, level, min_count)
+
+
+@functools.lru_cache(maxsize=2)
+def _text_file(path: Path, changed: int, level: str, min_count: int) -> Corpus:
+    del changed  # A changed file is read again.
+    text = read_text(path)
+    if not text:
+        raise UserError(f"config.data.file: {path} holds no text")
+    return from_text(str(path), text, level, min_count)
+
+
+@functools.lru_cache(maxsize=2)
+def python_docs(level: str, min_count: int) -> Corpus:
+    """The topics of Python's help(), about 0.4 MB. They differ between versions."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()
+    return from_text("python_docs", text, level, min_count)
+
+
+def from_text(name: str, text: bytes, level: str, min_count: int) -> Corpus:
+    """Divides a text in three. The vocabulary is that of the training part, with `<unk>`."""
+    parts = cut(text)
+    known = vocabulary.build(parts["train"], level, min_count)
+    splits = {split: ArrayTokens(known.encode(part)) for split, part in parts.items()}
+    return Corpus(name, known, splits)
+
+
+def cut(text: bytes) -> dict[str, bytes]:
+    """The parts of a text, divided by bytes."""
+    ends = [round(len(text) * PARTS[0]), round(len(text) * sum(PARTS)), len(text)]
+    parts = (text[start:end] for start, end in zip([0, *ends], ends, strict=False))
+    return dict(zip(SPLITS, parts, strict=True))

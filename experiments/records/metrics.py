@@ -1,0 +1,101 @@
+"""The records of a run while it trains: `metrics.jsonl`, TensorBoard, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from experiments.records.workdir import METRICS
+
+
+class Metrics:
+    """Writes records, on the first host only.
+
+    A record is `{"step", "split", values…}`, where `split` is "train", "masks" or a split of the
+    data. Records of evaluations contain their `context`. Values that depend on the machine are
+    under `timing`.
+    """
+
+    def __init__(self, workdir: Path, start: int, steps: int):
+        """Continues after a step; records of later steps are dropped.
+
+        Args:
+            workdir: the folder of `metrics.jsonl`.
+            start: the number of finished steps.
+            steps: the number of steps of the whole run.
+        """
+        self._main = jax.process_index() == 0
+        if not self._main:
+            return
+        _drop_after(workdir / METRICS, start)
+        self._file = open(workdir / METRICS, "a")  # noqa: SIM115
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=start, unit="step") if on_terminal else None
+        self._steps = steps
+
+    def write(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """Writes one record."""
+        if not self._main:
+            return
+        print(json.dumps({"step": step, "split": split} | values), file=self._file, flush=True)
+        numbers = {k: v for k, v in values.items() if isinstance(v, float)}
+        for key, value in (numbers | values.get("timing", {})).items():
+            self._board.add_scalar(f"{split}/{key}", value, step)
+        self._show(step, split, numbers, values.get("timing", {}))
+
+    def tick(self, step: int) -> None:
+        """Moves the progress bar."""
+        if self._main and self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def say(self, line: str) -> None:
+        """Prints one line."""
+        if self._main:
+            tqdm.write(line, file=sys.stderr) if self._bar else print(line, flush=True)
+
+    def sync(self) -> None:
+        """Puts the records on disk, which must happen before a checkpoint that relies on them."""
+        if self._main:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the files and the progress bar."""
+        if self._main:
+            self._file.close()
+            self._board.close()
+            if self._bar is not None:
+                self._bar.close()
+
+    def _show(self, step: int, split: str, numbers: dict[str, float], timing: Any) -> None:
+        shown = numbers | {k: v for k, v in timing.items() if k == "steps_per_second"}
+        text = "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        if self._bar is not None and split == "train":
+            self._bar.set_postfix_str(text, refresh=False)
+        elif self._bar is None or split != "masks":
+            self.say(f"step {step}/{self._steps}  {split:6}  {text}")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records of a `metrics.jsonl`, without a last line that was cut off."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    kept = [r for r in read_records(path) if r["step"] <= step and not r.get("final")]
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    unfinished.rename(path)

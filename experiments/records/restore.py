@@ -1,0 +1,83 @@
+"""Reads a run that is not trained further: its config and its newest state."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.errors import UserError
+from experiments.records import checkpoints, workdir
+from experiments.training import methods
+from experiments.training.partition import all_devices
+from experiments.training.program import Program, build
+from experiments.training.state import TrainState
+
+ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A run read from its folder, on one device.
+
+    Attributes:
+        config: the config as resolved when the run was made, mesh included.
+        program: what the run compiles.
+        state: the state of its newest whole checkpoint.
+        meta: what is stored next to the state.
+    """
+
+    config: ConfigDict
+    program: Program
+    state: TrainState
+    meta: dict[str, Any]
+
+
+def read_config(directory: Path, task: str | None = None) -> ConfigDict:
+    """The config of a run.
+
+    Raises:
+        UserError: there is no run in the folder, or one of another task.
+    """
+    if not (directory / workdir.CONFIG).is_file():
+        raise UserError(f"--workdir={directory}: holds no {workdir.CONFIG}; must be a run's folder")
+    config = ConfigDict(workdir.read_json(directory / workdir.CONFIG))
+    if task is not None and config.get("task") != task:
+        raise UserError(f"--workdir={directory}: holds a run of task {config.get('task')!r}")
+    return config
+
+
+def read(directory: Path, task: str | None = None) -> Saved:
+    """A run and its newest state; raises UserError if there is no run or no checkpoint."""
+    config = read_config(directory, task)
+    program = build(on_one_device(config), all_devices()[:1])
+    abstract = program.representation.abstract
+    state, meta = checkpoints.load(directory / workdir.CHECKPOINTS, abstract)
+    return Saved(config, program, state, meta)
+
+
+def on_one_device(config: ConfigDict) -> ConfigDict:
+    """A copy of a config for a process that only reads, on one device of any platform."""
+    copy = config.copy_and_resolve_references()
+    copy.mesh = ONE_DEVICE
+    if "backend" in copy.method:
+        copy.method.backend = None
+    return copy
+
+
+def with_representation(config: ConfigDict, to: str) -> ConfigDict:
+    """The config of the same run in another representation, "masked" or "always_sparse".
+
+    Raises:
+        UserError: the run is dense.
+    """
+    if methods.representation(config.method) == "dense":
+        raise UserError("the run is dense: it has no sets, and no other representation")
+    method = config.method.to_dict() | {"always_sparse": to == "always_sparse"}
+    filled = {"inner_state": "reset"} | methods.COMPACT | method
+    keys = ("name", *methods.method_keys(ConfigDict(method)))
+    copy = config.copy_and_resolve_references()
+    copy.method = ConfigDict({key: filled[key] for key in keys})
+    return copy

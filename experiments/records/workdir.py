@@ -1,0 +1,153 @@
+"""The folder of a run: which files it holds, and which config it belongs to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments.errors import UserError
+
+CONFIG, METRICS, FINAL, CHECKPOINTS = "config.json", "metrics.jsonl", "final.json", "checkpoints"
+# Keys that may change when a run continues, because they do not change what it computes.
+FREE = ("name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints")
+
+
+def as_json(config: ConfigDict) -> dict[str, Any]:
+    """A config as JSON stores it."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), sort_keys=True))
+    return plain
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+    """Writes the config to the folder, or checks that the folder belongs to this config.
+
+    Raises:
+        UserError: it is a file or an address, cannot be written, or belongs to another config.
+    """
+    check_no_address("--workdir", workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: is a file; must be a folder, or a new name")
+    saved = workdir / CONFIG
+    old = read_json(saved) if saved.exists() else None
+    if old is not None and _holds_results(workdir):
+        _check_same(workdir, old, as_json(config))
+        _check_writable(workdir)
+        return
+    strange = [name for name in (METRICS, FINAL, CHECKPOINTS) if (workdir / name).exists()]
+    if strange and old is None:
+        raise UserError(f"--workdir={workdir}: holds {strange[0]} but no {CONFIG}; choose another")
+    _check_writable(workdir)
+    if jax.process_index() == 0:
+        write_json(saved, as_json(config))
+
+
+def check_no_address(flag: str, path: Path) -> None:
+    """Raises UserError if a path is an address such as gs://bucket."""
+    if ":/" in str(path):
+        raise UserError(f"{flag}={path}: is an address; must be a path, mounted if need be")
+
+
+def _holds_results(workdir: Path) -> bool:
+    """Whether something would be lost if another config took over the folder."""
+    records, checkpoints = workdir / METRICS, workdir / CHECKPOINTS
+    return (
+        finished(workdir)
+        or (records.exists() and records.stat().st_size > 0)
+        or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    )
+
+
+def finished(workdir: Path) -> bool:
+    """Whether the run in this folder is finished."""
+    return (workdir / FINAL).exists()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__}; must hold a JSON object")
+    return found
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON file completely or not at all."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    unfinished.rename(path)
+
+
+@contextlib.contextmanager
+def whole(out: Path) -> Iterator[Path]:
+    """Yields a path next to `out` for a new file or folder, and renames it to `out` at the end.
+
+    After an exception, the unfinished file or folder is removed.
+
+    Raises:
+        UserError: the file or folder cannot be written.
+    """
+    at = out.resolve()
+    unfinished = at.with_name(f"{at.stem}.unfinished.{os.getpid()}{at.suffix}")
+    try:
+        yield unfinished
+        unfinished.rename(at)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+
+
+def _check_writable(workdir: Path) -> None:
+    trial = workdir / f".writable.{jax.process_index()}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror}") from error
+
+
+def _check_same(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    before, now = (
+        {key: value for key, value in flat(c).items() if not _is_free(key)} for c in (old, new)
+    )
+    missing = "nothing"
+    different = [
+        f"{key} is {before.get(key, missing)!r} there and {now.get(key, missing)!r} here"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, missing) != now.get(key, missing)
+    ]
+    if different:
+        raise UserError(
+            f"--workdir={workdir}: belongs to another config: {'; '.join(different)}; "
+            "choose another folder"
+        )
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config by key, with dots between the levels."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found

@@ -1,0 +1,128 @@
+"""Groups of finished runs that differ in the seed alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError
+from experiments.records.metrics import read_records
+from experiments.records.workdir import CONFIG, FINAL, METRICS, flat, read_json
+
+Summary = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Runs that differ only in the seed.
+
+    Attributes:
+        name: the name of their config.
+        method: the name of their sparsity method.
+        runs: their summaries (`final.json`).
+        records: their records (`metrics.jsonl`), in the same order.
+        settings: the settings that differ from other groups of the same name and method; empty if
+            there is no such group.
+    """
+
+    name: str
+    method: str
+    runs: list[Summary]
+    records: list[list[dict[str, Any]]]
+    settings: str = ""
+
+    def values(self, read: Callable[[Summary], Any]) -> list[float]:
+        """The number of each run that has it."""
+        found = [read(run) for run in self.runs]
+        return [float(value) for value in found if value is not None]
+
+    def deviation(self, read: Callable[[Summary], Any]) -> float | None:
+        """The standard deviation over the seeds, or None if fewer than two have the number."""
+        values = self.values(read)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def mean(self, read: Callable[[Summary], Any]) -> float | None:
+        """The mean over the seeds, or None if no run has the number."""
+        values = self.values(read)
+        return statistics.fmean(values) if values else None
+
+
+def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
+    """The groups of finished runs, ordered by name, and the folders of unfinished runs."""
+    for directory in dirs:
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such folder; expected one with runs")
+    configs = sorted({path.parent for d in dirs for path in d.rglob(CONFIG)})
+    finals = sorted({path.resolve() for d in dirs for path in d.rglob(FINAL)})
+    if not finals:
+        raise UserError(f"{', '.join(map(str, dirs))}: no finished run ({FINAL}) in there")
+    groups: dict[str, Group] = {}
+    for path in finals:
+        run = _read_final(path)
+        config = {k: v for k, v in run["config"].items() if k != "seed"}
+        key = json.dumps(config, sort_keys=True)
+        group = groups.setdefault(key, Group(run["name"], config["method"]["name"], [], []))
+        group.runs.append(run)
+        group.records.append(read_records(path.with_name(METRICS)))
+    unfinished = [path for path in configs if not (path / FINAL).exists()]
+    told = _told_apart(list(groups.values()))
+    return sorted(told, key=lambda g: (g.name.partition(":")[0], *_order(g))), unfinished
+
+
+def _told_apart(groups: Sequence[Group]) -> list[Group]:
+    """The same groups, with the settings in which those of one name and method differ."""
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for group in groups:
+        alike[group.name, group.method].append(_config(group))
+    return [
+        dataclasses.replace(group, settings=_own(_config(group), alike[group.name, group.method]))
+        for group in groups
+    ]
+
+
+def _config(group: Group) -> dict[str, Any]:
+    values = flat(group.runs[0]["config"])
+    return {k: v for k, v in values.items() if k != "seed" and not k.startswith("derived.")}
+
+
+def _own(config: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
+    """The values of a config for the keys on which some configs do not agree."""
+    keys = [k for k in sorted(config) if _differ([c[k] for c in alike if k in c])]
+    # Keys that only some configs have mostly follow from those; the others are added here.
+    same = [c for c in alike if all(c.get(k) == config[k] for k in keys)]
+    keys += [k for k in sorted(config) if k not in keys and _differ([c.get(k) for c in same])]
+    return ", ".join(_setting(key, config[key]) for key in keys)
+
+
+def _differ(values: Sequence[Any]) -> bool:
+    return any(value != values[0] for value in values)
+
+
+def _setting(key: str, value: Any) -> str:
+    if key == "method.always_sparse":
+        return "always sparse" if value else "masks"
+    return str(value) if key == "method.pattern" else f"{key.rpartition('.')[2]} {value}"
+
+
+def _order(group: Group) -> tuple[Any, ...]:
+    density = -(group.mean(forward_density) or 0)
+    return group.method != "dense", group.method, density, group.name, group.settings
+
+
+def _read_final(path: Path) -> Summary:
+    run = read_json(path)
+    needed = ("name", "config", "test", "densities", "parameters", "flops", "seconds")
+    missing = [key for key in needed if key not in run]
+    if missing:
+        raise UserError(f"{path}: has no {missing[0]!r}; must be written by experiments.main")
+    return run
+
+
+def forward_density(run: Summary) -> Any:
+    """The forward density of a run's sparse leaves, counted from the masks."""
+    return run["densities"]["forward"]

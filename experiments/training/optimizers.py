@@ -1,0 +1,143 @@
+"""Makes the schedule and the optax optimizer of a config, with the sparsity method around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from experiments.training.methods import make_method
+from topkast_jax.always_sparse import AlwaysSparse
+from topkast_jax.sparsify import SparseTransform
+
+Tree = Any
+Transform: TypeAlias = optax.GradientTransformationExtraArgs
+# The keys that each of them reads; the others are dropped from the config.
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "sgd": ("momentum", "nesterov"),
+    "adam": ("b1", "b2", "eps"),
+    "adamw": ("b1", "b2", "eps", "weight_decay"),
+    "lamb": ("b1", "b2", "eps", "weight_decay"),
+    "adafactor": ("weight_decay",),
+    "rmsprop": ("b2", "eps", "momentum", "nesterov"),
+}
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "cosine": ("final_factor",),
+    "step": ("boundaries", "factor"),
+}
+
+
+def optimizer_keys(optimizer: ConfigDict) -> tuple[str, ...]:
+    """The keys of `config.optimizer` that an optimizer reads."""
+    common = ("learning_rate", "reference_batch_size", "l2", "clip_global_norm", "schedule")
+    return (*common, *OPTIMIZERS[optimizer.name])
+
+
+def schedule_keys(schedule: ConfigDict) -> tuple[str, ...]:
+    """The keys of `config.optimizer.schedule` that a schedule reads."""
+    return ("warmup_steps", "reference_steps", *SCHEDULES[schedule.name])
+
+
+def make_schedule(config: ConfigDict) -> optax.Schedule:
+    """The learning rate by step: a linear warm-up, followed by the schedule of that name."""
+    schedule, derived = config.optimizer.schedule, config.derived
+    peak, warmup = derived.learning_rate, derived.warmup_steps
+    if schedule.name == "cosine":
+        main = optax.cosine_decay_schedule(peak, config.steps - warmup, schedule.final_factor)
+    elif schedule.name == "step":
+        after = {b - warmup: schedule.factor for b in derived.boundaries}
+        main = optax.piecewise_constant_schedule(peak, after)
+    else:
+        main = optax.constant_schedule(peak)
+    if not warmup:
+        return main
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / warmup, peak, warmup - 1), main], [warmup]
+    )
+
+
+def make_dense(config: ConfigDict, params: Tree) -> Transform:
+    """The optimizer of a run without sets.
+
+    Args:
+        config: a validated config.
+        params: the abstract parameters.
+    """
+    return _with_l2(config, _inner(config, params), _matrices(params))
+
+
+def make_masked(config: ConfigDict, params: Tree) -> tuple[SparseTransform, Transform]:
+    """The sparsity method of a run under masks, and the optimizer around it; see `make_dense`."""
+    method = make_method(config, _inner(config, params), params)
+    return method, _with_l2(config, method, _penalised(config, method, params))
+
+
+def make_compact(
+    config: ConfigDict, params: Tree, sharding: Callable[[tuple[int, ...]], jax.sharding.Sharding]
+) -> tuple[AlwaysSparse, Transform]:
+    """The optimizer of a run that is always sparse, over the tree of values.
+
+    Args:
+        config: a validated config.
+        params: the abstract dense parameters.
+        sharding: the sharding of an array of a given shape.
+
+    Returns:
+        The object that starts and refreshes the sets, and the optimizer.
+    """
+    method = make_method(config, _inner(config, params), params)
+    delay = config.method.get("refresh_delay", 0)
+    sparse = AlwaysSparse(method, params, delay=delay, place=sharding)
+    return sparse, _with_l2(config, sparse.transform, _penalised(config, method, params))
+
+
+def _with_l2(config: ConfigDict, tx: Any, decayed: Tree) -> Transform:
+    if not config.optimizer.l2:
+        return optax.with_extra_args_support(tx)
+    # The penalty comes before the method, which drops the same entries of it as of the gradient.
+    return optax.chain(optax.add_decayed_weights(config.optimizer.l2, decayed), tx)
+
+
+def _penalised(config: ConfigDict, tx: SparseTransform, params: Tree) -> Tree:
+    """The leaves with an L2 penalty: matrices without a penalty of the method's own."""
+    matrices = _matrices(params)
+    if "exploration_weight" not in config.method:
+        return matrices
+    dense = [leaf is None for leaf in tx.plan.leaves(params)]
+    return jax.tree.map(
+        lambda matrix, rest: matrix and rest,
+        matrices,
+        jax.tree.unflatten(jax.tree.structure(matrices), dense),
+    )
+
+
+def _matrices(params: Tree) -> Tree:
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+def _inner(config: ConfigDict, params: Tree) -> Transform:
+    c, rate = config.optimizer, make_schedule(config)
+    moments = {k: c[k] for k in ("b1", "b2", "eps") if k in c}
+    matrices = _matrices(params)
+    decay = {"weight_decay": c.get("weight_decay"), "mask": matrices}
+    make: dict[str, Callable[[], Any]] = {
+        "sgd": lambda: optax.sgd(rate, c.momentum or None, c.nesterov),
+        "adam": lambda: optax.adam(rate, **moments),
+        "adamw": lambda: optax.adamw(rate, **moments, **decay),
+        "lamb": lambda: optax.lamb(rate, **moments, **decay),
+        "adafactor": lambda: optax.adafactor(
+            rate, weight_decay_rate=c.weight_decay or None, weight_decay_mask=matrices
+        ),
+        "rmsprop": lambda: optax.rmsprop(
+            rate, c.b2, c.eps, momentum=c.momentum or None, nesterov=c.nesterov
+        ),
+    }
+    inner = make[c.name]()
+    if not c.clip_global_norm:
+        return inner
+    # Clipping is inside the method, so that the norm is that of the gradient that is used.
+    return optax.chain(optax.clip_by_global_norm(c.clip_global_norm), inner)

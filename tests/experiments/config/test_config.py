@@ -1,0 +1,260 @@
+"""Overrides, validation and derived values."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from toy_runs import config
+
+import topkast_jax as tk
+from experiments.config import base_config, load, override
+from experiments.errors import UserError
+from experiments.records.workdir import as_json
+from experiments.training.optimizers import make_dense, make_masked
+
+BAD_OVERRIDES = {
+    "stepz=3": "no key 'stepz'; did you mean 'steps'?",
+    "optimizer.lr=3": "no key 'lr'; allowed: ",
+    "steps.more=3": "no key 'more'",
+    "derived.learning_rate=3": "no key 'derived'",
+    "optimizer=sgd": "--config.optimizer: is a section; set one of b1",
+    "steps": "--config.steps: no value",
+    "steps=many": "--config.steps=many: expected int",
+    "steps=1.5": "--config.steps=1.5: expected int",
+    "steps=True": "--config.steps=True: expected int",
+    "steps=None": "--config.steps=None: expected int",
+    "eval_at_end=3": "--config.eval_at_end=3: expected bool",
+    "optimizer.learning_rate=fast": "expected float",
+    "optimizer.nesterov=1.0": "expected bool",
+    "steps=0": "config.steps: found 0; must be an integer of at least 1",
+    "seed=-1": "config.seed: found -1; must be",
+    "log_every=0": "config.log_every: found 0",
+    "keep_checkpoints=0": "config.keep_checkpoints: found 0",
+    "optimizer.learning_rate=0": "learning_rate: found 0.0; must be a number above 0",
+    "optimizer.momentum=1.5": "config.optimizer.momentum: found 1.5; must be",
+    "optimizer.name=sdg": "config.optimizer.name: found 'sdg'; must be one of sgd, adam",
+    "optimizer.weight_decay=0.1": "config.optimizer.weight_decay: sgd does not read it",
+    "optimizer.b1=0.5": "sgd does not read it; it reads",
+    "optimizer.schedule.name=linear": "must be one of constant, cosine, step",
+    "optimizer.schedule.final_factor=0.1": "constant does not read it",
+    "optimizer.schedule.name=step": "boundaries: found none",
+    "optimizer.schedule.warmup_steps=20": "warmup_steps: found 20; must be below steps=20",
+    "method.name=rigl": "config.method.name: found 'rigl'; must be one of dense, ",
+    "method.seed=3": "config.method.seed: top_kast does not read it",
+    "method.forward_density=0": "config.method.forward_density=0.0: must be a number in (0, 1]",
+    "method.forward_density=1.1": "config.method.forward_density=1.1: must be",
+    "method.forward_density=nan": "config.method.forward_density",
+    "method.backward_density=0.1": "method.backward_density=0.1 is below forward_density=0.2",
+    "method.refresh_every=0": "config.method.refresh_every=0: must be",
+    "method.exploration_norm=l3": "config.method.exploration_norm='l3': must be 'l2' or 'l1'",
+    "method.inner_state=drop": "config.method.inner_state='drop': must be 'keep' or 'reset'",
+    "method.pattern=block:4": "must be 'unstructured' or 'block:RxC'",
+    "method.pattern=block:0x4": "config.method.pattern: found 'block:0x4'; Block rows=0: must be",
+    "method.distribution=even": "config.method.distribution='even': must be 'uniform' or 'erk'",
+    "method.stop_exploring_at=-1": "must be None or an integer of at least 0",
+    "method.rules=(('.*','sparze'),)": "config.method.rules: found",
+    "method.rules=(('.*',{'density':1}),)": "config.method.rules: found",
+    "mesh.data=0": "config.mesh.data: found 0",
+    "mesh.fsdp=-1": "at most one of them may be -1",
+    "model.hidden=0": "config.model.hidden: found 0; must be at least 1",
+}
+
+
+@pytest.mark.parametrize("text", BAD_OVERRIDES)
+def test_bad_override(text):
+    with pytest.raises(UserError) as error:
+        config("80/60", text)
+    assert BAD_OVERRIDES[text] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ("optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),
+        ("optimizer.learning_rate=3e-4", "optimizer.learning_rate", 3e-4),
+        ("eval_at_end=false", "eval_at_end", False),
+        ("method.stop_exploring_at=7", "method.stop_exploring_at", 7),
+        ("method.pattern=block:2x2", "method.pattern", "block:2x2"),
+        ("optimizer.schedule.boundaries=[3,4]", "optimizer.schedule.boundaries", (3, 4)),
+        ("optimizer.schedule.boundaries=3", "optimizer.schedule.boundaries", (3,)),
+    ],
+)
+def test_override_keeps_the_type(text, key, expected):
+    changed = base_config("toy")
+    assert override(changed, text) == key
+    for part in key.split("."):
+        changed = changed[part]
+    assert changed == expected
+    assert type(changed) is type(expected)
+
+
+@pytest.mark.parametrize("variant", ["", "dense", "80/60", "98/90", "static-90", "nan,90/80"])
+def test_variants(variant):
+    method = config(variant).method
+    expected = {
+        "": ("dense",),
+        "dense": ("dense",),
+        "80/60": ("top_kast", 0.2, 0.4),
+        "98/90": ("top_kast", 0.02, 0.1),
+        "static-90": ("static_random", 0.1),
+        "nan,90/80": ("top_kast", 0.1, 0.2),
+    }[variant]
+    keys = ("name", "forward_density", "backward_density")
+    assert tuple(method[k] for k in keys if k in method) == expected
+
+
+@pytest.mark.parametrize("variant", ["90", "static", "a/b", "smoke", "90/80/70", "static-x"])
+def test_bad_variant(variant):
+    with pytest.raises(UserError, match=r"variant '.*': allowed: dense, F/B, static-F, nan"):
+        config(variant)
+
+
+def test_only_what_is_read_is_left():
+    dense = as_json(config("dense"))
+    assert dense["method"] == {"name": "dense"}
+    assert set(as_json(config("static-90"))["method"]) == {
+        "name", "forward_density", "seed", "rules", "pattern", "distribution", "always_sparse"
+    }  # fmt: skip
+    assert "b1" not in dense["optimizer"]
+
+
+def test_derived_values_follow_overrides():
+    scaled = config(
+        "80/60",
+        "steps=200",
+        "batch_size=64",
+        "optimizer.reference_batch_size=32",
+        "optimizer.schedule.name=step",
+        "optimizer.schedule.boundaries=(30,70)",
+        "optimizer.schedule.warmup_steps=5",
+        "optimizer.schedule.reference_steps=100",
+    )
+    assert scaled.derived.learning_rate == pytest.approx(0.2)
+    assert scaled.derived.boundaries == (60, 140)
+    assert scaled.derived.warmup_steps == 10
+
+
+@pytest.mark.parametrize("spec", ["nowhere.py", "README.md", "tests", ":dense"])
+def test_no_config_file(spec):
+    with pytest.raises(UserError, match="no such file"):
+        load(spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("x = 1", UserError, "bad.py defines no get_config()"),
+        ("def get_config(): pass", UserError, "get_config() of {}/bad.py takes no variant"),
+        ("from experiments.config import base_config\nbase_config('tooy')", UserError, "'tooy'"),
+        ("def get_config(:", SyntaxError, "invalid syntax"),
+        ("import nothing_like_it", ModuleNotFoundError, "nothing_like_it"),
+        ("def get_config(v): return {}['stepz']", KeyError, "stepz"),
+        ("from experiments.config import base_config\nbase_config('toy').stepz = 1",
+         AttributeError, "stepz"),
+    ],
+)  # fmt: skip
+def test_bad_config_file(tmp_path, text, error, message):
+    """A mistake inside the file is raised as it is, so that its traceback names the line."""
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    with pytest.raises(error) as found:
+        load(f"{path}:dense")
+    assert message.replace("{}", str(tmp_path)) in str(found.value)
+    frames = [frame.path for frame in found.traceback]
+    if error not in (UserError, SyntaxError):
+        assert str(path) in map(str, frames)
+
+
+def make_optimizer(made, params):
+    """The optimizer of a run that is not always sparse."""
+    dense = made.method.name == "dense"
+    return make_dense(made, params) if dense else make_masked(made, params)[1]
+
+
+PARAMS = {
+    "a": np.ones((4, 8), np.float32),
+    "b": np.ones((8, 4), np.float32),
+    "c": np.ones(4, np.float32),
+}
+RULES = "method.rules=(('a','sparse'),('.*','dense'))"
+
+
+def moved(*overrides, variant="80/60"):
+    """How far one step with a zero gradient moves each leaf, over the learning rate."""
+    made = config(variant, *overrides, "optimizer.learning_rate=1.0", "optimizer.momentum=0.0")
+    tx = make_optimizer(made, jax.eval_shape(lambda: PARAMS))
+    updates, _ = tx.update(jax.tree.map(np.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
+    return {name: -np.asarray(u) for name, u in updates.items()}
+
+
+def test_l2_is_on_dense_matrices_where_the_method_has_its_own_penalty():
+    u = moved("optimizer.l2=0.01", "method.exploration_weight=0.1", RULES)
+    np.testing.assert_allclose(np.unique(u["a"]), [0, 0.1, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(u["b"], 0.01, rtol=1e-6)
+    np.testing.assert_array_equal(u["c"], 0)
+
+
+def test_l2_is_on_what_a_static_mask_keeps():
+    u = moved("optimizer.l2=0.01", RULES, variant="static-75")
+    np.testing.assert_allclose(np.sort(u["a"].ravel()), [0] * 24 + [0.01] * 8, rtol=1e-6)
+    np.testing.assert_allclose(u["b"], 0.01, rtol=1e-6)
+
+
+def test_l2_is_on_all_matrices_of_a_dense_run():
+    u = moved("optimizer.l2=0.01", variant="dense")
+    np.testing.assert_allclose(u["a"], 0.01, rtol=1e-6)
+    np.testing.assert_array_equal(u["c"], 0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb", "adafactor", "rmsprop"])
+def test_every_optimizer_steps(name):
+    made = config("80/60", f"optimizer.name={name}", "optimizer.clip_global_norm=0.5")
+    tx = make_optimizer(made, jax.eval_shape(lambda: PARAMS))
+    state = tx.init(PARAMS)
+    view = tk.forward_params(PARAMS, state)
+    assert np.count_nonzero(view["a"]) == 6
+    updates, _ = tx.update(PARAMS, state, PARAMS)
+    new = optax.apply_updates(PARAMS, updates)
+    assert np.count_nonzero(new["a"] != PARAMS["a"]) == 13
+    assert np.all(np.isfinite(new["a"]))
+
+
+def test_clipping_sees_only_the_gradient_that_is_used():
+    options = ("optimizer.clip_global_norm=1.0", "method.exploration_weight=0.0")
+    made = config("80/60", *options, RULES, "optimizer.learning_rate=1.0", "optimizer.momentum=0.0")
+    tx = make_optimizer(made, jax.eval_shape(lambda: PARAMS))
+    grads = {"a": np.full((4, 8), 1e3, np.float32), "b": 0 * PARAMS["b"], "c": 0 * PARAMS["c"]}
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    assert np.linalg.norm(updates["a"]) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_random_masks_follow_the_seed():
+    def mask(*overrides):
+        tx = make_optimizer(config("static-75", *overrides), jax.eval_shape(lambda: PARAMS))
+        return np.asarray(jax.tree.leaves(tx.init(PARAMS).sets)[0])
+
+    assert np.array_equal(mask("seed=1"), mask("seed=1"))
+    assert not np.array_equal(mask("seed=1"), mask("seed=2"))
+    assert np.array_equal(mask("seed=1", "method.seed=5"), mask("seed=2", "method.seed=5"))
+
+
+def test_another_method_changes_no_default(monkeypatch):
+    """A method of one's own may have a seed with a default, and a name before the others'."""
+
+    def aaa(inner, forward_density, seed=0, exploration_norm="l1"):
+        return tk.static_random(inner, forward_density, seed)
+
+    monkeypatch.setitem(tk.methods._FACTORIES, "aaa", aaa)
+    assert config("static-75", "seed=3").method.seed is None
+    assert config("90/80").method.exploration_norm == "l2"
+    assert config("static-75", "method.name=aaa").method.seed is None
+
+
+def test_erk_without_rules():
+    made = config("80/60", "method.distribution=erk")
+    params = {"a": np.ones((64, 64), np.float32), "b": np.ones((8, 8), np.float32), "c": np.ones(4)}
+    tx = make_optimizer(made, jax.eval_shape(lambda: params))
+    view = tk.forward_params(params, tx.init(params))
+    assert np.count_nonzero(view["b"]) == 64
+    assert np.count_nonzero(view["a"]) + 64 == round(0.2 * (64 * 64 + 64))

@@ -1,0 +1,176 @@
+"""Image folders: what they give, and one line for each thing that can be wrong with them."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.errors import UserError
+from experiments.image_classification.data import pipeline, sources
+from experiments.image_classification.data.preprocessing import RECIPES
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, name in enumerate(("cat", "dog")):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 60, (20, 24, 3), np.uint8) + np.uint8(120 * label)
+                Image.fromarray(pixels).save(folder / f"{i}.{'png' if i % 2 else 'JPEG'}")
+    return tmp_path
+
+
+def source(root, split="train", channels=3):
+    classes = sources.folder_classes(str(root))
+    return sources.FolderSource(sources.split_folder(str(root), split), classes, channels)
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_images_and_labels_of_a_folder(root):
+    data = source(root)
+    examples = [data[i] for i in range(len(data))]
+    assert [int(e["label"]) for e in examples] == [0] * 4 + [1] * 4
+    assert all(e["image"].shape == (20, 24, 3) for e in examples)
+    assert [e["image"].mean() > 100 for e in examples] == [False] * 4 + [True] * 4
+    assert source(root, channels=1)[0]["image"].shape == (20, 24, 1)
+
+
+def test_png_pixels_are_exact(root):
+    pixels = np.asarray(Image.open(root / "train/cat/1.png"))
+    data = source(root)
+    assert any(np.array_equal(data[i]["image"], pixels) for i in range(len(data)))
+
+
+def test_val_is_read_where_there_is_no_test(root):
+    (root / "test").rename(root / "val")
+    assert len(source(root, "test")) == 8
+
+
+def test_no_directory():
+    with pytest.raises(UserError) as error:
+        sources.folder_classes("")
+    assert "config.data.dir is empty" in one_line(error)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(UserError) as error:
+        sources.folder_classes(str(tmp_path / "nowhere"))
+    assert str(tmp_path / "nowhere") in one_line(error)
+    assert "train" in one_line(error)
+
+
+def test_missing_test_folder(root):
+    (root / "test").rename(root / "elsewhere")
+    with pytest.raises(UserError) as error:
+        sources.folder_classes(str(root))
+    assert "no folder test or val in" in one_line(error)
+
+
+def test_folder_without_classes(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    with pytest.raises(UserError) as error:
+        sources.folder_classes(str(tmp_path))
+    assert f"{tmp_path / 'train'} holds no class folders" in one_line(error)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_class_folder_without_images(root, split):
+    for path in (root / split / "dog").iterdir():
+        path.unlink()
+    (root / split / "dog" / "notes.txt").write_text("none")
+    with pytest.raises(UserError) as error:
+        source(root, split)
+    assert str(root / split / "dog") in one_line(error)
+
+
+@pytest.mark.parametrize(("split", "other"), [("train", "test"), ("test", "train")])
+def test_classes_that_differ(root, split, other):
+    (root / split / "bird").mkdir()
+    with pytest.raises(UserError) as error:
+        sources.folder_classes(str(root))
+    assert f"class 'bird' is in {root / split} but not in {root / other}" in one_line(error)
+
+
+def damage(root, how):
+    path = root / "train/dog" / ("1.png" if "png" in how else "2.JPEG")
+    data = path.read_bytes()
+    if "text" in how:
+        path.write_text("this is no image")
+    elif "empty" in how:
+        path.write_bytes(b"")
+    else:
+        path.write_bytes(data[: len(data) // 2])
+    return path
+
+
+@pytest.mark.parametrize("how", ["half", "half png", "text", "empty", "text png"])
+def test_a_damaged_image_is_named(root, how):
+    path = damage(root, how)
+    data = source(root)
+    with pytest.raises(UserError) as error:
+        [data[i] for i in range(len(data))]
+    assert f"cannot decode image {path}: " in one_line(error)
+
+
+def test_a_damaged_image_is_named_by_the_cache(root):
+    path = damage(root, "half")
+    with pytest.raises(UserError) as error:
+        pipeline.cached(source(root), RECIPES.get("cifar"), 16)
+    assert str(path) in one_line(error)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_damaged_image_is_named_from_a_thread_or_a_process(root, workers):
+    path = damage(root, "half")
+    settings = pipeline.Options(
+        recipe=RECIPES.get("imagenet"),
+        image_size=16,
+        batch_size=4,
+        seed=0,
+        threads=2,
+        workers=workers,
+    )
+    batches = pipeline.TrainBatches(source(root), settings)
+    with pytest.raises(UserError) as error:
+        [next(batches) for _ in range(2)]
+    batches.close()
+    assert str(path) in one_line(error)
+    with pytest.raises(UserError) as error:
+        list(pipeline.eval_batches(source(root), settings))
+    assert str(path) in one_line(error)
+
+
+@pytest.mark.slow
+def test_processes_make_the_same_batches_as_threads(root):
+    streams = []
+    for workers in (0, 2):
+        settings = pipeline.Options(
+            recipe=RECIPES.get("imagenet"),
+            image_size=16,
+            batch_size=4,
+            seed=0,
+            threads=1,
+            workers=workers,
+        )
+        batches = pipeline.TrainBatches(source(root), settings)
+        streams.append([next(batches)["image"].copy() for _ in range(5)])
+        batches.set_state({"batches": 2})
+        streams[-1].append(next(batches)["image"].copy())
+        batches.close()
+    for threads, processes in zip(*streams, strict=True):
+        np.testing.assert_array_equal(threads, processes)
+
+
+def test_cached_images_equal_fresh_ones(root):
+    kept = pipeline.cached(source(root), RECIPES.get("imagenet"), 16)
+    data = source(root)
+    for i in range(len(data)):
+        np.testing.assert_array_equal(kept[i]["image"], data[i]["image"])
+        assert kept[i]["label"] == data[i]["label"]

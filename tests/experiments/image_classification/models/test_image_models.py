@@ -1,0 +1,235 @@
+"""Residual networks: parameter counts, shapes, and blocks against plain NumPy."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import layers
+from experiments.image_classification.models import blocks
+from experiments.image_classification.models.resnet import ARCHITECTURES, ResNet, max_pool_3x3
+
+
+def build(name, num_classes=10, **options):
+    architecture = ARCHITECTURES[name]
+    return ResNet(architecture, channels=3, num_classes=num_classes, rngs=nnx.Rngs(0), **options)
+
+
+@functools.cache
+def abstract(name, num_classes=10, **options):
+    return nnx.eval_shape(lambda: build(name, num_classes, **options))
+
+
+def traced(function, images, name, **options):
+    """The shapes that a function of a fresh model and images gives; nothing is computed."""
+    images = jax.ShapeDtypeStruct(images, jnp.float32)
+    return jax.eval_shape(lambda x: function(build(name, **options), x), images)
+
+
+def flat_params(model):
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(path): leaf.get_value() for path, leaf in flat}
+
+
+def count(model):
+    return sum(math.prod(leaf.shape) for leaf in flat_params(model).values())
+
+
+def cifar_count(n, widths, stem, *, pre_activated):
+    """Parameters of a CIFAR network, written out from the papers' tables."""
+    total = 9 * 3 * stem + (0 if pre_activated else 2 * stem)
+    inputs = stem
+    for width in widths:
+        for block in range(n):
+            total += 9 * inputs * width + 9 * width * width
+            total += 2 * width + 2 * (inputs if pre_activated else width)
+            if pre_activated and block == 0 and inputs != width:
+                total += inputs * width
+            inputs = width
+    return total + (2 * inputs if pre_activated else 0) + inputs * 10 + 10
+
+
+def test_resnet50_has_the_published_number_of_parameters():
+    assert count(abstract("resnet50", num_classes=1000)) == 25_557_032
+
+
+def test_cifar_networks_have_the_papers_number_of_parameters():
+    assert count(abstract("resnet20")) == cifar_count(3, (16, 32, 64), 16, pre_activated=False)
+    assert count(abstract("resnet20")) == 269_722
+    assert count(abstract("wrn_22_2")) == cifar_count(3, (32, 64, 128), 16, pre_activated=True)
+
+
+def test_parameter_paths_read_well():
+    paths = set(flat_params(abstract("resnet50")))
+    wanted = {"stem/kernel", "stage1/block0/conv1/kernel", "stage4/block2/bn3/scale"}
+    wanted |= {"head/kernel", "head/bias", "stage2/block0/shortcut/kernel", "stem_bn/bias"}
+    assert wanted <= paths
+
+
+def test_width_multiplies_every_channel():
+    narrow = flat_params(abstract("resnet50", width=0.25))
+    assert narrow["stem/kernel"].shape == (7, 7, 3, 16)
+    assert narrow["stage4/block0/conv3/kernel"].shape == (1, 1, 128, 512)
+
+
+def test_resnet50_resolutions():
+    def stages(model, x):
+        seen = [max_pool_3x3(model.stem(x))]
+        for name in model.stages:
+            seen.append(getattr(model, name)(seen[-1], train=False))
+        return seen
+
+    assert [x.shape[1:] for x in traced(stages, (1, 224, 224, 3), "resnet50")] == [
+        (56, 56, 64),
+        (56, 56, 256),
+        (28, 28, 512),
+        (14, 14, 1024),
+        (7, 7, 2048),
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_logits_are_float32_and_one_a_class(name):
+    size = 64 if ARCHITECTURES[name].max_pool else 32
+    logits = traced(
+        lambda model, x: model(x, train=False),
+        (2, size, size, 3),
+        name,
+        num_classes=7,
+        dtype="bfloat16",
+    )
+    assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """(operand, kernel, result) of every product that a traced model makes."""
+    seen = []
+
+    def watched(product):
+        def call(x, kernel, *rest):
+            y = product(x, kernel, *rest)
+            seen.append((x, kernel, y))
+            return y
+
+        return call
+
+    monkeypatch.setattr(layers, "conv", watched(layers.conv))
+    monkeypatch.setattr(layers, "matmul", watched(layers.matmul))
+    return seen
+
+
+def test_bfloat16_convolutions_and_float32_parameters(products):
+    traced(lambda m, x: m(x, train=True), (2, 64, 64, 3), "resnet14", dtype="bfloat16")
+    *convolutions, head = products
+    assert len(convolutions) == 1 + 4 * 3 + 4
+    assert {v.dtype for x, _, y in convolutions for v in (x, y)} == {jnp.dtype("bfloat16")}
+    assert {v.dtype for v in head} == {jnp.dtype("float32")}
+    state = nnx.state(abstract("resnet14", dtype="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
+
+
+def test_every_kernel_goes_through_layers_once(products):
+    """What the always-sparse path relies on: a kernel reaches `layers` whatever it is."""
+    traced(lambda m, x: m(x, train=True), (1, 64, 64, 3), "resnet50")
+    kernels = [v for path, v in flat_params(abstract("resnet50")).items() if "kernel" in path]
+    shapes = lambda arrays: sorted(a.shape for a in arrays)  # noqa: E731
+    assert shapes(k for _, k, _ in products) == shapes(kernels)
+    assert len(kernels) == 54
+
+
+def test_last_scale_of_a_bottleneck_starts_at_zero():
+    block = blocks.Bottleneck(8, 4, 1, nnx.Rngs(0))
+    assert not np.any(block.bn3.scale.get_value())
+    assert np.all(block.bn1.scale.get_value() == 1)
+
+
+# Plain NumPy, written from the papers.
+
+
+def np_conv(x, kernel, stride):
+    size = kernel.shape[0]
+    pad = (size - 1) // 2
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    rows = range(0, x.shape[1] - size + 1, stride)
+    cols = range(0, x.shape[2] - size + 1, stride)
+    windows = [[x[:, r : r + size, c : c + size] for c in cols] for r in rows]
+    out = [[np.einsum("bijc,ijco->bo", w, kernel) for w in row] for row in windows]
+    return np.transpose(np.array(out), (2, 0, 1, 3))
+
+
+def np_norm(x, bn):
+    get = lambda v: np.asarray(v.get_value(), np.float64)  # noqa: E731
+    scaled = (x - get(bn.mean)) / np.sqrt(get(bn.var) + 1e-5)
+    return scaled * get(bn.scale) + get(bn.bias)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def scrambled(block):
+    """The block with random parameters and statistics, and a function to its float64 kernels."""
+    rng = np.random.default_rng(0)
+    state = nnx.state(block)
+    new = jax.tree.map(lambda v: jnp.asarray(rng.uniform(0.2, 1.0, v.shape), jnp.float32), state)
+    nnx.update(block, new)
+    return lambda conv: np.asarray(conv.kernel.get_value(), np.float64) - 0.6
+
+
+def shifted(block):
+    """Kernels around zero, so that ReLU has something to cut."""
+    state = nnx.state(block, lambda path, v: path[-1] == "kernel")
+    nnx.update(block, jax.tree.map(lambda k: k - 0.6, state))
+
+
+@pytest.mark.parametrize(("kind", "stride"), [(k, s) for k in "bwp" for s in (1, 2)])
+def test_blocks_against_numpy(kind, stride):
+    make = {"b": blocks.Bottleneck, "w": blocks.Basic, "p": blocks.PreActivation}[kind]
+    block = make(4, 6, stride, nnx.Rngs(0))
+    kernel = scrambled(block)
+    expected_kernels = {
+        n: kernel(getattr(block, n))
+        for n in ("conv1", "conv2", "conv3", "shortcut")
+        if hasattr(block, n)
+    }
+    shifted(block)
+    x = np.random.default_rng(1).normal(size=(2, 6, 6, 4)).astype(np.float32)
+    k, n = expected_kernels, np_norm
+    if kind == "b":
+        y = relu(n(np_conv(x, k["conv1"], 1), block.bn1))
+        y = relu(n(np_conv(y, k["conv2"], stride), block.bn2))
+        y = n(np_conv(y, k["conv3"], 1), block.bn3)
+        expected = relu(y + n(np_conv(x, k["shortcut"], stride), block.shortcut_bn))
+    elif kind == "w":
+        y = relu(n(np_conv(x, k["conv1"], stride), block.bn1))
+        y = n(np_conv(y, k["conv2"], 1), block.bn2)
+        shortcut = np.zeros_like(y)
+        shortcut[..., 1:5] = x[:, ::stride, ::stride]
+        expected = relu(y + shortcut)
+    else:
+        h = relu(n(x, block.bn1))
+        y = np_conv(relu(n(np_conv(h, k["conv1"], stride), block.bn2)), k["conv2"], 1)
+        expected = y + np_conv(h, k["shortcut"], stride)
+    np.testing.assert_allclose(block(jnp.asarray(x), train=False), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_batch_norm_in_training():
+    bn = blocks.BatchNorm(3, nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(2.0, 3.0, (4, 5, 5, 3)).astype(np.float32)
+    y = bn(jnp.asarray(x), train=True)
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), atol=1e-5)
+    np.testing.assert_allclose(bn.mean.get_value(), 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(bn.var.get_value(), 0.9 + 0.1 * var, rtol=1e-5)
+
+
+def test_max_pool_against_numpy():
+    x = np.random.default_rng(0).normal(size=(1, 6, 6, 2)).astype(np.float32) - 5.0
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    expected = [[padded[:, r : r + 3, c : c + 3].max((1, 2)) for c in (0, 2, 4)] for r in (0, 2, 4)]
+    np.testing.assert_array_equal(max_pool_3x3(jnp.asarray(x)), np.moveaxis(expected, 2, 0))

@@ -1,0 +1,204 @@
+"""Vocabularies, raw text files, and what is wrong with them."""
+
+import lzma
+import zipfile
+
+import numpy as np
+import pytest
+
+from experiments.config import base_config, resolve
+from experiments.config.validation import finish
+from experiments.errors import UserError
+from experiments.language_modelling.data import vocabulary
+from experiments.language_modelling.data.archives import read_text
+from experiments.language_modelling.data.corpus import cut, from_text, python_docs, text_file
+from experiments.language_modelling.data.vocabulary import Vocabulary
+from experiments.language_modelling.generate import encode_prompt
+
+SMALL = "configs/enwik8_small.py:smoke"
+LARGE = "configs/wikitext103_large.py:smoke"
+WORDS = b" b a b\n\n c  b a <unk>\n"
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Makes a file of so many bytes and gives the overrides that name it."""
+
+    def make(size, name="text.txt"):
+        letters = np.random.default_rng(0).integers(97, 123, size).astype(np.uint8)
+        (tmp_path / name).write_bytes(letters.tobytes())
+        return ["data.name=text_file", f"data.file={tmp_path / name}"]
+
+    return make
+
+
+def test_words_are_numbered_as_in_the_reference():
+    # By frequency, and of equals the first to occur; <eos> ends every line, also an empty one.
+    known = vocabulary.build(WORDS, "word", unknown=False)
+    assert known.symbols == ("<eos>", "b", "a", "c", "<unk>")
+    assert known.encode(WORDS).tolist() == [1, 2, 1, 0, 0, 3, 1, 2, 4, 0]
+    assert known.encode(b"b zebra").tolist() == [1, 4, 0]
+    assert known.decode(known.encode(WORDS)) == "b a b\n\nc b a <unk>\n"
+
+
+@pytest.mark.parametrize("level", ["byte", "character"])
+def test_text_survives(level):
+    text = "naïve Ω café\n"
+    known = vocabulary.build(text.encode(), level)
+    assert known.decode(known.encode(text.encode())) == text
+    assert len(known) == len(set(text if level == "character" else text.encode())) + 1
+
+
+def test_unknown_symbols():
+    known = vocabulary.build(b"aaab", "byte", min_count=2)
+    assert known.symbols == ("a", "<unk>")
+    assert known.encode(b"abc").tolist() == [0, 1, 1]
+    with pytest.raises(KeyError):
+        vocabulary.build(b"aaab", "byte", unknown=False).encode(b"c")
+
+
+@pytest.mark.parametrize(("count", "dtype"), [(256, "uint8"), (257, "uint16"), (70_000, "uint32")])
+def test_numbers_take_no_more_room_than_they_need(count, dtype):
+    known = Vocabulary("character", tuple(map(chr, range(count))))
+    assert known.encode(b"a").dtype == dtype
+
+
+def test_fingerprint_sees_order_and_level():
+    prints = {
+        Vocabulary(level, symbols).fingerprint
+        for level in ("byte", "word")
+        for symbols in (("a", "b"), ("b", "a"), ("a\nb",))
+    }
+    assert len(prints) == 6
+
+
+def test_parts_are_cut_by_bytes_and_the_vocabulary_is_of_the_first():
+    text = b"a" * 90 + b"b" * 5 + b"c" * 5
+    assert [len(part) for part in cut(text).values()] == [90, 5, 5]
+    corpus = from_text("it", text, "byte", 1)
+    assert corpus.vocabulary.symbols == ("a", "<unk>")
+    assert corpus.splits["test"].read(0, 5).tolist() == [1] * 5
+
+
+def test_python_docs_are_there():
+    corpus = python_docs("byte", 1)
+    assert len(corpus.splits["train"]) > 200_000
+    assert corpus.vocabulary.decode(corpus.splits["train"].read(0, 300)).isprintable() is False
+
+
+def test_archives_hold_the_same_text(tmp_path):
+    plain, packed, zipped = (tmp_path / f"t{end}" for end in ("", ".xz", ".zip"))
+    plain.write_bytes(b"some text" * 99)
+    packed.write_bytes(lzma.compress(plain.read_bytes()))
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.write(plain, "folder/t")
+    assert read_text(packed) == read_text(zipped) == read_text(plain) == plain.read_bytes()
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"t.xz: damaged or truncated"):
+        read_text(packed)
+    zipped.write_bytes(zipped.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"t.zip: damaged or truncated"):
+        read_text(zipped)
+    with pytest.raises(UserError, match="cannot read .*: No such file"):
+        read_text(tmp_path / "none")
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(b"ab" * 50)
+    assert len(text_file(str(path), "byte", 1).vocabulary) == 3
+    path.write_bytes(b"abcd" * 50)
+    assert len(text_file(str(path), "byte", 1).vocabulary) == 5
+
+
+def test_what_the_data_decides_is_in_the_config(text):
+    data = resolve(SMALL, text(5_000)).data
+    assert data.vocabulary_size == 27
+    resolve(SMALL, [*text(5_000), f"data.vocabulary={data.vocabulary}"])
+    assert resolve("configs/enwik8_large.py:dense").data.vocabulary_size == 205
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.name=text"],
+            r"config.data.name: found 'text'; must be one of text_file, python_docs, enwik8",
+        ),
+        (
+            ["data.level=letter"],
+            "data.level: found 'letter'; must be one of 'byte', 'character', 'word'",
+        ),
+        (["data.name=text_file"], "config.data.file is empty"),
+        (["data.name=text_file", "data.file=/no/such"], "config.data.file: cannot read /no/such"),
+        (
+            ["data.eval_batch_size=0"],
+            "data.eval_batch_size: found 0; must be an integer of at least 1",
+        ),
+        (["data.min_count=0"], "config.data.min_count: found 0; must be an integer of at least"),
+        (["data.vocabulary=abc"], "config.data.vocabulary: found 'abc'; python_docs has "),
+        (
+            ["data.name=enwik8", "data.vocabulary_size=9"],
+            "vocabulary_size: found 9; enwik8 has 205",
+        ),
+        (
+            ["data.min_count=9999999"],
+            "min_count: found 9999999, which leaves 1 symbol of python_docs",
+        ),
+        (["method.rules=(('layers/(','dense'),)"], r"rule 'layers/\(' is no regular expression"),
+        (["model.evaluation.memory=-1"], "config.model.evaluation.memory=-1: must be a whole"),
+        (["model.train.target=0"], "config.model.train.target=0: must be a whole"),
+        (
+            ["model.train.target=900000"],
+            r"train.target=900000: beyond the data; .* python_docs has",
+        ),
+        (["model.evaluation.target=90000"], "evaluation.target=90000: beyond the data; the valid"),
+        (["batch_size=16000"], r"config.batch_size=16000: too few tokens; 16000 lanes of 32 \+ 1"),
+        (["model.dropout=1.0"], r"config.model: dropout=1.0: must be in \[0, 1\)"),
+        (
+            ["model.small_dense.forward_density=2.0"],
+            "small_dense.forward_density: found 2.0; must be a number above 0 and",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        resolve(SMALL, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_stacked_layers_need_rules():
+    config = base_config("language_modelling")
+    config.method.name, config.model.scan = "top_kast", True
+    with pytest.raises(
+        UserError, match="config.method.rules: found None; with config.model.scan=True"
+    ):
+        finish(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "data.file: .* holds no text"), (b"a b", "train part of .* has 3 tokens"),
+     (None, "cannot read .*: Is a directory")],
+)  # fmt: skip
+def test_a_file_of_no_use_is_one_line(tmp_path, content, message):
+    path = tmp_path / "text"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        resolve(SMALL, ["data.name=text_file", f"data.file={path}"])
+
+
+@pytest.mark.parametrize("cutoffs", ["(2.5,300)", "(300,100)", "(0,100)", "(100,10000000)"])
+def test_cutoffs_must_ascend(cutoffs):
+    with pytest.raises(UserError, match="config.model: cutoffs=.*: must be ascending, above 0 and"):
+        resolve(LARGE, [f"model.cutoffs={cutoffs}"])
+
+
+def test_prompts():
+    known = vocabulary.build(WORDS, "word", unknown=False)
+    assert encode_prompt(known, "b a") == [1, 2]
+    assert encode_prompt(known, "b a\n") == [1, 2, 0]
+    with pytest.raises(UserError, match="--prompt: empty"):
+        encode_prompt(known, "")
+    with pytest.raises(UserError, match="--prompt: 'c' is not in the vocabulary"):
+        encode_prompt(vocabulary.build(b"ab", "byte", unknown=False), "abc")

@@ -1,0 +1,114 @@
+"""A damaged checkpoint is named and never used; the newest whole one is."""
+
+import shutil
+
+import pytest
+from toy_runs import assert_same, last_state, records, run
+
+from experiments.errors import UserError
+from experiments.records.checkpoints import MANIFEST, damage, load
+
+OPTIONS = ("checkpoint_every=5", "keep_checkpoints=3")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved") / "run"
+    run(directory, "80/60", *OPTIONS, stop_at=15)
+    return directory
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def largest(checkpoint):
+    files = [p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST]
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+def flip(checkpoint):
+    data = bytearray(largest(checkpoint).read_bytes())
+    data[len(data) // 2] ^= 1
+    largest(checkpoint).write_bytes(data)
+
+
+def truncate(checkpoint):
+    path = largest(checkpoint)
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def remove(checkpoint):
+    largest(checkpoint).unlink()
+
+
+def cut_off(checkpoint):
+    (checkpoint / MANIFEST).unlink()
+
+
+DAMAGES = {"checksum": flip, "bytes instead of": truncate, "missing": remove, MANIFEST: cut_off}
+
+
+def test_keeps_as_many_as_asked(tmp_path, saved):
+    names = lambda d: sorted(p.name for p in (d / "checkpoints").iterdir() if p.name.isdigit())  # noqa: E731
+    assert names(saved) == ["10", "15", "5"]
+    run(tmp_path / "run", "80/60", "checkpoint_every=5", "keep_checkpoints=1", stop_at=15)
+    assert names(tmp_path / "run") == ["15"]
+    assert damage(tmp_path / "run" / "checkpoints" / "15") is None
+
+
+@pytest.mark.parametrize("why", DAMAGES)
+def test_damaged_newest(copy, saved, capsys, why):
+    DAMAGES[why](copy / "checkpoints" / "15")
+    capsys.readouterr()
+    assert run(copy, "80/60", *OPTIONS, stop_at=15) == "stopped"
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 1
+    assert err.startswith(f"warning: checkpoint {copy}/checkpoints/15 is not used")
+    assert why in err
+    assert "from the checkpoint of step 10" in out
+    assert (copy / "checkpoints" / "damaged" / "15").is_dir()
+    assert_same(*(last_state(d, "80/60", *OPTIONS) for d in (saved, copy)))
+    assert records(copy) == records(saved)
+
+
+def test_two_damaged(copy, capsys):
+    flip(copy / "checkpoints" / "15")
+    truncate(copy / "checkpoints" / "10")
+    run(copy, "80/60", *OPTIONS, stop_at=6)
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 2
+    assert "from the checkpoint of step 5" in out
+
+
+def test_every_one_damaged(copy):
+    for step in (5, 10, 15):
+        flip(copy / "checkpoints" / str(step))
+    with pytest.raises(UserError, match=r"every checkpoint is damaged \(5: .*; 10: .*; 15: "):
+        run(copy, "80/60", *OPTIONS)
+    assert (copy / "checkpoints" / "15").is_dir()
+
+
+def test_first_save_cut_off_begins_anew(tmp_path, capsys):
+    run(tmp_path / "run", "80/60", stop_at=5)
+    cut_off(tmp_path / "run" / "checkpoints" / "5")
+    assert run(tmp_path / "run", "80/60", stop_at=5) == "stopped"
+    out, err = capsys.readouterr()
+    assert "going on" not in out
+    assert len(err.splitlines()) == 1
+    assert len(records(tmp_path / "run")) == 2
+
+
+def test_reading_alone_changes_nothing(copy, capsys):
+    flip(copy / "checkpoints" / "15")
+    before = sorted(copy.rglob("*"))
+    state, _ = last_state(copy, "80/60", *OPTIONS)
+    assert int(state.step) == 10
+    assert "checkpoints/15 is damaged" in capsys.readouterr().err
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        load(tmp_path, lambda step: {})

@@ -1,0 +1,256 @@
+"""Experiments that are always sparse: the run of the masked ones, in a part of the memory."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toy_runs
+from oracle import buffer_sizes
+
+import topkast_jax as tk
+from experiments import main
+from experiments.config import resolve
+from experiments.errors import UserError
+from experiments.training import representation
+from experiments.training.program import build
+from topkast_jax.always_sparse import products
+from topkast_jax.sets import find_compact
+
+ROOT = Path(__file__).parents[3]
+
+SGD = ("optimizer.name=sgd", "optimizer.learning_rate=0.05")
+ADAM = (  # Adam divides gradients of nearly nothing, all rounding error, by eps
+    "optimizer.name=adam", "optimizer.learning_rate=0.001", "optimizer.eps=1e-5",
+)  # fmt: skip
+BLOCKS = ("method.pattern=block:8x8",)
+RESNET20 = ("steps=200", "optimizer.schedule.name=constant", "optimizer.schedule.warmup_steps=0",
+            "batch_size=16", "model.width=1.0")  # fmt: skip
+SLOW = ("optimizer.learning_rate=0.01",)  # at the config's 0.1 rounding alone parts the two paths
+CONVOLUTIONS = (  # block products sum in another order, which grows here; txl-block has them
+    "method.pattern=block:4x4",
+    """method.rules=((".*conv[12]/kernel", "sparse"), (".*", "dense"))""",
+)  # fmt: skip
+CASES = {
+    "resnet20": ("cifar10_resnet20", (*RESNET20, *SLOW)),
+    "resnet20-adam": ("cifar10_resnet20", (*RESNET20, *ADAM)),
+    "resnet20-block": ("cifar10_resnet20", (*RESNET20, *SLOW, *CONVOLUTIONS)),
+    "txl": ("enwik8_small", ("steps=200", *ADAM)),
+    "txl-sgd": ("enwik8_small", ("steps=200", *SGD)),
+    "txl-block": ("enwik8_small", ("steps=200", *ADAM, *BLOCKS)),
+}
+
+
+# Two sparse leaves compile in a third of the time of all.
+FEW = {
+    "enwik8_small": """method.rules=(("layers/feed.*/kernel", "sparse"), (".*", "dense"))""",
+}
+
+
+def configs(name, overrides, devices_mesh=()):
+    spec = f"{ROOT / 'configs' / name}.py:90/80,smoke"
+    common = (*overrides, "method.refresh_every=20", *devices_mesh)
+    return [
+        resolve(spec, (*common, *own))
+        for own in (("method.inner_state=reset",), ("method.always_sparse=True",))
+    ]
+
+
+def steps(config, count, devices=None):
+    """The run, its loss and its state after each step."""
+    run = build(config, devices)
+    state, data = run.representation.init(), run.task.train_data()
+    for step in range(1, count + 1):
+        state, sums = run.step(state, run.put(next(data)))
+        state = run.representation.between_steps(state, step)
+        yield run, float(sums["loss"][0] / sums["loss"][1]), state
+
+
+def dense_of(run, state):
+    """Dense parameters and masked optimizer state of either form."""
+    if state.reservoir == ():
+        return state.params, state.opt_state
+    return run.representation.sparse.to_masked(state.params, state.opt_state, state.reservoir)
+
+
+def assert_same_run(masked, compact, count, rtol):
+    pairs = zip(steps(masked, count), steps(compact, count), strict=True)
+    refreshes = 0
+    for i, ((run, loss, state), (other_run, other_loss, other)) in enumerate(pairs, start=1):
+        assert other_loss == pytest.approx(loss, rel=100 * rtol)
+        if i % 20:
+            continue
+        one, two = dense_of(run, state), dense_of(other_run, other)
+        for mask, other_mask in zip(
+            jax.tree.leaves(tk.keep_masks(*one)), jax.tree.leaves(tk.keep_masks(*two)), strict=True
+        ):
+            np.testing.assert_array_equal(mask, other_mask, err_msg=f"sets after step {i}")
+        for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(two[0]), strict=True):
+            difference = np.linalg.norm(np.ravel(np.asarray(a) - np.asarray(b)))
+            assert difference <= rtol * np.linalg.norm(np.ravel(a)), f"after step {i}"
+        refreshes += 1
+    return refreshes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_two_hundred_steps_are_those_of_the_masked_run(case):
+    assert assert_same_run(*configs(*case), 200, 1e-5) == 10
+
+
+def test_forty_steps_are_those_of_the_masked_run():
+    case = CASES["txl-block"]
+    name, overrides = case
+    assert assert_same_run(*configs(name, (*overrides, FEW[name])), 40, 1e-5) == 2
+
+
+def test_devices_hold_nothing_dense():
+    """No argument of the step, so no parameter, moment or place, has a sparse leaf's dense size."""
+    _, config = configs("enwik8_small", ())
+    run = build(config, jax.devices()[:1])
+    dense = jax.tree.leaves(
+        run.representation.sparse.masks(run.representation.init().reservoir)[1].sets
+    )
+    smallest = min(leaf.size for leaf in dense)
+    held = jax.tree.leaves(find_compact(run.representation.abstract().opt_state).kernels)
+    assert len(held) == len(dense) > 3
+    embedding = run.representation.abstract().params["embedding"]["table"]["0"].size
+    sizes = {
+        leaf.size for leaf in jax.tree.leaves(run.representation.abstract()._replace(reservoir=()))
+    }
+    memory = run.representation.abstract().model_state.states.size
+    assert max(sizes - {embedding, memory}) < smallest
+
+
+SIZES = ("model.d_model=48", "model.n_head=2", "model.d_head=40", "model.d_inner=112",
+         "batch_size=1", "model.train.target=8", "model.train.memory=8",
+         "model.scan=False", "method.refresh_every=100")  # fmt: skip
+KERNELS = {"attention": 48 * 80, "feed-forward": 48 * 112}  # nothing else is of these sizes
+
+
+def buffers(overrides):
+    """Sizes of all buffers of a compiled step."""
+    run = build(resolve(f"{ROOT / 'configs' / 'enwik8_small.py'}:75/50,smoke", overrides),
+                jax.devices()[:1])  # fmt: skip
+    return buffer_sizes(
+        run.step.lower(run.representation.abstract(), run.task.example_batch()).compile()
+    )
+
+
+def test_the_compiled_step_of_blocks_has_no_buffer_of_a_dense_size():
+    compact = buffers((*SIZES, "method.pattern=block:8x8", "method.always_sparse=True"))
+    masked = buffers((*SIZES, "method.pattern=block:8x8"))
+    for name, size in KERNELS.items():
+        assert size in masked, f"{name}: the search would not find one"
+        assert size not in compact, name
+
+
+@pytest.mark.parametrize(
+    "pattern", [pytest.param("unstructured", marks=pytest.mark.slow), "block:8x8"]
+)
+def test_eight_devices_follow_one(pattern):
+    overrides = ("batch_size=8", *ADAM, f"method.pattern={pattern}", FEW["enwik8_small"])
+    alone = resolved(overrides)
+    together = resolved((*overrides, "mesh.data=4", "mesh.fsdp=2"))
+    one = list(steps(alone, 22, jax.devices()[:1]))
+    other = list(steps(together, 22))
+    np.testing.assert_allclose([s[1] for s in other], [s[1] for s in one], atol=1e-5)
+    state, other = one[-1][2], other[-1][2]
+    for name, flags in state.reservoir.sets.items():
+        np.testing.assert_array_equal(flags, other.reservoir.sets[name])
+    values = other.params["layers"]["feed_forward"]["up"]["kernel"]
+    assert values.addressable_shards[0].data.size == values.size // 2
+
+
+def resolved(overrides):
+    return configs("enwik8_small", overrides)[1]
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_stopped_and_continued_is_the_uninterrupted_run_to_the_bit(tmp_path, delay):
+    """Stopped between a choice and its use, where there is a delay, and after the freeze."""
+    own = ("method.always_sparse=True", "method.refresh_every=4", f"method.refresh_delay={delay}",
+           "method.stop_exploring_at=17", "optimizer.momentum=0.9")  # fmt: skip
+    toy_runs.run(tmp_path / "whole", "80/60", *own)
+    for stop in (9, 18, None):
+        toy_runs.run(tmp_path / "parts", "80/60", *own, stop_at=stop)
+    one, other = (
+        toy_runs.last_state(tmp_path / name, "80/60", *own) for name in ("whole", "parts")
+    )
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert toy_runs.records(tmp_path / "whole") == toy_runs.records(tmp_path / "parts")
+
+
+def test_a_delay_is_not_ignored():
+    config = lambda delay: toy_runs.config(  # noqa: E731
+        "80/60", "method.always_sparse=True", "method.refresh_every=4",
+        f"method.refresh_delay={delay}", "optimizer.learning_rate=0.3",
+    )  # fmt: skip
+    *_, (_, _, now) = steps(config(0), 8)
+    *_, (_, _, later) = steps(config(3), 8)
+    assert any(np.any(now.reservoir.sets[n] != later.reservoir.sets[n]) for n in now.reservoir.sets)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ("method.refresh_delay=2",),
+            "refresh_delay: is read only with config.method.always_sparse=True",
+        ),
+        (("method.always_sparse=True", "method.inner_state=keep"), "always sparse always resets"),
+        (("method.pattern=block:8x8", "method.backend=xla"), "backend: is read only with"),
+        (("method.always_sparse=True", "method.refresh_delay=-1"), "integer of at least 0"),
+        (("method.always_sparse=True", "method.refresh_delay=100"), "must be below refresh_every"),
+        (("method.always_sparse=True", "method.backend=cuda"), "method.backend: found 'cuda'"),
+        (("method.always_sparse=True", "method.backend=xla"), "no pattern of blocks"),
+        (
+            ("method.name=static_random", "method.always_sparse=True", "method.refresh_delay=3"),
+            "refresh_delay: static_random does not read it",
+        ),
+        (("method.always_sparse=yes",), "expected bool"),
+    ],
+)
+def test_mistakes(overrides, words):
+    with pytest.raises(UserError, match=words):
+        toy_runs.config("80/60", *overrides)
+    with pytest.raises(UserError, match="dense does not read it"):
+        toy_runs.config("dense", "method.always_sparse=True")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["method.pattern=block:7x7"], "does not divide the last two axes"),
+        (["method.pattern=block:7x7"], "or leave that leaf dense by config.method.rules"),
+        (
+            ["method.pattern=block:16x16", "method.backend=pallas_gpu"],
+            "config.method.backend: found 'pallas_gpu'; must be None or 'xla' on devices of cpu",
+        ),
+        (["method.pattern=block:16x16", "method.backend=pallas_tpu"], "must be None or 'xla' on"),
+    ],
+)
+def test_mistakes_that_need_the_model_are_one_line(tmp_path, capsys, overrides, words):
+    flags = [f"--config.{o}" for o in ("method.always_sparse=True", *overrides)]
+    spec = f"{ROOT / 'configs' / 'enwik8_small.py'}:90/80,smoke"
+    assert main.main([f"--config={spec}", f"--workdir={tmp_path / 'run'}", *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("blocks", ["8x8", "16x16"])
+def test_a_backend_for_these_devices_must_take_the_blocks(monkeypatch, blocks):
+    monkeypatch.setitem(products.KERNELS, "pallas_gpu", ("cpu", products.pallas_gpu))
+    monkeypatch.setitem(representation._DEVICES, "cpu", "cpu")
+    config = toy_runs.config(
+        "80/60", "method.always_sparse=True", f"method.pattern=block:{blocks}", "model.hidden=64",
+        "method.backend=pallas_gpu", """method.rules=(("in/kernel", "sparse"), (".*", "dense"))""",
+    )  # fmt: skip
+    if blocks == "16x16":
+        assert build(config).config.method.backend == "pallas_gpu"
+        return
+    with pytest.raises(UserError, match="in/kernel refused: blocks must be powers of 2"):
+        build(config)
