@@ -122,8 +122,8 @@ class Method(abc.ABC):
       needs_gradient: whether `choose` and `allocate` read the dense gradient. The state then holds
         the last one, an array more for each sparse leaf.
       observes_gradient: whether `observe` runs in every step on the dense gradient.
-      skips_update: whether the step whose gradient a choice reads moves neither parameters nor inner
-        state.
+      skips_update: whether the step whose gradient a choice reads moves neither parameters nor
+        inner state.
       first_choice: "init": the first sets are chosen from the initial parameters. "first_update":
         all units are in both sets until the first gradient is seen; the first update then chooses
         from the parameters and their gradient, and is already restricted to these sets.

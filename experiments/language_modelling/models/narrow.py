@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 import topkast_jax as tk
@@ -19,7 +18,6 @@ from experiments.language_modelling.models.settings import TransformerXLConfig
 from experiments.language_modelling.models.transformer_xl import LanguageModel
 from experiments.training.methods import read_rules
 from topkast_jax import rules as tk_rules
-from topkast_jax.selection import keep_count
 from topkast_jax.trees import flatten_with_names
 
 Rules = Sequence[tuple[str, Any]]
@@ -60,21 +58,16 @@ def active_parameters(config: TransformerXLConfig, rules: Rules, density: float)
     )
     tree = dict(zip(names, leaves, strict=True))
     found = tk_rules.resolve(tree, specs, density, 1.0, tk.Unstructured())
-    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)]
-    return sum(_kept(leaf, size) for leaf, size in zip(found, sizes, strict=True))
+    return sum(
+        math.prod(tree[name].shape) if leaf is None else leaf.entries_in(int(leaf.counts.forward))
+        for name, leaf in found.items()
+    )
 
 
 def _abstract(config: TransformerXLConfig) -> tuple[list[str], list[Any]]:
     """The names and shapes of the parameters, with stacked layers, which are made faster."""
     model = LanguageModel(dataclasses.replace(config, scan=True))
     return flatten_with_names(model.abstract_params)[:2]
-
-
-def _kept(leaf: tk_rules.Leaf | None, size: int) -> int:
-    if leaf is None:
-        return size
-    each = keep_count(math.prod(leaf.shape), float(leaf.forward_density))
-    return math.prod(leaf.stack) * each
 
 
 @functools.lru_cache

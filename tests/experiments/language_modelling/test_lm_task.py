@@ -144,9 +144,9 @@ def test_rules_for_stacked_layers():
         (".*", "dense"),
     )
     stacked = narrow.for_stacked_layers(rules, names, "layers/")
-    assert stacked == ((".*/kernel", {"stacked": 1}), *rules[1:])
+    assert stacked == ((".*/kernel", {"stacked": 0}), *rules[1:])
     both = narrow.for_stacked_layers(((".*", "sparse"),), names, "layers/")
-    assert both == ((r"(?=layers/)(?:.*)", {"stacked": 1}), (".*", "sparse"))
+    assert both == ((r"(?=layers/)(?:.*)", {"stacked": 0}), (".*", "sparse"))
     assert narrow.for_stacked_layers(stacked, names, "layers/") == stacked
 
 
