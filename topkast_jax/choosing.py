@@ -137,9 +137,9 @@ class Chooser:
             choose = functools.partial(choose_leaf, method, leaf, first)
             rows = [[None if c is None else c[path] for c in columns] for path in paths]
             results = (
-                [_partitioned(choose, leaf)(*rows[0], step)]
+                [_partitioned(choose)(*rows[0], step)]
                 if len(rows) == 1
-                else _together(choose, leaf, rows, step)
+                else _together(choose, rows, step)
             )
             for path, (new, remembered) in zip(paths, results, strict=True):
                 chosen_flags[path], chosen_memory[path] = new, remembered
@@ -318,7 +318,10 @@ def choose_leaf(
         here = _with_counts(leaf, counts)
         new, remembered = method.choose(layer, here, counts)
         entries = Sets(*(leaf.pattern.expand(_checked(method, leaf, s), leaf.shape) for s in new))
-        return (first_flags(entries) if first else next_flags(flags, entries)), remembered
+        chosen = first_flags(entries) if first else next_flags(flags, entries)
+        # Nothing is below -∞. It shows the partitioner that flags lie where θ does, also where the
+        # sets do not depend on θ.
+        return chosen | (theta < -jnp.inf).astype(chosen.dtype), remembered
 
     return over_stack(choose, leaf)(theta, grad, flags, memory, keys, counts)
 
@@ -362,6 +365,9 @@ def _whole_leaf(leaf: Leaf, layer: Layer) -> Layer:
         theta=to_front(layer.theta),
         grad=to_front(layer.grad),
         sets=None if layer.sets is None else by_unit(to_front(layer.sets)),
+        memory=jax.tree.map(
+            lambda m: to_front(m) if jnp.shape(m) == leaf.full_shape else m, layer.memory
+        ),
     )
 
 
@@ -383,20 +389,16 @@ def _checked(method: Method, leaf: Leaf, mask: Any) -> jax.Array:
 
 
 def _together(
-    choose: Callable[..., Any], leaf: Leaf, rows: list[list[Any]], step: Any
+    choose: Callable[..., Any], rows: list[list[Any]], step: Any
 ) -> list[tuple[Any, Any]]:
     """Chooses for leaves of one kind at once, stacked along a new axis in front."""
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
     mapped = jax.vmap(choose, in_axes=(0,) * len(stacked) + (None,))
-    lead = Leaf(
-        leaf.shape, leaf.dtype, leaf.pattern, 1.0, 1.0, leaf.counts,
-        (len(rows), *leaf.stack), (0, *(axis + 1 for axis in leaf.axes)),
-    )  # fmt: skip
-    flags, memory = _partitioned(mapped, lead)(*stacked, step)
+    flags, memory = _partitioned(mapped)(*stacked, step)
     return [(flags[i], jax.tree.map(lambda m, i=i: m[i], memory)) for i in range(len(rows))]
 
 
-def _partitioned(choose: Callable[..., Any], leaf: Leaf) -> Callable[..., Any]:
+def _partitioned(choose: Callable[..., Any]) -> Callable[..., Any]:
     """`choose`, with a leaf that is explicitly sharded left to the compiler."""
 
     def run(theta: Any, *rest: Any) -> Any:

@@ -37,6 +37,10 @@ class Pattern(Protocol):
         """A value for each unit, shape `grid(shape)`, given to each of its entries."""
         ...
 
+    def groups(self, shape: tuple[int, ...]) -> int:
+        """Of how many groups of units each keeps the same number; 1 where units are free."""
+        ...
+
     def count(self, shape: tuple[int, ...], density: float | jax.Array) -> Count:
         """How many units of a leaf of this shape a density keeps."""
         ...
@@ -67,6 +71,11 @@ class Pattern(Protocol):
 
 class _Ranked:
     """Ranking of units that do not depend on each other: exact top-K over the whole grid."""
+
+    def groups(self, shape: tuple[int, ...]) -> int:
+        """1."""
+        del shape
+        return 1
 
     def count(self: Pattern, shape: tuple[int, ...], density: float | jax.Array) -> Count:
         """max(1, ⌊density · units + ½⌋)."""
@@ -234,6 +243,10 @@ class NOfM(_Grouped):
             )
         return shape
 
+    def groups(self, shape: tuple[int, ...]) -> int:
+        """One group to `m` entries."""
+        return math.prod(shape) // self.m
+
     def check_densities(self, forward: float, backward: float) -> None:
         """Raises SparsityError unless n of m is the forward density, and the backward one fits."""
         if abs(forward * self.m - self.n) > 1e-6:
@@ -249,7 +262,7 @@ class NOfM(_Grouped):
 
     def count(self, shape: tuple[int, ...], density: float | jax.Array) -> Count:
         """As many of each group, at least one, times the number of groups."""
-        return math.prod(shape) // self.m * count_of(self.m, density)
+        return self.groups(shape) * count_of(self.m, density)
 
     def top(
         self,
@@ -274,7 +287,7 @@ class NOfM(_Grouped):
         one, other = keys[..., None, :, :], keys[..., :, None, :]
         ahead = (other > one) | ((other == one) & before[:, :, None])
         rank = jnp.sum(ahead, axis=-3, dtype=jnp.int32)
-        groups = scores.size // self.m
+        groups = self.groups(scores.shape)
         masks = (rank < jnp.asarray(c, jnp.int32) // groups for c in counts)
         return tuple(mask.reshape(scores.shape) for mask in masks), ()
 
@@ -291,6 +304,10 @@ class FanIn(_Grouped):
         if len(shape) < 2:
             raise SparsityError(f"FanIn() needs two axes, found {shape}")
         return shape
+
+    def groups(self, shape: tuple[int, ...]) -> int:
+        """One group an output feature."""
+        return shape[-1]
 
     def count(self, shape: tuple[int, ...], density: float | jax.Array) -> Count:
         """As many of each output feature's inputs, at least one, times the output features."""

@@ -199,11 +199,30 @@ def presents(params: Any, state: Any) -> Present:
     names, leaves, _ = flatten_with_names(params)
     thetas = dict(zip(names, leaves, strict=True))
     together = Present({}, {}, {}, {})
-    for one in found:
-        now = present(thetas, without_variables(one))
+    for one in map(without_variables, found):
+        now = present(thetas, one)
+        now = now._replace(flags=_reading(now.memory, now.flags, one.step))
         for whole, part in zip(together, now, strict=True):
             whole.update(part if isinstance(part, dict) else {})
     return together
+
+
+def _reading(memory: Any, flags: dict[str, Any], step: Any) -> dict[str, Any]:
+    """The same flags, in a way that the compiler takes to depend on the memory as well.
+
+    It merges the choice of `forward_params` with that of the `update` that follows only if both
+    read the same results of it. No step is negative, so the memory never shows.
+    """
+    never = jnp.asarray(step) < 0
+
+    def read(path: str, flags: Any) -> Any:
+        for remembered in jax.tree.leaves(memory.get(path, ())):
+            same_shape = jnp.shape(remembered) == jnp.shape(flags)
+            seen = remembered != 0 if same_shape else jnp.any(remembered != 0)
+            flags = flags | (never & seen).astype(flags.dtype)
+        return flags
+
+    return {path: read(path, held) for path, held in flags.items()}
 
 
 def map_flags(function: Callable[[Any, Any], Any], params: Any, state: Any) -> Any:

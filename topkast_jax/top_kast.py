@@ -24,21 +24,30 @@ class TopKast(Method):
     Attributes:
       exploration_weight: λ, the weight of the exploration loss.
       exploration_norm: "l2" (gradient λθ on A, λθ/D on B∖A) or "l1" (sign θ in place of θ).
+      exploration_set: what B∖A is: the "magnitude" that comes next, or units at "random".
     """
 
     exploration_weight: float | jax.Array = 1e-4
     exploration_norm: Literal["l2", "l1"] = "l2"
+    exploration_set: Literal["magnitude", "random"] = "magnitude"
 
     def choose(self, layer: Layer, leaf: Leaf, counts: Counts) -> tuple[Sets, Any]:
-        """A and B: the units of largest magnitude (section 2.1); remembers their thresholds."""
-        first = layer.sets is None
-        (forward, backward), thresholds = leaf.pattern.top(
+        """A, and B unless it is random: the units of largest magnitude (section 2.1).
+
+        Remembers the thresholds, from which the next selection starts.
+        """
+        by_magnitude = self.exploration_set == "magnitude"
+        masks, thresholds = leaf.pattern.top(
             leaf.pattern.magnitudes(layer.theta),
-            counts,
+            counts if by_magnitude else counts[:1],
             start=layer.memory,
-            ties=layer.key if first else None,
+            ties=layer.key if layer.sets is None else None,
         )
-        return Sets(forward, backward), thresholds
+        if by_magnitude:
+            return Sets(*masks), thresholds
+        chance = jax.random.uniform(layer.key, leaf.grid)
+        (extra,), _ = leaf.pattern.top(chance, [counts.backward - counts.forward], among=~masks[0])
+        return Sets(masks[0], masks[0] | extra), thresholds
 
     def gradient(
         self, grad: jax.Array, theta: jax.Array, sets: Sets, leaf: Leaf, step: jax.Array
@@ -65,6 +74,8 @@ def top_kast(
     rules: Rules | None = None,
     pattern: Pattern | None = None,
     inner_state: Literal["keep", "reset"] = "keep",
+    exploration_set: Literal["magnitude", "random"] = "magnitude",
+    seed: int | jax.Array = 0,
 ) -> SparseTransform:
     r"""Top-K Always Sparse Training around any optax optimizer.
 
@@ -90,6 +101,10 @@ def top_kast(
       inner_state: "keep" or "reset" the inner state of entries that leave B, to what `inner.init`
         gives them: moments to zero. With "reset", what enters B starts from there as well.
 
+      exploration_set: "magnitude": B∖A are the units that come next by magnitude; "random": units
+        drawn anew at each selection (the paper's table 1).
+      seed: of the random numbers: ties at the first selection, and random units.
+
     Returns:
       A gradient transformation whose update needs `params` and takes gradients at
       `forward_params(params, state)`.
@@ -113,10 +128,12 @@ def top_kast(
     """
     if exploration_norm not in ("l2", "l1"):
         raise SparsityError(f"exploration_norm={exploration_norm!r}: must be 'l2' or 'l1'")
+    if exploration_set not in ("magnitude", "random"):
+        raise SparsityError(f"exploration_set={exploration_set!r}: must be 'magnitude' or 'random'")
     _check_weight(exploration_weight)
     return sparsify(
         inner,
-        TopKast(exploration_weight, exploration_norm),
+        TopKast(exploration_weight, exploration_norm, exploration_set),
         forward_density=forward_density,
         backward_density=backward_density,
         refresh_every=refresh_every,
@@ -124,6 +141,7 @@ def top_kast(
         inner_state=inner_state,
         rules=rules,
         pattern=pattern,
+        seed=seed,
     )
 
 

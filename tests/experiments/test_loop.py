@@ -9,14 +9,15 @@ import pytest
 from toy import SIZES, examples
 from toy_runs import config, last_state, records, run, sets
 
+import topkast_jax as tk
 from experiments.errors import UserError
 from experiments.training.prefetch import Prefetcher
 
 
 def accuracy_by_hand(state):
     """From the parameters on the forward set, in NumPy, over the test set at once."""
-    params, flags = state.params, state.opt_state.sets
-    first, second = ((flags[name]["kernel"] & 1) * params[name]["kernel"] for name in ("in", "out"))
+    params, view = state.params, tk.forward_params(state.params, state.opt_state)
+    first, second = (np.asarray(view[name]["kernel"]) for name in ("in", "out"))
     found = examples("test", 0.5)
     hidden = np.maximum((found["x"] - state.model_state["mean"]) @ first + params["in"]["bias"], 0)
     logits = hidden @ second + params["out"]["bias"]
@@ -69,7 +70,7 @@ def test_records(finished):
 def test_final_counts_the_sets(finished):
     final = json.loads((finished / "final.json").read_text())
     state, _ = last_state(finished, "80/60", "eval_every=10")
-    pairs = sets(state.opt_state)
+    pairs = sets(state)
     entries = sum(forward.size for forward, _ in pairs)
     forward = sum(int(forward.sum()) for forward, _ in pairs)
     backward = sum(int(backward.sum()) for _, backward in pairs)

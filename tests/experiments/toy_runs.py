@@ -11,7 +11,8 @@ from experiments.records import workdir
 from experiments.records.checkpoints import load
 from experiments.records.metrics import read_records
 from experiments.training.program import build
-from topkast_jax.sets import BACKWARD, FORWARD
+from topkast_jax.flags import BACKWARD, FORWARD
+from topkast_jax.sets import presents
 
 HERE = Path(__file__).parent
 # The same few steps are compiled again and again.
@@ -45,9 +46,10 @@ def records(directory, timing=False):
     return found if timing else [{k: v for k, v in r.items() if k != "timing"} for r in found]
 
 
-def sets(opt_state):
-    """Forward and backward sets of a Top-KAST state, by leaf."""
-    return [(f & FORWARD != 0, f & BACKWARD != 0) for f in jax.tree.leaves(opt_state.sets)]
+def sets(state):
+    """Forward and backward sets of a masked run, by leaf: those of the parameters it has."""
+    flags = jax.device_get(presents(state.params, state.opt_state).flags)
+    return [(f & FORWARD != 0, f & BACKWARD != 0) for f in flags.values()]
 
 
 def assert_same(left, right):

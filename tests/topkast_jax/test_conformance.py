@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import topkast_jax as tk
-from topkast_jax.testing import example, gradient, train
+from topkast_jax.testing import example, gradient, step_of, train
 
 
 def test_multi_steps_equals_the_mean_gradient():
@@ -122,3 +122,18 @@ def test_what_update_and_views_need_is_said():
         tx.update(example(), state)
     with pytest.raises(tk.SparsityError, match="holds no sparsity state"):
         tk.forward_params(example(), optax.adam(1e-3).init(example()))
+
+
+def test_a_compiled_step_selects_once():
+    """`forward_params` and `update` choose from the same arguments, and XLA merges the two."""
+    tx = tk.top_kast(optax.adam(1e-2), 0.1, 0.2, refresh_every=2)
+    params = example()
+    state = tx.init(params)
+
+    def loops(function):
+        text = jax.jit(function).lower(params, state).compile().as_text()
+        return text.count(" while(")
+
+    once = loops(tk.forward_params)
+    assert once > 0
+    assert loops(step_of(tx)) == once

@@ -17,6 +17,22 @@ from topkast_jax.methods.srigl import srigl
 from topkast_jax.methods.static import static_random
 from topkast_jax.top_kast import top_kast
 
+__all__ = [
+    "Factory",
+    "dnw",
+    "get",
+    "names",
+    "pruning",
+    "register",
+    "rigl",
+    "set_evolution",
+    "snfs",
+    "snip",
+    "srigl",
+    "static_random",
+    "top_kast",
+]
+
 Factory = Callable[..., optax.GradientTransformationExtraArgs]
 
 _FACTORIES: dict[str, Factory] = {}

@@ -40,8 +40,10 @@ class DropAndGrow(Method):
             chance = jax.random.uniform(layer.key, leaf.grid)
             (kept,), _ = leaf.pattern.top(chance, [counts.forward])
             return Sets(kept, kept), self.remembered(layer)
-        held = jnp.sum(layer.sets.forward, dtype=jnp.int32)
-        staying = jnp.minimum(held - self.dropped(held, layer.step), counts.forward)
+        groups = leaf.pattern.groups(leaf.shape)
+        held = jnp.sum(layer.sets.forward, dtype=jnp.int32) // groups
+        staying = groups * (held - self.dropped(held, layer.step))
+        staying = jnp.minimum(staying, counts.forward)
         magnitudes = leaf.pattern.magnitudes(layer.theta)
         (stays,), _ = leaf.pattern.top(magnitudes, [staying], among=layer.sets.forward)
         (grown,), _ = leaf.pattern.top(

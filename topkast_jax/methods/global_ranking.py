@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from topkast_jax.errors import SparsityError
 from topkast_jax.method import Count, Leaf
 from topkast_jax.selection import counts_of_global_top_k
 
@@ -42,3 +43,13 @@ def global_counts(
         own = [found[f"{path}#{i}"] for i in range(math.prod(np.array(leaf.stack, int)))]
         result[path] = jnp.stack(own).reshape(leaf.stack)
     return result
+
+
+def refuse_groups(method: str, leaves: Mapping[str, Leaf]) -> None:
+    """Raises SparsityError where a pattern fixes how many units each group of a layer keeps."""
+    for path, leaf in leaves.items():
+        if leaf.pattern.groups(leaf.shape) > 1:
+            raise SparsityError(
+                f"{path}: {method} moves units between layers, and {leaf.pattern} fixes how many "
+                "each group keeps; allowed: Unstructured(), Block(rows, cols), Channel()"
+            )

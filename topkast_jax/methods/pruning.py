@@ -13,7 +13,7 @@ import optax
 
 from topkast_jax.errors import SparsityError
 from topkast_jax.method import Counts, Density, Layer, Leaf, Method, Sets
-from topkast_jax.methods.global_ranking import global_counts
+from topkast_jax.methods.global_ranking import global_counts, refuse_groups
 from topkast_jax.patterns import Pattern
 from topkast_jax.rules import Rules
 from topkast_jax.sparsify import SparseTransform, sparsify
@@ -45,6 +45,7 @@ class Pruning(Method):
             above = jnp.asarray(units - final).astype(jnp.float32) * (1 - passed) ** 3
             scheduled[path] = final + jnp.round(above).astype(jnp.int32)
         if self.ranking == "global":
+            refuse_groups("pruning by one ranking", leaves)
             theta = {path: layer.theta for path, layer in layers.items()}
             scheduled = global_counts(theta, leaves, scheduled)
         return {path: Counts(count, count) for path, count in scheduled.items()}

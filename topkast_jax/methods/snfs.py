@@ -15,6 +15,7 @@ import optax
 from topkast_jax.errors import SparsityError
 from topkast_jax.method import Counts, Density, Layer, Leaf
 from topkast_jax.methods.drop_and_grow import DropAndGrow, check_drop_and_grow
+from topkast_jax.methods.global_ranking import refuse_groups
 from topkast_jax.patterns import Pattern
 from topkast_jax.rules import Rules
 from topkast_jax.sparsify import SparseTransform, sparsify
@@ -49,6 +50,7 @@ class SNFS(DropAndGrow):
         self, layers: Mapping[str, Layer], leaves: Mapping[str, Leaf], step: jax.Array
     ) -> dict[str, Counts]:
         """All dropped units, shared out by the mean momentum of each layer's kept units."""
+        refuse_groups("snfs", leaves)
         if any(layer.sets is None for layer in layers.values()):
             return {path: leaf.counts for path, leaf in leaves.items()}
         held, strength, room = [], [], []

@@ -9,7 +9,7 @@ import jax
 import optax
 
 from topkast_jax.method import Counts, Density, Layer, Leaf, Method, Sets
-from topkast_jax.methods.global_ranking import global_counts
+from topkast_jax.methods.global_ranking import global_counts, refuse_groups
 from topkast_jax.patterns import Pattern
 from topkast_jax.rules import Rules
 from topkast_jax.sparsify import SparseTransform, sparsify
@@ -25,6 +25,7 @@ class SNIP(Method):
     ) -> dict[str, Counts]:
         """As many of each layer as are among the units of largest saliency of the network."""
         del step
+        refuse_groups("snip", leaves)
         saliency = {path: _saliency(layer) for path, layer in layers.items()}
         kept = {path: leaf.counts.forward for path, leaf in leaves.items()}
         counts = global_counts(saliency, leaves, kept)

@@ -23,7 +23,8 @@ from experiments.records.metrics import read_records
 from experiments.task import make_task
 from experiments.training.evaluation import evaluate
 from experiments.training.program import build
-from topkast_jax.sets import FORWARD
+from topkast_jax.flags import FORWARD
+from topkast_jax.sets import presents
 from topkast_jax.trees import flatten_with_names
 
 ROOT = Path(__file__).parents[3]
@@ -85,8 +86,7 @@ def last_state(config, directory):
 
 
 def flags(state):
-    names, leaves, _ = flatten_with_names(state.opt_state.sets)
-    return {n: np.asarray(x) for n, x in zip(names, leaves, strict=True)}
+    return jax.device_get(presents(state.params, state.opt_state).flags)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -58,6 +58,6 @@ def test_two_hosts(tmp_path, form):
         numbers = [k for k in one if isinstance(one[k], float)]
         np.testing.assert_allclose([one[k] for k in numbers], [two[k] for k in numbers], atol=1e-5)
     states = [last_state(tmp_path / name, "80/60", *options)[0] for name in ("one", "two")]
-    found = [s.reservoir.sets if form else sets(s.opt_state) for s in states]
+    found = [s.reservoir.sets if form else sets(s) for s in states]
     for one, two in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(one, two)

@@ -37,7 +37,7 @@ def test_same_run_on_other_devices(alone, sizes):
     assert run.mesh.size == 8
     np.testing.assert_allclose(losses, alone[2], atol=1e-5)
     assert losses[-1] < losses[0] / 2
-    for one, other in zip(sets(alone[1].opt_state), sets(state.opt_state), strict=True):
+    for one, other in zip(sets(alone[1]), sets(state), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
