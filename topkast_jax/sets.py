@@ -191,7 +191,7 @@ def presents(params: Any, state: Any) -> Present:
     """`present` of every sparsity state inside an optimizer state, put together.
 
     Raises:
-      SparsityError: `state` holds no sparsity state, or one of other parameters.
+      SparsityError: `state` holds no sparsity state, one of other parameters, or two of one leaf.
     """
     found = find_states(state)
     names, leaves, _ = flatten_with_names(params)
@@ -199,6 +199,12 @@ def presents(params: Any, state: Any) -> Present:
     together = Present({}, {}, {}, {})
     for one in found:
         now = present(thetas, without_variables(one))
+        twice = [path for path in now.flags if path in together.flags]
+        if twice:
+            raise SparsityError(
+                f"{twice[0]} is sparse in two sparsity states: one method to a leaf, and one "
+                "wrapper in a chain"
+            )
         for whole, part in zip(together, now, strict=True):
             whole.update(part if isinstance(part, dict) else {})
     return together
