@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from topkast_jax.errors import SparsityError
+from topkast_jax.errors import SparsityError, shown
 from topkast_jax.method import Counts, Density, Leaf
 from topkast_jax.patterns import NOfM, Pattern
 from topkast_jax.selection import DTYPES, MOST_ENTRIES
@@ -51,13 +51,15 @@ class Sparse:
 
     def __post_init__(self) -> None:
         if self.distribution not in ("uniform", "erk"):
-            raise SparsityError(f"distribution={self.distribution!r}: must be 'uniform' or 'erk'")
+            raise SparsityError(
+                f"distribution={shown(self.distribution)}: must be 'uniform' or 'erk'"
+            )
         if self.pattern is not None:
             check_pattern(self.pattern)
         axes = self.stacked if isinstance(self.stacked, tuple) else (self.stacked,)
         whole = all(isinstance(a, int) and not isinstance(a, bool) for a in axes)
         if self.stacked is not None and not whole:
-            raise SparsityError(f"stacked={self.stacked!r}: must be an axis, several, or None")
+            raise SparsityError(f"stacked={shown(self.stacked)}: must be an axis, several, or None")
 
 
 Spec = Dense | Sparse
@@ -185,11 +187,11 @@ def check_rules(rules: Any) -> None:
     if rules is None:
         return
     if isinstance(rules, str | bytes | Mapping) or not isinstance(rules, Sequence):
-        raise SparsityError(f"rules={_shortened(repr(rules), 80)}: {wanted}")
+        raise SparsityError(f"rules={shown(rules)}: {wanted}")
     for rule in rules:
         pair = isinstance(rule, tuple) and len(rule) == 2
         if not pair or not isinstance(rule[0], str) or not isinstance(rule[1], Dense | Sparse):
-            raise SparsityError(f"rule {_shortened(repr(rule), 80)}: {wanted}")
+            raise SparsityError(f"rule {shown(rule)}: {wanted}")
         _compile(rule[0])
 
 
@@ -197,7 +199,7 @@ def check_pattern(pattern: Any) -> None:
     """Raises SparsityError unless this is a pattern."""
     if isinstance(pattern, type) or not isinstance(pattern, Pattern):
         raise SparsityError(
-            f"pattern={_shortened(repr(pattern), 80)}: must be Unstructured(), Block(rows, cols), …"
+            f"pattern={shown(pattern)}: must be Unstructured(), Block(rows, cols), …"
         )
 
 
@@ -215,8 +217,7 @@ def check_densities(forward: Density, backward: Density, where: str = "") -> Non
             continue
         number = isinstance(density, numbers.Real) or getattr(density, "ndim", None) == 0
         if isinstance(density, bool) or not number or not 0.0 < float(density) <= 1.0:
-            found = _shortened(repr(density), 80)
-            raise SparsityError(f"{where}{name}={found}: must be a number in (0, 1]")
+            raise SparsityError(f"{where}{name}={shown(density)}: must be a number in (0, 1]")
     if any(isinstance(density, jax.core.Tracer) for density in (forward, backward)):
         return
     if float(backward) < float(forward):

@@ -179,8 +179,10 @@ def _few_probes() -> bool:
 
 def _cells(of: _Of, entries: jax.Array, index: jax.Array, parameters: _Parameters) -> jax.Array:
     """of() for every entry, and along trailing axes for every element of the parameters."""
-    last = range(entries.ndim, entries.ndim + max((p.ndim for p in parameters), default=0))
-    return of(lax.expand_dims(entries, last), lax.expand_dims(index, last), *parameters)
+    rank = entries.ndim + max((p.ndim for p in parameters), default=0)
+    last = range(entries.ndim, rank)
+    rows = (lax.expand_dims(p, range(rank - p.ndim)) for p in parameters)
+    return of(lax.expand_dims(entries, last), lax.expand_dims(index, last), *rows)
 
 
 def _reduce_by_element(
@@ -286,11 +288,12 @@ def _interpolate(bracket: _Bracket, wanted: jax.Array, half: int) -> jax.Array:
     inside = (bracket.at_low - bracket.at_high).astype(jnp.float32)[:, None]
     share = (bracket.at_low - wanted).astype(jnp.float32)[:, None] / inside
     nearest = _NEAREST * width * jnp.sqrt(share * (1 - share) / inside)
-    step = jnp.arange(half, dtype=jnp.float32) / half
+    step = jnp.arange(half, dtype=jnp.float32)[None] / half
+    least = jnp.arange(1, half + 1, dtype=jnp.float32)[None]
 
     def distances(end: jax.Array) -> jax.Array:
         first = jnp.minimum(nearest, end)
-        return jnp.maximum(first ** (1 - step) * end**step, jnp.arange(1.0, half + 1))
+        return jnp.maximum(first ** (1 - step) * end**step, least)
 
     guess = width * share
     return _around(bracket, guess, distances(guess), distances(width - guess))
@@ -479,7 +482,7 @@ def thresholds(
     wanted, none = varying_like((wanted, jnp.zeros_like(wanted)), x)
     if x.size <= _SMALL:
         return _bisected(_eligible(x, among), wanted, _Order(x.size, salt))
-    guess = _normal_guess(x, wanted) if start is None else start.key + none
+    guess = _normal_guess(x, wanted) if start is None else start.key + none.astype(start.key.dtype)
     x = _eligible(x, among)
     bracket = _search_keys(x, wanted, guess)
     edge = _search_index(x, wanted, bracket, _Order(x.size, salt))

@@ -193,7 +193,7 @@ def presents(params: Any, state: Any) -> Present:
     """`present` of every sparsity state inside an optimizer state, put together.
 
     Raises:
-      SparsityError: `state` holds no sparsity state, or one of other parameters.
+      SparsityError: `state` holds no sparsity state, one of other parameters, or two of one leaf.
     """
     found = find_states(state)
     names, leaves, _ = flatten_with_names(params)
@@ -201,6 +201,12 @@ def presents(params: Any, state: Any) -> Present:
     together = Present({}, {}, {}, {})
     for one in map(without_variables, found):
         now = present(thetas, one)
+        twice = [path for path in now.flags if path in together.flags]
+        if twice:
+            raise SparsityError(
+                f"{twice[0]} is sparse in two sparsity states: one method to a leaf, and one "
+                "wrapper in a chain"
+            )
         now = now._replace(flags=_reading(now.memory, now.flags, one.step))
         for whole, part in zip(together, now, strict=True):
             whole.update(part if isinstance(part, dict) else {})

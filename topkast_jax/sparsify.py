@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from topkast_jax.choosing import Chooser, over_stack
-from topkast_jax.errors import SparsityError
+from topkast_jax.errors import SparsityError, shown
 from topkast_jax.flags import FORWARD, first_flags, frozen_flags, has, unpack
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.method import Density, Leaf, Method, Sets, enters_anew
@@ -140,6 +140,9 @@ def sparsify(
     )  # fmt: skip
 
     def init_fn(params: Any) -> SparsifyState:
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+            state: SparsifyState = jax.eval_shape(lambda x: _first_state(plan, x), params)
+            return state
         return _first_state(plan, params)
 
     def update_fn(
@@ -215,17 +218,25 @@ def _update(
     gradients = columns_of("update: grads", grads, names, treedef)
     leaves = plan.sparse_leaves(params)
     _check_sparse(leaves, names, columns_of("update: the state", state.sets, names, treedef))
+    for path, leaf in leaves.items():
+        if np.shape(gradients[path]) != leaf.full_shape:
+            raise SparsityError(
+                f"update: grads: {path} must have the shape {leaf.full_shape} of the parameter, "
+                f"found {np.shape(gradients[path])}"
+            )
 
     # 1. The sets in use, which belong to the parameters that came.
     now = present(dict(zip(names, arrays, strict=True)), state, gradients)
     theta = treedef.unflatten([now.theta.get(n, a) for n, a in zip(names, arrays, strict=True)])
     inner_state = state.inner_state
     if plan.inner_state == "reset" and plan.ever_chooses:
+        # Operands, not a closure: only a traced array makes `init` shard moments explicitly.
         inner_state = jax.lax.cond(
             state.due != NOT_DUE,
-            lambda: _reset_moved(plan, state.inner_state, theta, now.was, now.flags),
-            lambda: state.inner_state,
-        )
+            lambda *operands: _reset_moved(plan, *operands),
+            lambda inner_state, *_: inner_state,
+            inner_state, theta, now.was, now.flags,
+        )  # fmt: skip
 
     # 2. The method's gradient, inside B; 3. the inner optimizer; 4. its updates, inside B.
     shaped = _restricted(plan, leaves, gradients, now, state.step)
@@ -347,16 +358,13 @@ def _after(
         stop = jnp.asarray(stop, jnp.int32)
         due = due & (step < stop)
         frozen = {path: frozen_flags(f) for path, f in flags.items()}
+        resets = plan.inner_state == "reset"
         flags, inner_state = jax.lax.cond(
             step == stop,
-            lambda: (
-                frozen,
-                _reset_moved(plan, inner_state, theta, flags, frozen)
-                if plan.inner_state == "reset"
-                else inner_state,
-            ),
-            lambda: (flags, inner_state),
-        )
+            lambda inner, *rest: (rest[2], _reset_moved(plan, inner, *rest) if resets else inner),
+            lambda inner, _, flags, __: (flags, inner),
+            inner_state, theta, flags, frozen,
+        )  # fmt: skip
     return flags, jnp.where(due, DUE, NOT_DUE).astype(jnp.int8), inner_state
 
 
@@ -401,21 +409,21 @@ def observing_leaves(note: Callable[[dict[str, Leaf | None]], None]) -> Iterator
 
 def _check(inner: Any, method: Any, inner_state: Any, pattern: Any, seed: Any) -> None:
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        name = getattr(inner, "__name__", repr(inner)[:80])
+        name = getattr(inner, "__name__", shown(inner))
         called = f"; call it, as in optax.{name}(…)" if callable(inner) else ""
         raise SparsityError(f"inner={name}: must be an optax optimizer{called}")
     if isinstance(inner, SparseTransform):
         raise SparsityError("inner is wrapped by a sparsity method already: wrap an optimizer once")
     if isinstance(method, type) or not isinstance(method, Method):
-        raise SparsityError(f"method={repr(method)[:80]}: must be a topkast_jax.Method")
+        raise SparsityError(f"method={shown(method)}: must be a topkast_jax.Method")
     if inner_state not in ("keep", "reset"):
-        raise SparsityError(f"inner_state={inner_state!r}: must be 'keep' or 'reset'")
+        raise SparsityError(f"inner_state={shown(inner_state)}: must be 'keep' or 'reset'")
     check_pattern(pattern)
     if not isinstance(seed, jax.Array):
         try:
             operator.index(seed)
         except TypeError:
-            raise SparsityError(f"seed={seed!r}: must be an integer") from None
+            raise SparsityError(f"seed={shown(seed)}: must be an integer") from None
 
 
 def _whole_number(name: str, value: Any, least: int) -> Any:
@@ -427,7 +435,7 @@ def _whole_number(name: str, value: Any, least: int) -> Any:
         whole = False
     if not whole:
         raise SparsityError(
-            f"{name}={repr(value)[:80]}: must be None or an integer of at least {least}"
+            f"{name}={shown(value)}: must be None or an integer of at least {least}"
         )
     return value if isinstance(value, jax.Array) else int(value)
 

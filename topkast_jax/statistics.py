@@ -22,6 +22,7 @@ from topkast_jax.flags import (
     has,
 )
 from topkast_jax.flops import leaf_flops
+from topkast_jax.selection import MOST_ENTRIES
 from topkast_jax.sets import CompactState, SparsifyState, nodes_of, presents
 from topkast_jax.trees import flatten_with_names
 
@@ -59,8 +60,11 @@ def _sparse_flags(params: Any, state: Any) -> list[jax.Array]:
 
 
 def _counted(condition: jax.Array) -> jax.Array:
-    """int32 counts along all axes but the first, which alone has fewer than 2**31 entries."""
-    return jnp.sum(condition, axis=tuple(range(1, condition.ndim)), dtype=jnp.int32)
+    """int32 counts over as many of the last axes as hold fewer than 2**31 entries together."""
+    shape, first = condition.shape, condition.ndim
+    while first > 0 and math.prod(shape[first - 1 :]) <= MOST_ENTRIES:
+        first -= 1
+    return jnp.sum(condition, axis=tuple(range(first, condition.ndim)), dtype=jnp.int32)
 
 
 def _count(condition: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from topkast_jax.errors import SparsityError
+from topkast_jax.errors import SparsityError, shown
 from topkast_jax.method import Counts, Density, Layer, Leaf, Method, Sets
 from topkast_jax.patterns import Pattern
 from topkast_jax.rules import Rules
@@ -127,9 +127,11 @@ def top_kast(
       <https://arxiv.org/abs/2106.03517>`_, 2020
     """
     if exploration_norm not in ("l2", "l1"):
-        raise SparsityError(f"exploration_norm={exploration_norm!r}: must be 'l2' or 'l1'")
+        raise SparsityError(f"exploration_norm={shown(exploration_norm)}: must be 'l2' or 'l1'")
     if exploration_set not in ("magnitude", "random"):
-        raise SparsityError(f"exploration_set={exploration_set!r}: must be 'magnitude' or 'random'")
+        raise SparsityError(
+            f"exploration_set={shown(exploration_set)}: must be 'magnitude' or 'random'"
+        )
     _check_weight(exploration_weight)
     return sparsify(
         inner,
@@ -152,5 +154,5 @@ def _check_weight(weight: Any) -> None:
     if isinstance(weight, bool) or not number or not weight >= 0:
         hint = "; a schedule goes through optax.inject_hyperparams" if callable(weight) else ""
         raise SparsityError(
-            f"exploration_weight={repr(weight)[:80]}: must be a number of at least 0{hint}"
+            f"exploration_weight={shown(weight)}: must be a number of at least 0{hint}"
         )

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from topkast_jax.errors import SparsityError
 from topkast_jax.patterns import Block, Unstructured, units_in
+from topkast_jax.serialization import serializable
 
 
 @jax.tree_util.register_dataclass
@@ -61,6 +62,13 @@ class CompactKernel:
     def with_values(self, values: jax.Array) -> CompactKernel:
         """The same units with other values."""
         return dataclasses.replace(self, values=values)
+
+
+serializable(
+    CompactKernel,
+    ("values", "index"),
+    lambda kernel, arrays: dataclasses.replace(kernel, **arrays),
+)
 
 
 def is_compact(x: object) -> bool:
