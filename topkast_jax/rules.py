@@ -241,7 +241,9 @@ def _leaf(
     layer = tuple(size for axis, size in enumerate(shape) if axis not in axes)
     if spec.forward_density is not None:
         forward = spec.forward_density
-        if spec.backward_density is None and not isinstance(backward, jax.Array):
+        if spec.backward_density is None and isinstance(backward, jax.Array):
+            backward = jnp.maximum(backward, jnp.asarray(forward, backward.dtype))
+        elif spec.backward_density is None:
             backward = max(float(backward), float(forward))
     if spec.backward_density is not None:
         backward = spec.backward_density

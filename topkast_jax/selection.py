@@ -422,8 +422,8 @@ def _bisected(x: jax.Array, wanted: jax.Array, order: _Order) -> Thresholds:
     def counted(cell: jax.Array) -> jax.Array:
         return jnp.sum(cell, axis=axes, dtype=jnp.int32)
 
-    low = jnp.zeros_like(wanted).astype(_key_dtype(x.dtype)) - np.int32(1)
-    high = low + (_largest(x.dtype) + np.int32(3))
+    low = jnp.full_like(wanted, -1, dtype=_key_dtype(x.dtype))
+    high = low + (_largest(x.dtype) + low.dtype.type(3))
     edge = search(low, high, lambda probe: counted(keys >= cells(probe)) >= wanted)
     left = wanted - counted(keys > cells(edge))
     tied = keys == cells(edge)

@@ -107,7 +107,7 @@ def _penalised(config: ConfigDict, tx: SparseTransform, params: Tree) -> Tree:
     matrices = _matrices(params)
     if "exploration_weight" not in config.method:
         return matrices
-    dense = [leaf is None for leaf in tx.plan.leaves(params)]
+    dense = [leaf is None for leaf in tx.plan.leaves(params).values()]
     return jax.tree.map(
         lambda matrix, rest: matrix and rest,
         matrices,
