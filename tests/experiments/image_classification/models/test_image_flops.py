@@ -6,9 +6,7 @@ import pytest
 import topkast_jax as tk
 from experiments.config import resolve
 from experiments.task import make_task
-from topkast_jax.rules import Leaf
 from topkast_jax.rules import resolve as resolve_rules
-from topkast_jax.selection import keep_count
 from topkast_jax.statistics import LeafCounts
 
 # RigL keeps the first convolution dense with uniform densities; ERK shares out over all kernels.
@@ -35,12 +33,12 @@ def fractions(resnet50, forward, backward, distribution):
     params, by_leaf = resnet50
     sparse = tk.Sparse(distribution=distribution)
     rules = [*FIRST[distribution], (".*/kernel", sparse), (".*", tk.Dense())]
+    sizes = [p.size for p in jax.tree.leaves(params)]
     leaves = resolve_rules(params, rules, forward, backward, tk.Unstructured())
     counts = {
-        leaf.path: LeafCounts(n, keep_count(n, leaf.forward_density),
-                              keep_count(n, leaf.backward_density), True)
-        for leaf, n in zip(leaves, (p.size for p in jax.tree.leaves(params)), strict=True)
-        if isinstance(leaf, Leaf)
+        path: LeafCounts(size, leaf.counts.forward, leaf.counts.backward, True)
+        for (path, leaf), size in zip(leaves.items(), sizes, strict=True)
+        if leaf is not None
     }  # fmt: skip
     return tk.statistics.flops(by_leaf, counts)
 
