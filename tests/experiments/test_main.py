@@ -169,7 +169,7 @@ def test_the_real_command(tmp_path):
     assert stopped.returncode == 0, stopped.stderr
     assert "the same command goes on" in stopped.stdout
     (told,) = stopped.stderr.splitlines()
-    assert told.startswith("no rules given; sparse: in/kernel, out/kernel; dense: ")
+    assert "no rules given; sparse: in/kernel, out/kernel; dense: in/bias" in told
     assert "step 10/20  train" in stopped.stdout
     assert records(tmp_path / "run")[-1]["step"] == 10
 
