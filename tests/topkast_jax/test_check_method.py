@@ -22,7 +22,18 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("check", testing.CHECKS)
+# These differ from "top_kast" in options that only some checks can tell apart.
+VARIANTS = ("top_kast_every_step", "top_kast_stopping")
+TELLING = ("inner_optimizers", "types", "checkpoints")
+
+
+def cases():
+    for method in METHODS:
+        for check in testing.CHECKS:
+            rarely = method in VARIANTS and check not in TELLING
+            yield pytest.param(method, check, marks=[pytest.mark.slow] if rarely else [])
+
+
+@pytest.mark.parametrize(("method", "check"), cases())
 def test_conformance(method, check):
     testing.check_method(METHODS[method], checks=[check])
