@@ -34,6 +34,6 @@ def cases():
             yield pytest.param(method, check, marks=[pytest.mark.slow] if rarely else [])
 
 
-@pytest.mark.parametrize(("method", "check"), cases())
+@pytest.mark.parametrize(("method", "check"), list(cases()))
 def test_conformance(method, check):
     testing.check_method(METHODS[method], checks=[check])
