@@ -8,7 +8,7 @@ import math
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from topkast_jax.varying import explicit_sharding, let_compiler_partition, varyi
 
 ByLeaf = dict[str, Any]
 _TOGETHER = 2**22  # entries of leaves that are stacked, so that one program chooses for all
+_FEW = 8  # stacked leaves that are chosen one by one
 
 
 class Static:
@@ -58,11 +59,13 @@ class Chooser:
 
     Attributes:
       numbers: the number attributes of the method, as scalars.
-      counts: int32 scalars by leaf: the units that one layer keeps unless the method allocates.
+      counts: int32 scalars: the units that one layer keeps unless the method allocates, one pair
+        for all leaves of one kind and densities.
       seed: uint32 scalar.
       frame: what is a part of the tree's structure: type and other attributes of the method, and
         whether it chooses again after the first choice.
-      kinds: likewise: shape, type, pattern and stacked axes of each sparse leaf, by its path.
+      kinds: likewise: for each sparse leaf its path, its shape, type, pattern and stacked axes, and
+        the place of its pair in `counts`.
     """
 
     def __init__(self, numbers: Any, counts: Any, seed: Any, frame: Static, kinds: Static):
@@ -80,10 +83,17 @@ class Chooser:
         attributes = vars(method)
         numbers = {k: _as_scalar(v) for k, v in attributes.items() if _is_number(v)}
         others = {k: v for k, v in attributes.items() if k not in numbers}
-        counts = {p: Counts(*(_as_scalar(c) for c in leaf.counts)) for p, leaf in leaves.items()}
-        kinds = [(path, kind_of(leaf)) for path, leaf in leaves.items()]
+        places: dict[Any, int] = {}
+        counts, kinds = [], []
+        for path, leaf in leaves.items():
+            kind, densities = kind_of(leaf), (leaf.forward_density, leaf.backward_density)
+            plain = all(isinstance(count, int) for count in leaf.counts)
+            place = places.setdefault((Static(kind), densities) if plain else path, len(counts))
+            if place == len(counts):
+                counts.append(Counts(*(_as_scalar(count) for count in leaf.counts)))
+            kinds.append((path, kind, place))
         frame = Static((type(method), others, refreshes))
-        return cls(numbers, counts, seed_scalar(seed), frame, Static(kinds))
+        return cls(numbers, tuple(counts), seed_scalar(seed), frame, Static(kinds))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Chooser) and vars(self) == vars(other)
@@ -103,7 +113,7 @@ class Chooser:
     @property
     def leaves(self) -> dict[str, Leaf]:
         """The sparse leaves by path, their counts those of the state, without densities."""
-        return {path: leaf_of(kind, self.counts[path]) for path, kind in self.kinds.value}
+        return {path: leaf_of(kind, self.counts[i]) for path, kind, i in self.kinds.value}
 
     def choose(
         self,
@@ -127,22 +137,23 @@ class Chooser:
         method, leaves = self.method, self.leaves
         if first:
             flags = memory = None
-        keys = {path: layer_keys(self.seed, path, leaf, step) for path, leaf in leaves.items()}
-        counts = allocated(method, leaves, theta, grads, flags, memory, keys, step)
-        columns: list[Any] = [theta, grads, flags, memory, keys, counts]
+        counts = allocated(method, leaves, theta, grads, flags, memory, self.seed, step)
+        columns: list[Any] = [theta, grads, flags, memory, counts]
         chosen_flags: ByLeaf = {}
         chosen_memory: ByLeaf = {}
         for paths in _alike(leaves, theta, memory):
             leaf = leaves[paths[0]]
             choose = functools.partial(choose_leaf, method, leaf, first)
-            rows = [[None if c is None else c[path] for c in columns] for path in paths]
-            results = (
-                [_partitioned(choose)(*rows[0], step)]
-                if len(rows) == 1
-                else _together(choose, rows, step)
-            )
-            for path, (new, remembered) in zip(paths, results, strict=True):
-                chosen_flags[path], chosen_memory[path] = new, remembered
+            keys = layer_keys(self.seed, paths, leaf, step)
+            for part in _parts(len(paths), leaf):
+                rows = [[None if c is None else c[path] for c in columns] for path in paths[part]]
+                results = (
+                    [_partitioned(choose)(*rows[0], keys[part][0], step)]
+                    if len(rows) == 1
+                    else _together(choose, rows, keys[part], step)
+                )
+                for path, (new, remembered) in zip(paths[part], results, strict=True):
+                    chosen_flags[path], chosen_memory[path] = new, remembered
         return self.as_chosen(theta, chosen_flags, chosen_memory)
 
     def as_chosen(self, theta: ByLeaf, flags: ByLeaf, memory: ByLeaf) -> tuple[ByLeaf, ByLeaf]:
@@ -198,7 +209,7 @@ def allocated(
     grads: ByLeaf | None,
     flags: ByLeaf | None,
     memory: ByLeaf | None,
-    keys: ByLeaf,
+    seed: Any,
     step: Any,
 ) -> dict[str, Counts]:
     """Counts of each leaf as the method allocates them, arrays of the stacked axes' shape."""
@@ -212,7 +223,7 @@ def allocated(
                     None if grads is None else grads[path],
                     None if flags is None else flags[path],
                     None if memory is None else memory[path],
-                    keys[path],
+                    layer_keys(seed, [path], leaf, step)[0],
                     step,
                 ),
             )
@@ -225,16 +236,17 @@ def allocated(
                 f"{type(method).__name__}.allocate must return Counts for each of "
                 f"{', '.join(leaves)}"
             )
-    return {
-        path: Counts(
-            *(jnp.broadcast_to(jnp.asarray(c, jnp.int32), leaf.stack) for c in counts[path])
-        )
-        for path, leaf in leaves.items()
-    }
+    whole: dict[Any, Counts] = {}  # Leaves that share their counts go on sharing them.
+    for path, leaf in leaves.items():
+        pair = counts[path]
+        if (id(pair), leaf.stack) not in whole:
+            arrays = (jnp.broadcast_to(jnp.asarray(c, jnp.int32), leaf.stack) for c in pair)
+            whole[id(pair), leaf.stack] = Counts(*arrays)
+    return {path: whole[id(counts[path]), leaf.stack] for path, leaf in leaves.items()}
 
 
 def _alike(leaves: Mapping[str, Leaf], theta: ByLeaf, memory: ByLeaf | None) -> list[list[str]]:
-    """Paths of leaves that one program chooses for, in the order of their first."""
+    """Paths of leaves that are alike, in the order of their first."""
     several = jax.device_count() > 1
     groups: dict[Any, list[str]] = defaultdict(list)
     for path, leaf in leaves.items():
@@ -244,11 +256,18 @@ def _alike(leaves: Mapping[str, Leaf], theta: ByLeaf, memory: ByLeaf | None) -> 
         role = re.sub(r"\d+", "#", path) if several else ""
         sharding = str(explicit_sharding(theta[path]))
         groups[(Static(kind_of(leaf)), like, sharding, role)].append(path)
-    together = []
-    for paths in groups.values():
-        size = max(1, _TOGETHER // max(1, math.prod(leaves[paths[0]].full_shape)))
-        together += [paths[i : i + size] for i in range(0, len(paths), size)]
-    return together
+    return list(groups.values())
+
+
+def _parts(count: int, leaf: Leaf) -> list[slice]:
+    """Cuts `count` leaves that are alike into parts that are stacked and chosen together.
+
+    Compilers compile equal kernels once. In √n parts of √n leaves, the kernels that take a part out
+    of all, and those that take a leaf out of a part, are the fewest.
+    """
+    most = _TOGETHER // max(1, math.prod(leaf.full_shape))
+    size = max(1, min(math.isqrt(count - 1) + 1, most))
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def kind_of(leaf: Leaf) -> tuple[Any, ...]:
@@ -291,11 +310,19 @@ def seed_scalar(seed: Any) -> jax.Array:
     return jnp.asarray(seed).astype(jnp.uint32)
 
 
-def layer_keys(seed: Any, path: str, leaf: Leaf, step: Any) -> jax.Array:
-    """A random key for each layer of a leaf, the same wherever the leaf stands in the tree."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-    key = jax.random.fold_in(key, step)
-    return jax.random.split(key, leaf.stack) if leaf.stack else key
+def layer_keys(seed: Any, paths: Sequence[str], leaf: Leaf, step: Any) -> jax.Array:
+    """Random keys for the layers of leaves that are like `leaf`: `[paths, *stack]`.
+
+    The key of a layer follows from the leaf's path, wherever the leaf stands in the tree.
+    """
+    key = jax.random.key(seed)
+
+    def of_leaf(number: Any) -> jax.Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, number), step)
+        return jax.random.split(own, leaf.stack) if leaf.stack else own
+
+    keys: jax.Array = jax.vmap(of_leaf)(np.array([zlib.crc32(p.encode()) for p in paths], "u4"))
+    return keys
 
 
 def choose_leaf(
@@ -306,11 +333,11 @@ def choose_leaf(
     grad: Any,
     flags: Any,
     memory: Any,
-    keys: Any,
     counts: Counts,
+    keys: Any,
     step: Any,
 ) -> tuple[Any, Any]:
-    """Flags and memory of one leaf; `keys` and `counts` have the shape of the stacked axes."""
+    """Flags and memory of one leaf; `counts` and `keys` have the shape of the stacked axes."""
 
     def choose(theta: Any, grad: Any, flags: Any, memory: Any, key: Any, counts: Counts) -> Any:
         sets = None if first else _by_unit(leaf, flags)
@@ -389,13 +416,37 @@ def _checked(method: Method, leaf: Leaf, mask: Any) -> jax.Array:
 
 
 def _together(
-    choose: Callable[..., Any], rows: list[list[Any]], step: Any
+    choose: Callable[..., Any], rows: list[list[Any]], keys: jax.Array, step: Any
 ) -> list[tuple[Any, Any]]:
-    """Chooses for leaves of one kind at once, stacked along a new axis in front."""
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
-    mapped = jax.vmap(choose, in_axes=(0,) * len(stacked) + (None,))
-    flags, memory = _partitioned(mapped)(*stacked, step)
-    return [(flags[i], jax.tree.map(lambda m, i=i: m[i], memory)) for i in range(len(rows))]
+    """Chooses for leaves of one kind by one program, stacked along a new axis in front.
+
+    It takes them in two turns or more, a few one by one: a compiler would dissolve a loop of one
+    turn, and then compute and compile the last lines of a choice anew for every leaf.
+    """
+    count = len(rows)
+    turns = 2 if count > _FEW else count
+    each = -(-count // turns)
+
+    def in_turns(x: jax.Array) -> jax.Array:
+        full = jnp.concatenate([x, x[-1:]]) if turns * each > count else x
+        return full.reshape(turns, each, *x.shape[1:])
+
+    def run(*args: Any) -> Any:
+        mapped = jax.vmap(lambda xs: choose(*xs, step))
+        return jax.lax.map(mapped, jax.tree.map(in_turns, args))
+
+    flags, memory = _partitioned(run)(*jax.tree.map(_stacked, *rows), keys)
+
+    def of(i: int) -> Any:
+        return jax.tree.map(lambda x: x[i // each, i % each], (flags, memory))
+
+    return [of(i) for i in range(count)]
+
+
+def _stacked(*xs: Any) -> jax.Array:
+    if all(x is xs[0] for x in xs):
+        return jnp.broadcast_to(xs[0], (len(xs), *jnp.shape(xs[0])))
+    return jnp.stack(xs)
 
 
 def _partitioned(choose: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from topkast_jax.errors import SparsityError
-from topkast_jax.selection import Thresholds, count_of, keys_of, top_k_masks
+from topkast_jax.selection import SMALL, Thresholds, count_of, keys_of, top_k_masks
 
 Count = int | jax.Array
 
@@ -90,13 +90,17 @@ class _Ranked:
         start: Any = None,
         ties: jax.Array | None = None,
     ) -> tuple[tuple[jax.Array, ...], Any]:
-        """The units of largest absolute score; the memory holds the thresholds' bit patterns."""
+        """The units of largest absolute score.
+
+        The memory holds the bit patterns of the thresholds; a small leaf needs none.
+        """
         warm = None
-        if start is not None:
+        if start:
             warm = Thresholds(jnp.stack(start), jnp.zeros(len(counts), jnp.int32))
         salt = None if ties is None else jax.random.bits(ties, (), jnp.uint32)
         masks, found = top_k_masks(scores, counts, warm, among=among, salt=salt)
-        return masks, tuple(found.key[i] for i in range(len(counts)))
+        remembered = () if scores.size <= SMALL else tuple(found.key)
+        return masks, remembered
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ MOST_ENTRIES = 2**31 - 1  # of one layer of a leaf: positions and counts are int
 _MILLION = 1_000_000
 _WHOLE: dict[Callable, Callable] = {lax.add: lax.reduce_sum, lax.min: lax.reduce_min}
 _FOLD = 32  # entries that _reduce_flat combines into one
-_SMALL = 2**14  # entries up to which plain bisection is used: few lines to compile, many passes
+SMALL = 2**14  # entries up to which plain bisection is used: few lines to compile, many passes
 _LARGE = 2**20  # entries from which float32 magnitudes often tie
 # Distances of the first probes from the start, log2 in units of float32's last place: a warm start
 # is about 2**9 to 2**13 off, that of a cold start on normal entries too.
@@ -274,7 +274,7 @@ def _around(bracket: _Bracket, guess: jax.Array, below: jax.Array, above: jax.Ar
     """
     low, high = bracket.low[:, None], bracket.high[:, None]
     near = jnp.concatenate([guess - below, guess, guess + above], axis=1).astype(low.dtype)
-    probes = jnp.concatenate([low + near, low + (high - low) // 2], axis=1)
+    probes = jnp.concatenate([low + near, low + ((high - low) >> 1)], axis=1)
     return jnp.clip(probes, low + 1, high - 1)
 
 
@@ -413,7 +413,7 @@ def _bisected(x: jax.Array, wanted: jax.Array, order: _Order) -> Thresholds:
 
         def halve(_: Any, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             low, high = bracket
-            middle = low + (high - low) // 2
+            middle = low + ((high - low) >> 1)
             up = goes_up(middle)
             return jnp.where(up, middle, low), jnp.where(up, high, middle)
 
@@ -480,7 +480,7 @@ def thresholds(
     x = lax.stop_gradient(x)
     wanted = jnp.stack([jnp.asarray(count, jnp.int32) for count in counts])
     wanted, none = varying_like((wanted, jnp.zeros_like(wanted)), x)
-    if x.size <= _SMALL:
+    if x.size <= SMALL:
         return _bisected(_eligible(x, among), wanted, _Order(x.size, salt))
     guess = _normal_guess(x, wanted) if start is None else start.key + none.astype(start.key.dtype)
     x = _eligible(x, among)

@@ -43,7 +43,7 @@ def smallest_kept(x, mask):
 @partial(jax.jit, static_argnums=(2, 3))
 def select(x, counts, warm, small, start):
     """`small`: the number of entries up to which bisection is used in place of the search."""
-    with mock.patch.object(selection, "_SMALL", small):
+    with mock.patch.object(selection, "SMALL", small):
         return top_k_masks(x, (counts[0], counts[1]), start if warm else None)
 
 

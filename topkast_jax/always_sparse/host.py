@@ -219,10 +219,10 @@ class Choice:
     def first_memory(self, host: HostLeaf, theta: Any) -> Any:
         """Shapes and types of what the method remembers about a leaf."""
         one = functools.partial(_choose, self.chooser.frame, Static(kind_of(host.leaf)), True)
-        keys = jax.eval_shape(lambda: layer_keys(0, host.path, host.leaf, 0))
+        keys = jax.eval_shape(lambda: layer_keys(0, [host.path], host.leaf, 0)[0])
         count: Any = jax.ShapeDtypeStruct(host.leaf.stack, np.int32)
         counts = Counts(count, count)
-        return jax.eval_shape(one, self.chooser.numbers, theta, None, None, keys, counts, 0)[1]
+        return jax.eval_shape(one, self.chooser.numbers, theta, None, None, counts, keys, 0)[1]
 
     def __call__(
         self,
@@ -240,21 +240,20 @@ class Choice:
         def choose(host: HostLeaf, theta: Any, flags: Any, memory: Any, counts: Counts) -> Any:
             chooser = self.chooser
             with jax.default_device(host_device()):
-                keys = layer_keys(chooser.seed, host.path, host.leaf, step)
+                keys = layer_keys(chooser.seed, [host.path], host.leaf, step)[0]
                 new, remembered = _choose(
                     chooser.frame, Static(kind_of(host.leaf)), sets is None, chooser.numbers,
-                    theta, flags, memory, keys, counts, np.int32(step),
+                    theta, flags, memory, counts, keys, np.int32(step),
                 )  # fmt: skip
                 return np.asarray(new), jax.device_get(remembered)
 
         return in_parallel(choose, self._leaves, *columns)
 
     def _counts(self, step: Any, theta: Any, sets: Any, memory: Any) -> dict[str, Counts]:
-        leaves = self.chooser.leaves
-        keys = {
-            path: layer_keys(self.chooser.seed, path, leaf, step) for path, leaf in leaves.items()
-        }
-        counts = allocated(self.chooser.method, leaves, theta, None, sets, memory, keys, step)
+        chooser = self.chooser
+        counts = allocated(
+            chooser.method, chooser.leaves, theta, None, sets, memory, chooser.seed, step
+        )
         found: dict[str, Counts] = jax.device_get(counts)
         return found
 
@@ -281,13 +280,13 @@ def _choose(
     theta: Any,
     flags: Any,
     memory: Any,
-    keys: Any,
     counts: Any,
+    keys: Any,
     step: Any,
 ) -> Any:
     method = method_of(frame, numbers)
     leaf = leaf_of(kind.value, counts)
-    return choose_leaf(method, leaf, first, theta, None, flags, memory, keys, counts, step)
+    return choose_leaf(method, leaf, first, theta, None, flags, memory, counts, keys, step)
 
 
 def freeze(flags: np.ndarray) -> np.ndarray:
