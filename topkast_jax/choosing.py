@@ -84,7 +84,8 @@ class Chooser:
         numbers = {k: _as_scalar(v) for k, v in attributes.items() if _is_number(v)}
         others = {k: v for k, v in attributes.items() if k not in numbers}
         places: dict[Any, int] = {}
-        counts, kinds = [], []
+        counts: list[Counts] = []
+        kinds = []
         for path, leaf in leaves.items():
             kind, densities = kind_of(leaf), (leaf.forward_density, leaf.backward_density)
             plain = all(isinstance(count, int) for count in leaf.counts)
