@@ -134,12 +134,12 @@ class Chooser:
         chosen_memory: ByLeaf = {}
         for paths in _alike(leaves, theta, memory):
             leaf = leaves[paths[0]]
-            choose = functools.partial(choose_leaf, method, leaf, first)
+            choose = functools.partial(choose_leaf, self.frame, leaf, first)
             rows = [[None if c is None else c[path] for c in columns] for path in paths]
             results = (
-                [_partitioned(choose)(*rows[0], step)]
+                [_partitioned(choose)(*rows[0], step, self.numbers)]
                 if len(rows) == 1
-                else _together(choose, rows, step)
+                else _together(choose, rows, step, self.numbers)
             )
             for path, (new, remembered) in zip(paths, results, strict=True):
                 chosen_flags[path], chosen_memory[path] = new, remembered
@@ -299,7 +299,7 @@ def layer_keys(seed: Any, path: str, leaf: Leaf, step: Any) -> jax.Array:
 
 
 def choose_leaf(
-    method: Method,
+    frame: Static,
     leaf: Leaf,
     first: bool,
     theta: Any,
@@ -309,8 +309,14 @@ def choose_leaf(
     keys: Any,
     counts: Counts,
     step: Any,
+    numbers: Any,
 ) -> tuple[Any, Any]:
-    """Flags and memory of one leaf; `keys` and `counts` have the shape of the stacked axes."""
+    """Flags and memory of one leaf; `keys` and `counts` have the shape of the stacked axes.
+
+    `frame` and `numbers` are the method's. Its numbers are arguments, as all arrays are: on a mesh
+    with explicit axes, what a function closes over cannot be used inside `auto_axes`.
+    """
+    method = method_of(frame, numbers)
 
     def choose(theta: Any, grad: Any, flags: Any, memory: Any, key: Any, counts: Counts) -> Any:
         sets = None if first else _by_unit(leaf, flags)
@@ -389,12 +395,12 @@ def _checked(method: Method, leaf: Leaf, mask: Any) -> jax.Array:
 
 
 def _together(
-    choose: Callable[..., Any], rows: list[list[Any]], step: Any
+    choose: Callable[..., Any], rows: list[list[Any]], step: Any, numbers: Any
 ) -> list[tuple[Any, Any]]:
     """Chooses for leaves of one kind at once, stacked along a new axis in front."""
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *rows)
-    mapped = jax.vmap(choose, in_axes=(0,) * len(stacked) + (None,))
-    flags, memory = _partitioned(mapped)(*stacked, step)
+    mapped = jax.vmap(choose, in_axes=(0,) * len(stacked) + (None, None))
+    flags, memory = _partitioned(mapped)(*stacked, step, numbers)
     return [(flags[i], jax.tree.map(lambda m, i=i: m[i], memory)) for i in range(len(rows))]
 
 
