@@ -144,14 +144,14 @@ class Chooser:
         chosen_memory: ByLeaf = {}
         for paths in _alike(leaves, theta, memory):
             leaf = leaves[paths[0]]
-            choose = functools.partial(choose_leaf, method, leaf, first)
+            choose = functools.partial(choose_leaf, self.frame, leaf, first)
             keys = layer_keys(self.seed, paths, leaf, step)
             for part in _parts(len(paths), leaf):
                 rows = [[None if c is None else c[path] for c in columns] for path in paths[part]]
                 results = (
-                    [_partitioned(choose)(*rows[0], keys[part][0], step)]
+                    [_partitioned(choose)(*rows[0], keys[part][0], step, self.numbers)]
                     if len(rows) == 1
-                    else _together(choose, rows, keys[part], step)
+                    else _together(choose, rows, keys[part], step, self.numbers)
                 )
                 for path, (new, remembered) in zip(paths[part], results, strict=True):
                     chosen_flags[path], chosen_memory[path] = new, remembered
@@ -327,7 +327,7 @@ def layer_keys(seed: Any, paths: Sequence[str], leaf: Leaf, step: Any) -> jax.Ar
 
 
 def choose_leaf(
-    method: Method,
+    frame: Static,
     leaf: Leaf,
     first: bool,
     theta: Any,
@@ -337,8 +337,14 @@ def choose_leaf(
     counts: Counts,
     keys: Any,
     step: Any,
+    numbers: Any,
 ) -> tuple[Any, Any]:
-    """Flags and memory of one leaf; `counts` and `keys` have the shape of the stacked axes."""
+    """Flags and memory of one leaf; `counts` and `keys` have the shape of the stacked axes.
+
+    `frame` and `numbers` are the method's. Its numbers are arguments, as all arrays are: on a mesh
+    with explicit axes, what a function closes over cannot be used inside `auto_axes`.
+    """
+    method = method_of(frame, numbers)
 
     def choose(theta: Any, grad: Any, flags: Any, memory: Any, key: Any, counts: Counts) -> Any:
         sets = None if first else _by_unit(leaf, flags)
@@ -417,7 +423,7 @@ def _checked(method: Method, leaf: Leaf, mask: Any) -> jax.Array:
 
 
 def _together(
-    choose: Callable[..., Any], rows: list[list[Any]], keys: jax.Array, step: Any
+    choose: Callable[..., Any], rows: list[list[Any]], keys: jax.Array, step: Any, numbers: Any
 ) -> list[tuple[Any, Any]]:
     """Chooses for leaves of one kind by one program, stacked along a new axis in front.
 
@@ -433,10 +439,12 @@ def _together(
         return full.reshape(turns, each, *x.shape[1:])
 
     def run(*args: Any) -> Any:
-        mapped = jax.vmap(lambda xs: choose(*xs, step))
-        return jax.lax.map(mapped, jax.tree.map(in_turns, args))
+        *stacked, step, numbers = args
+        mapped = jax.vmap(lambda xs: choose(*xs, step, numbers))
+        return jax.lax.map(mapped, jax.tree.map(in_turns, tuple(stacked)))
 
-    flags, memory = _partitioned(run)(*jax.tree.map(_stacked, *rows), keys)
+    stacked = jax.tree.map(_stacked, *rows)
+    flags, memory = _partitioned(run)(*stacked, keys, step, numbers)
 
     def of(i: int) -> Any:
         return jax.tree.map(lambda x: x[i // each, i % each], (flags, memory))

@@ -593,6 +593,6 @@ def counts_of_global_top_k(leaves: Mapping[str, jax.Array], count: Count) -> dic
     bracket, _ = lax.while_loop(is_open, one_pass, (bracket, probes))
     above = jnp.stack([c[0] for c in counted(bracket.high)])
     tied = jnp.stack([c[0] for c in counted(bracket.low)]) - above
-    left = wanted[0] - jnp.sum(above)
-    before = jnp.cumsum(tied) - tied
+    left = wanted[0] - jnp.sum(above, dtype=jnp.int32)
+    before = jnp.cumsum(tied, dtype=jnp.int32) - tied
     return dict(zip(leaves, above + jnp.clip(left - before, 0, tied), strict=True))

@@ -105,6 +105,14 @@ STRICT = {
     "stacked": functools.partial(top_kast, rules=[(".*", tk.Sparse(stacked=1))]),
     "injected": lambda inner: optax.inject_hyperparams(tk.top_kast)(inner, 0.1, 0.2),
     "static_random": lambda inner: tk.static_random(inner, 0.1, 3),
+    "set": lambda inner: tk.methods.set_evolution(inner, 0.1, 1, last_choice_at=9),
+    "rigl": lambda inner: tk.methods.rigl(inner, 0.1, 1, last_choice_at=9, skips_update=True),
+    "snfs": lambda inner: tk.methods.snfs(inner, 0.1, 1, last_choice_at=9),
+    "srigl": lambda inner: tk.methods.srigl(inner, 0.1, 1, last_choice_at=9),
+    "snip": lambda inner: tk.methods.snip(inner, 0.1),
+    "dnw": lambda inner: tk.methods.dnw(inner, 0.1),
+    "pruning": lambda inner: tk.methods.pruning(inner, 0.1, 1, 9, 1),
+    "pruning_global": lambda inner: tk.methods.pruning(inner, 0.1, 1, 9, 1, ranking="global"),
 }
 
 

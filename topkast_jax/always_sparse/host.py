@@ -25,7 +25,6 @@ from topkast_jax.choosing import (
     kind_of,
     layer_keys,
     leaf_of,
-    method_of,
     over_stack,
 )
 from topkast_jax.errors import SparsityError
@@ -284,9 +283,8 @@ def _choose(
     keys: Any,
     step: Any,
 ) -> Any:
-    method = method_of(frame, numbers)
     leaf = leaf_of(kind.value, counts)
-    return choose_leaf(method, leaf, first, theta, None, flags, memory, counts, keys, step)
+    return choose_leaf(frame, leaf, first, theta, None, flags, memory, counts, keys, step, numbers)
 
 
 def freeze(flags: np.ndarray) -> np.ndarray:

@@ -63,14 +63,18 @@ class SNFS(DropAndGrow):
             for _ in leaf.stack:
                 magnitudes = jax.vmap(magnitudes)
             inside = jnp.where(kept.forward, jnp.abs(magnitudes(layer.memory)), 0.0)
-            means = jnp.sum(inside.astype(jnp.float32), axis=axes).reshape(-1) / sums
+            means = jnp.sum(inside.astype(jnp.float32), axis=axes).reshape(-1) / sums.astype(
+                jnp.float32
+            )
             held.append(sums)
             strength.append(means)
             room.append(jnp.full_like(sums, math.prod(leaf.grid)))
         all_held, all_room = jnp.concatenate(held), jnp.concatenate(room)
         dropped = self.dropped(all_held, step)
         staying = all_held - dropped
-        grown = share_out(jnp.sum(dropped), jnp.concatenate(strength), all_room - staying)
+        grown = share_out(
+            jnp.sum(dropped, dtype=jnp.int32), jnp.concatenate(strength), all_room - staying
+        )
         counts, start = {}, 0
         for (path, leaf), sums in zip(leaves.items(), held, strict=True):
             here = (staying + grown)[start : start + sums.size].reshape(leaf.stack)
@@ -111,7 +115,7 @@ def share_out(total: jax.Array, weights: jax.Array, room: jax.Array) -> jax.Arra
 
     def give(_: Any, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         shares, rest = state
-        missing = total - jnp.sum(shares)
+        missing = total - jnp.sum(shares, dtype=jnp.int32)
         best = jnp.argmax(jnp.where(shares < room, rest, -2.0))
         more = jnp.where(missing > 0, jnp.minimum(missing, 1), jnp.maximum(missing, -1))
         return shares.at[best].add(more), rest.at[best].add(-1.0)
