@@ -115,6 +115,21 @@ def spoil(runs, text):
     (runs / "dense" / "final.json").write_text(text)
 
 
+@pytest.mark.parametrize(
+    "key", ["active_parameters", "densities.backward", "flops.training_fraction", "config.method"]
+)
+def test_final_that_lacks_something_the_report_reads(runs, tmp_path, capsys, key):
+    value = final("c:dense", "dense", 0, 0.95)
+    *parents, last = key.split(".")
+    inner = value[parents[0]] if parents else value
+    del inner[last]
+    spoil(runs, json.dumps(value))
+    assert main([str(runs), f"--out={tmp_path}/out"]) == 2
+    err = capsys.readouterr().err
+    assert f"{runs}/dense/final.json: has no '{key}" in err
+    assert len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"name": "x"}'])
 def test_unreadable_final(runs, tmp_path, capsys, text):
     spoil(runs, text)

@@ -59,6 +59,21 @@ def test_crashed_after_the_checkpoint(tmp_path, whole, monkeypatch):
     assert_equal_runs(whole, tmp_path / "run", *EVERY)
 
 
+def test_records_after_an_unreadable_line_are_kept(tmp_path, whole, capsys):
+    directory = tmp_path / "run"
+    run(directory, "80/60", *EVERY, stop_at=10)
+    file = directory / "metrics.jsonl"
+    first, *rest = file.read_bytes().splitlines(keepends=True)
+    assert len(rest) > 2
+    file.write_bytes(first + b'{"step": 7, "spl\xff\n[7]\n{"split": "train"}\n' + b"".join(rest))
+    assert run(directory, "80/60", *EVERY) == "finished"
+    assert_equal_runs(whole, directory, *EVERY)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "no record" in line]
+    assert [w.partition("metrics.jsonl, ")[2].partition(":")[0] for w in warnings] == (
+        ["line 2", "line 3", "line 4"]
+    )
+
+
 def test_other_optimizer(tmp_path):
     overrides = (*EVERY, *ADAM)
     run(tmp_path / "whole", "80/60", *overrides)
