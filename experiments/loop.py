@@ -14,7 +14,7 @@ from experiments.records import summary, workdir
 from experiments.records.checkpoints import Checkpoints
 from experiments.records.metrics import Metrics
 from experiments.task import DataIterator
-from experiments.training.evaluation import evaluate
+from experiments.training.evaluation import check_data, evaluate, evaluated_splits
 from experiments.training.metric_sums import NonFiniteError, Window
 from experiments.training.prefetch import Prefetcher
 from experiments.training.program import Program, build
@@ -67,9 +67,9 @@ class Session:
 
     def finish(self, state: TrainState) -> None:
         """Does the last evaluation and writes `final.json`."""
-        task, step, results = self.program.task, int(state.step), {}
+        step, results = int(state.step), {}
         if self.program.config.eval_at_end:
-            for split in dict.fromkeys([task.eval_split, task.test_split]):
+            for split in evaluated_splits(self.program):
                 results[split] = evaluate(self.program, state, split)
                 self.metrics.write(step, split, results[split] | {"final": True})
         value = summary.summary(self.program, state, results, self.seconds())
@@ -100,6 +100,7 @@ def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Ou
         return "finished before"
     program = build(config)  # Most mistakes show here, before the folder is touched.
     data = program.task.train_data()
+    check_data(program)
     workdir.claim(directory, config)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
     try:

@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
-from toy import SIZES, examples
+from toy import SIZES, Toy, examples
 from toy_runs import config, last_state, records, run, sets
 
 import topkast_jax as tk
@@ -89,6 +89,14 @@ def test_final_counts_the_sets(finished):
     assert final["seconds"] > 0
     assert final["device"]
     assert final["versions"]["jax"] == jax.__version__
+
+
+def test_an_empty_split_is_told_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "eval_data", lambda self, split: iter(()))
+    with pytest.raises(UserError, match="the test split of the data is empty"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert run(tmp_path / "run", "80/60", "eval_at_end=False", "steps=3") == "finished"
 
 
 def test_training_learns_on_the_view(finished):
