@@ -169,7 +169,7 @@ def _loop(
             with window.paused():
                 values = evaluate(program, state, program.task.eval_split)
                 session.metrics.write(step, program.task.eval_split, values)
-        stopping = stop.asked()
+        stopping = stop.asked(step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0
         if due or stopping or step == end:
             session.save(state, step, batches.position)

@@ -2,16 +2,19 @@
 
 import json
 import math
+import signal
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from toy import SIZES, Toy, examples
 from toy_runs import config, last_state, records, run, sets
 
 import topkast_jax as tk
 from experiments.errors import UserError
 from experiments.training.prefetch import Prefetcher
+from experiments.training.stopping import StopRequest
 
 
 def accuracy_by_hand(state):
@@ -167,6 +170,18 @@ def test_prefetcher_stops_in_the_middle():
     with Prefetcher(Counting(), lambda batch: batch) as batches:
         batches.next()
     assert not batches._thread.is_alive()
+
+
+def test_on_many_hosts_a_step_waits_for_no_other_host(monkeypatch):
+    """JAX's preemption service is asked, which only looks at what it was told."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.delattr(multihost_utils, "process_allgather")
+    reached = lambda step: step == 3  # noqa: E731
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert [stop.asked(step) for step in range(1, 5)] == [False, False, True, False]
 
 
 def test_learning_rate_schedules():
