@@ -17,8 +17,9 @@ from experiments.records.workdir import CONFIG, FINAL, METRICS, flat, read_json
 Summary = dict[str, Any]
 # What a report reads of every `final.json`.
 NEEDED = (
-    "name", "config.method.name", "test", "densities.forward", "densities.backward", "parameters",
-    "active_parameters", "flops.training_fraction", "flops.inference_fraction", "seconds",
+    "name", "config.method.name", "test", "densities.forward", "densities_over_run.backward",
+    "parameters", "active_parameters", "flops.training_fraction", "flops.inference_fraction",
+    "seconds",
 )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ def final(name, method, seed, accuracy, density=1.0, **config):
         "test_context": {"examples": 77},
         "parameters": 1000,
         "active_parameters": int(1000 * density),
-        "densities": {"forward": density, "backward": min(1.0, 2 * density)},
+        "densities": {"forward": density, "backward": density},
+        "densities_over_run": {"forward": density, "backward": min(1.0, 2 * density)},
         "flops": {"inference_fraction": density, "training_fraction": density * 4 / 3},
         "seconds": 10.0 + seed,
         "config": {"seed": seed, "method": {"name": method, "density": density}, **config},
@@ -116,7 +117,7 @@ def spoil(runs, text):
 
 
 @pytest.mark.parametrize(
-    "key", ["active_parameters", "densities.backward", "flops.training_fraction", "config.method"]
+    "key", ["active_parameters", "densities.forward", "flops.training_fraction", "config.method"]
 )
 def test_final_that_lacks_something_the_report_reads(runs, tmp_path, capsys, key):
     value = final("c:dense", "dense", 0, 0.95)

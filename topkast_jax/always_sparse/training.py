@@ -238,28 +238,30 @@ class AlwaysSparse:
             or sets of another size than the densities say.
         """
         step = whole_number("step", step)
-        every, stop = self.plan.refresh_every, self.plan.stop_exploring_at
-        starts = every is not None and step % int(every) == 0
-        ends = every is not None and step > self.delay and (step - self.delay) % int(every) == 0
-        if starts or ends or step == stop or step != self._refreshed + 1:
+        chooses = self.plan.chooses_after(step)
+        if chooses or self.changes_after(step) or step != self._refreshed + 1:
             self._check_step(step, params, state)
         self._refreshed = step
-        if stop is not None and step == int(stop):
-            reservoir = self._current("refresh", params, state, reservoir)
-            frozen = {
+        if self.delay and chooses:
+            reservoir = self._choose_ahead(step, params, state, reservoir)
+        if not self.changes_after(step):
+            return params, state, reservoir
+        reservoir = self._current("refresh", params, state, reservoir)
+        if self.frozen(step):
+            new = {
                 name: (hosts.freeze(flags), reservoir.memory[name])
                 for name, flags in reservoir.sets.items()
             }
-            return self._apply(params, state, reservoir, self._reservoir(reservoir.theta, frozen))
+        else:
+            new = self._chosen(step, reservoir)
+        return self._apply(params, state, reservoir, self._reservoir(reservoir.theta, new))
+
+    def changes_after(self, step: int) -> bool:
+        """Whether `refresh` brings other sets to the device after so many finished steps."""
         if self.frozen(step):
-            return params, state, reservoir
-        if self.delay and starts:
-            reservoir = self._choose_ahead(step, params, state, reservoir)
-        if ends:
-            reservoir = self._current("refresh", params, state, reservoir)
-            chosen = self._chosen(step, reservoir)
-            return self._apply(params, state, reservoir, self._reservoir(reservoir.theta, chosen))
-        return params, state, reservoir
+            return not self.frozen(step - 1)
+        every = self.plan.refresh_every
+        return every is not None and step > self.delay and (step - self.delay) % int(every) == 0
 
     def _check_step(self, step: int, params: Tree, state: Any) -> None:
         self._layout.values("refresh", params, state)

@@ -10,6 +10,8 @@ import pytest
 from toy import TrainData
 from toy_runs import CACHE, CONFIG, assert_same, last_state, records, run
 
+from experiments.records import workdir
+
 ADAM = ("optimizer.name=adamw", "optimizer.weight_decay=1e-2", "method.stop_exploring_at=11")
 EVERY = ("eval_every=4", "checkpoint_every=6", "log_every=5")
 
@@ -27,6 +29,9 @@ def assert_equal_runs(one, other, *overrides):
     assert left[1] == right[1] == {"position": 20}
     assert_same(left[0], right[0])
     assert records(one) == records(other)
+    finals = [workdir.read_json(d / workdir.FINAL) for d in (one, other)]
+    for key in ("densities", "densities_over_run", "flops"):
+        assert finals[0][key] == finals[1][key]
 
 
 @pytest.mark.parametrize("stop_at", [6, 7, 10])
