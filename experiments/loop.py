@@ -14,10 +14,11 @@ from experiments.records import summary, workdir
 from experiments.records.checkpoints import Checkpoints
 from experiments.records.metrics import Metrics
 from experiments.task import DataIterator
-from experiments.training.evaluation import evaluate
+from experiments.training.evaluation import check_data, evaluate, evaluated_splits
 from experiments.training.metric_sums import NonFiniteError, Window
 from experiments.training.prefetch import Prefetcher
 from experiments.training.program import Program, build
+from experiments.training.set_counts import SetCounts
 from experiments.training.state import TrainState
 from experiments.training.stopping import StopRequest
 
@@ -33,6 +34,7 @@ class Session:
     checkpoints: Checkpoints
     metrics: Metrics
     window: Window
+    counts: SetCounts
     began: float
     saved: int | None
 
@@ -62,17 +64,20 @@ class Session:
             self.metrics.sync()
             state = self.program.representation.settled(state)
             meta = {"data": position, "first": self.window.first, "sums": sums}
+            meta["set_counts"] = self.counts.until(step).saved()
             self.checkpoints.save(step, state, meta | {"seconds": self.seconds()})
             self.saved = step
 
     def finish(self, state: TrainState) -> None:
         """Does the last evaluation and writes `final.json`."""
-        task, step, results = self.program.task, int(state.step), {}
+        step, results = int(state.step), {}
         if self.program.config.eval_at_end:
-            for split in dict.fromkeys([task.eval_split, task.test_split]):
+            for split in evaluated_splits(self.program):
                 results[split] = evaluate(self.program, state, split)
                 self.metrics.write(step, split, results[split] | {"final": True})
-        value = summary.summary(self.program, state, results, self.seconds())
+        value = summary.summary(
+            self.program, state, self.counts.until(step).mean(), results, self.seconds()
+        )
         summary.write(self.directory, value)
 
     def not_finite(self, error: NonFiniteError) -> str:
@@ -100,6 +105,7 @@ def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Ou
         return "finished before"
     program = build(config)  # Most mistakes show here, before the folder is touched.
     data = program.task.train_data()
+    check_data(program)
     workdir.claim(directory, config)
     checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
     try:
@@ -118,6 +124,8 @@ def _train_from(
     restored = checkpoints.restore(program.representation.abstract)
     state, meta = restored or (program.representation.init(), {})
     if restored:
+        if "set_counts" not in meta:
+            raise UserError(f"{directory}: its checkpoints are of an earlier version, without sums")
         data.set_state(meta["data"])
     start = int(state.step)
     metrics = Metrics(directory, start, program.config.steps)
@@ -125,8 +133,9 @@ def _train_from(
         metrics.say(f"going on from the checkpoint of step {start}")
     window = Window(meta.get("first", start + 1), meta.get("sums"))
     began = time.time() - meta.get("seconds", 0.0)
+    counts = SetCounts(program.representation, state, meta.get("set_counts"))
     saved = start if restored else None
-    session = Session(program, directory, checkpoints, metrics, window, began, saved)
+    session = Session(program, directory, checkpoints, metrics, window, counts, began, saved)
     try:
         with Prefetcher(data, program.put) as batches, StopRequest() as stop:
             state, stopped = _loop(session, state, batches, stop, stop_at)
@@ -160,6 +169,7 @@ def _loop(
         step += 1
         window.add(step, sums)
         state = program.representation.between_steps(state, step)
+        session.counts.add(state, step)
         session.metrics.tick(step)
         if step % config.log_every == 0 or step == config.steps:
             session.log(state, step, batches)
@@ -168,7 +178,7 @@ def _loop(
             with window.paused():
                 values = evaluate(program, state, program.task.eval_split)
                 session.metrics.write(step, program.task.eval_split, values)
-        stopping = stop.asked()
+        stopping = stop.asked(step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0
         if due or stopping or step == end:
             session.save(state, step, batches.position)

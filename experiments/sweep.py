@@ -43,13 +43,16 @@ class Planned:
 def main(argv: list[str]) -> int:
     """Runs the command line."""
     args, overrides = command_line.parse(_parser(), argv)
+    for text in overrides:
+        if text.partition("=")[0] == "seed":
+            raise UserError(f"--config.{text}: a sweep sets the seeds itself; use --seeds=N")
     runs = plan(args.config, args.seeds, overrides)
     chosen = _choose(args.only, len(runs))
     if args.list:
         print("\n".join(f"{i}  {runs[i].line()}" for i in chosen))
         return 0
     if args.slurm:
-        print(_slurm(argv, Path(args.workdir), chosen))
+        print(_slurm(args, overrides, chosen))
         return 0
     for i in chosen:
         resolve(
@@ -138,9 +141,11 @@ def _choose(only: str | None, runs: int) -> list[int]:
     return chosen
 
 
-def _slurm(given: Sequence[str], workdir: Path, chosen: Sequence[int]) -> str:
-    kept = [a for a in given if a != "--slurm" and not a.startswith("--only")]
-    command = " ".join(["python -m experiments.sweep", *map(shlex.quote, kept)])
+def _slurm(args: argparse.Namespace, overrides: Sequence[str], chosen: Sequence[int]) -> str:
+    workdir = Path(args.workdir)
+    flags = [f"--{name}={getattr(args, name)}" for name in ("config", "workdir", "seeds")]
+    flags += [f"--config.{text}" for text in overrides]
+    command = " ".join(["python -m experiments.sweep", *map(shlex.quote, flags)])
     return f"""#!/bin/bash
 #SBATCH --job-name={shlex.quote(workdir.name)}
 #SBATCH --array={",".join(map(str, chosen))}

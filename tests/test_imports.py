@@ -1,8 +1,10 @@
 """No module imports upward, and no two modules import each other, however far around."""
 
 import ast
+import fnmatch
 import graphlib
 import pathlib
+import tomllib
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGES = ("topkast_jax", "experiments", "configs")
@@ -88,3 +90,18 @@ def test_no_room_imports_upward():
             rooms = {m.split(".")[1] for m in imported if m.startswith("experiments.")}
             assert rooms - {own} <= ROOMS[own], f"{name} imports {rooms - {own} - ROOMS[own]}"
             assert not imported & COMMANDS, f"{name} imports {imported & COMMANDS}"
+
+
+def test_an_installation_holds_the_library_alone():
+    """The packages that setuptools takes: those that match an expression of pyproject.toml."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    find = settings["packages"]["find"]
+    assert not find["namespaces"]
+    folders = [path.parent.relative_to(ROOT) for path in ROOT.glob("*/**/__init__.py")]
+    packages = {".".join(folder.parts) for folder in folders if folder.parts[0][0] != "."}
+    taken = {p for p in packages if any(fnmatch.fnmatchcase(p, e) for e in find["include"])}
+    assert {"experiments", "configs", "topkast_jax.methods"} <= packages
+    assert taken == {p for p in packages if p.split(".")[0] == "topkast_jax"}
+    files = {path for glob in settings["package-data"]["topkast_jax"]
+             for path in (ROOT / "topkast_jax").glob(glob)}  # fmt: skip
+    assert ROOT / "topkast_jax" / "py.typed" in files

@@ -69,6 +69,25 @@ class Plan:
         """Whether sets are chosen after `init`."""
         return self.refresh_every is not None or self.method.first_choice == "first_update"
 
+    def chooses_after(self, step: int) -> bool:
+        """Whether sets are chosen anew when so many steps are finished; plain numbers only."""
+        every, stop = self.refresh_every, self.stop_exploring_at
+        return every is not None and step % int(every) == 0 and (stop is None or step < int(stop))
+
+    def changes_after(self, step: int) -> bool:
+        """Whether the steps after so many finished ones may have other sets than this one."""
+        first = step == 1 and self.method.first_choice == "first_update"
+        stops = self.stop_exploring_at is not None and step == int(self.stop_exploring_at)
+        return first or stops or self.chooses_after(step)
+
+    def needs_dense_gradient(self, step: int) -> bool:
+        """Whether choosing sets takes the gradient of whole leaves in a step; the first is 1."""
+        if self.method.observes_gradient:
+            return True
+        if step == 1 and self.method.first_choice == "first_update":
+            return True
+        return self.method.needs_gradient and self.chooses_after(step)
+
 
 class SparseTransform(optax.GradientTransformationExtraArgs):
     """What `sparsify` returns: a gradient transformation that carries its plan.

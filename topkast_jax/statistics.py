@@ -23,10 +23,18 @@ from topkast_jax.flags import (
 )
 from topkast_jax.flops import leaf_flops
 from topkast_jax.selection import MOST_ENTRIES
-from topkast_jax.sets import CompactState, SparsifyState, nodes_of, presents
-from topkast_jax.trees import flatten_with_names
+from topkast_jax.sets import (
+    CompactState,
+    SparsifyState,
+    find_states,
+    leaf_flags,
+    nodes_of,
+    presents,
+)
+from topkast_jax.trees import flatten_with_names, without_variables
 
 __all__ = [
+    "CountsOverSteps",
     "Flops",
     "LeafCounts",
     "churn_since_last_refresh",
@@ -36,22 +44,24 @@ __all__ = [
     "leaf_flops",
     "mask_statistics",
     "reservoir_ever_active",
+    "start_leaf_counts",
 ]
 
 
 class LeafCounts(NamedTuple):
-    """Entries of one leaf, counted.
+    """Entries of one leaf, counted; a mean over steps is no whole number.
 
     Attributes:
       entries: all of them.
       forward: those in the forward set (all of a dense leaf).
-      backward: those in the backward set (all of a dense leaf).
+      backward: those in the backward set (all of a dense leaf); as a mean over steps, those whose
+        gradient was computed.
       sparse: whether a method governs the leaf.
     """
 
     entries: int
-    forward: int
-    backward: int
+    forward: float
+    backward: float
     sparse: bool
 
 
@@ -142,27 +152,93 @@ def leaf_counts(params: Any, state: Any = None) -> dict[str, LeafCounts]:
     Raises:
       SparsityError: `params` is an optimizer state, or `state` holds no sparsity state.
     """
+    return start_leaf_counts(params, state)()
+
+
+def start_leaf_counts(
+    params: Any, state: Any = None, *, of_last_step: bool = False
+) -> Callable[[], dict[str, LeafCounts]]:
+    """Counts like `leaf_counts`, and leaves the waiting for later.
+
+    Args:
+      params: tree of parameters.
+      state: the optimizer state they are trained with; None counts every leaf as dense.
+      of_last_step: whether the sets are those that the last update used; otherwise those of the
+        next one, which are chosen for the count where a choice is due.
+
+    Returns:
+      A function that waits for the device and returns the counts by leaf path.
+
+    Raises:
+      SparsityError: as `leaf_counts`.
+    """
     if nodes_of(params, SparsifyState) or nodes_of(params, CompactState):
         raise SparsityError(
             "leaf_counts(params, state): found an optimizer state in place of the parameters"
         )
     names, leaves, _ = flatten_with_names(params)
-    flags = {} if state is None else presents(params, state).flags
-    counted = jax.device_get({name: _leaf_counts(f) for name, f in flags.items()})
-    result = {}
-    for name, leaf in zip(names, leaves, strict=True):
-        entries = math.prod(jnp.shape(leaf))
-        if name in counted:
-            forward, backward = (int(c.astype(np.int64).sum()) for c in counted[name])
-            result[name] = LeafCounts(entries, forward, backward, True)
-        else:
-            result[name] = LeafCounts(entries, entries, entries, False)
-    return result
+    entries = {n: math.prod(jnp.shape(x)) for n, x in zip(names, leaves, strict=True)}
+    flags: dict[str, Any] = {}
+    if state is not None and of_last_step:
+        for one in map(without_variables, find_states(state)):
+            flags |= leaf_flags(one)
+    elif state is not None:
+        flags = presents(params, state).flags
+    counted = _leaf_counts(flags)
+
+    def counts(name: str) -> LeafCounts:
+        if name not in flags:
+            return LeafCounts(entries[name], entries[name], entries[name], False)
+        forward, backward = (int(c.astype(np.int64).sum()) for c in jax.device_get(counted[name]))
+        return LeafCounts(entries[name], forward, backward, True)
+
+    return lambda: {name: counts(name) for name in names}
 
 
 @jax.jit
-def _leaf_counts(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _counted(has(flags, FORWARD)), _counted(has(flags, BACKWARD))
+def _leaf_counts(flags: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    return {n: (_counted(has(f, FORWARD)), _counted(has(f, BACKWARD))) for n, f in flags.items()}
+
+
+class CountsOverSteps:
+    """The counts of leaves, added up over training steps.
+
+    Attributes:
+      steps: how many steps were added.
+    """
+
+    def __init__(self, saved: Mapping[str, Any] | None = None):
+        """Starts from nothing, or from what `saved` of another object returned."""
+        self.steps: int = saved["steps"] if saved else 0
+        self._sums: dict[str, list[Any]] = (
+            {k: [*v] for k, v in saved["sums"].items()} if saved else {}
+        )
+
+    def add(self, counts: Mapping[str, LeafCounts], steps: int, dense_gradients: int = 0) -> None:
+        """Adds steps.
+
+        Args:
+          counts: by leaf, the same in each of these steps.
+          steps: how many there are.
+          dense_gradients: in how many of them the method needs the gradient of whole leaves; see
+            `topkast_jax.sparsify.Plan.needs_dense_gradient`.
+        """
+        self.steps += steps
+        for name, leaf in counts.items():
+            sums = self._sums.setdefault(name, [leaf.entries, 0, 0, leaf.sparse])
+            sums[1] += leaf.forward * steps
+            sums[2] += leaf.backward * (steps - dense_gradients) + leaf.entries * dense_gradients
+
+    def mean(self) -> dict[str, LeafCounts]:
+        """The mean counts by leaf; `flops` of them are the mean FLOPs of a step."""
+        return {
+            name: LeafCounts(entries, forward / self.steps, backward / self.steps, sparse)
+            for name, (entries, forward, backward, sparse) in self._sums.items()
+        }
+
+    def saved(self) -> dict[str, Any]:
+        """The sums, as a value that `json.dumps` accepts."""
+        return {"steps": self.steps, "sums": {name: [*sums] for name, sums in self._sums.items()}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +266,7 @@ def flops(by_leaf: Mapping[str, float], counts: Mapping[str, LeafCounts]) -> Flo
 
     Args:
       by_leaf: dense FLOPs of each leaf, from `leaf_flops`; what is no leaf's stays dense.
-      counts: from `leaf_counts`.
+      counts: from `leaf_counts`, or a mean of `CountsOverSteps`.
 
     Returns:
       Totals and fractions.

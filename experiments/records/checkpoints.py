@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from experiments.errors import UserError
+from experiments.errors import UserError, warn
 
 MANIFEST = "MANIFEST.json"
 ASIDE = "damaged"
@@ -113,11 +112,6 @@ def damage(checkpoint: Path) -> str | None:
         if _checksum(path) != checksum:
             return f"{name} has another checksum"
     return None
-
-
-def warn(line: str) -> None:
-    """Prints a warning."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _restore(manager: Any, step: int, abstract: Tree) -> tuple[Tree, list[dict[str, Any]]]:

@@ -12,6 +12,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from experiments.errors import warn
 from experiments.records.workdir import METRICS
 
 
@@ -84,14 +85,29 @@ class Metrics:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records of a `metrics.jsonl`, without a last line that was cut off."""
+    """All records of a `metrics.jsonl`.
+
+    Lines that are no records are passed over, with a warning unless it is the last line, which may
+    have been cut off.
+    """
+    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    for number, line in enumerate(lines, start=1):
+        record = _record(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            warn(f"{path}, line {number}: not used, because it is no record: {line[:60]!r}")
     return records
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    is_record = isinstance(found, dict) and isinstance(found.get("step"), int) and "split" in found
+    return found if is_record else None
 
 
 def _drop_after(path: Path, step: int) -> None:

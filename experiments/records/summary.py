@@ -13,17 +13,27 @@ from experiments.records import workdir
 from experiments.training.program import Program
 from experiments.training.state import TrainState, abstract_params
 
+LeafCounts = dict[str, tk.statistics.LeafCounts]
 PACKAGES = ("topkast-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def summary(
-    program: Program, state: TrainState, results: dict[str, dict[str, Any]], seconds: float
+    program: Program,
+    state: TrainState,
+    over_run: LeafCounts,
+    results: dict[str, dict[str, Any]],
+    seconds: float,
 ) -> dict[str, Any]:
     """Everything that a report needs. Densities are counted from the masks.
+
+    Those of `densities`, and the FLOPs of inference, are of the final network; those of
+    `densities_over_run`, and the FLOPs of training, are means over the steps, where "backward"
+    counts the entries whose gradient a step computed.
 
     Args:
         program: the program of the run.
         state: the last state.
+        over_run: the mean counts over the steps.
         results: the metrics of each split, with their context.
         seconds: the wall time.
     """
@@ -40,8 +50,10 @@ def summary(
         "results": results,
         "parameters": sum(leaf.entries for leaf in counts.values()),
         "active_parameters": sum(leaf.forward for leaf in counts.values()),
-        "densities": _densities(counts),
-        "flops": _flops(program, counts),
+        "densities": _densities(counts)
+        | {"leaves": {name: leaf._asdict() for name, leaf in counts.items()}},
+        "densities_over_run": _densities(over_run),
+        "flops": _flops(program, counts, over_run),
         "seconds": seconds,
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
@@ -57,8 +69,8 @@ def write(directory: Path, value: dict[str, Any]) -> None:
         workdir.write_json(directory / workdir.FINAL, value)
 
 
-def _densities(counts: dict[str, tk.statistics.LeafCounts]) -> dict[str, Any]:
-    """The densities over the sparse leaves (1 if there are none), over all leaves, and of each."""
+def _densities(counts: LeafCounts) -> dict[str, Any]:
+    """The densities over the sparse leaves (1 if there are none), and over all leaves."""
     sparse = [leaf for leaf in counts.values() if leaf.sparse]
 
     def share(leaves: list[tk.statistics.LeafCounts], kept: str) -> float:
@@ -71,11 +83,10 @@ def _densities(counts: dict[str, tk.statistics.LeafCounts]) -> dict[str, Any]:
         "backward": share(sparse, "backward"),
         "forward_all": share(every, "forward"),
         "backward_all": share(every, "backward"),
-        "leaves": {name: leaf._asdict() for name, leaf in counts.items()},
     }
 
 
-def _flops(program: Program, counts: dict[str, tk.statistics.LeafCounts]) -> dict[str, float]:
+def _flops(program: Program, counts: LeafCounts, over_run: LeafCounts) -> dict[str, float]:
     """The FLOPs of the forward pass on one training batch, from shapes alone."""
 
     def forward(params: Any, model_state: Any, batch: Any) -> Any:
@@ -89,7 +100,7 @@ def _flops(program: Program, counts: dict[str, tk.statistics.LeafCounts]) -> dic
     return {
         "dense_forward_per_step": found.dense,
         "inference_fraction": found.inference_fraction,
-        "training_fraction": found.training_fraction,
+        "training_fraction": tk.statistics.flops(by_leaf, over_run).training_fraction,
     }
 
 

@@ -15,6 +15,12 @@ from experiments.records.metrics import read_records
 from experiments.records.workdir import CONFIG, FINAL, METRICS, flat, read_json
 
 Summary = dict[str, Any]
+# What a report reads of every `final.json`.
+NEEDED = (
+    "name", "config.method.name", "test", "densities.forward", "densities_over_run.backward",
+    "parameters", "active_parameters", "flops.training_fraction", "flops.inference_fraction",
+    "seconds",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +122,12 @@ def _order(group: Group) -> tuple[Any, ...]:
 
 def _read_final(path: Path) -> Summary:
     run = read_json(path)
-    needed = ("name", "config", "test", "densities", "parameters", "flops", "seconds")
-    missing = [key for key in needed if key not in run]
-    if missing:
-        raise UserError(f"{path}: has no {missing[0]!r}; must be written by experiments.main")
+    for key in NEEDED:
+        found: Any = run
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found is None:
+            raise UserError(f"{path}: has no {key!r}; must be written by experiments.main")
     return run
 
 

@@ -16,10 +16,11 @@ def metric(name: str) -> Callable[[Summary], Any]:
     return lambda run: run["test"].get(name)
 
 
-# The headings, with how each number is read and printed.
+# The headings, with how each number is read and printed. The backward density and the FLOPs of
+# training are means over the steps of the run; the other columns are of the final network.
 COLUMNS: dict[str, tuple[Callable[[Summary], Any], str]] = {
     "forward density": (forward_density, ".4g"),
-    "backward density": (lambda r: r["densities"]["backward"], ".4g"),
+    "backward density": (lambda r: r["densities_over_run"]["backward"], ".4g"),
     "parameters": (lambda r: r["parameters"], ",.0f"),
     "active": (lambda r: r["active_parameters"], ",.0f"),
     "training FLOPs": (lambda r: r["flops"]["training_fraction"], ".3f"),

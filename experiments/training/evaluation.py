@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiments.errors import UserError
 from experiments.training.metric_sums import MetricSums
 from experiments.training.program import Program
 from experiments.training.state import TrainState
+
+
+def evaluated_splits(program: Program) -> list[str]:
+    """The splits that a run evaluates, during training or at its end."""
+    task, config = program.task, program.config
+    splits = [task.eval_split] if config.eval_every or config.eval_at_end else []
+    return list(dict.fromkeys([*splits, *([task.test_split] if config.eval_at_end else [])]))
+
+
+def check_data(program: Program) -> None:
+    """Reads the first batch of each split that the run evaluates.
+
+    Raises:
+        UserError: a split cannot be read or holds nothing.
+    """
+    for split in evaluated_splits(program):
+        if next(iter(program.task.eval_data(split)), None) is None:
+            raise UserError(f"the {split} split of the data is empty: must hold an example")
 
 
 def evaluate(program: Program, state: TrainState, split: str) -> dict[str, Any]:

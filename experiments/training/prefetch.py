@@ -32,6 +32,7 @@ class Prefetcher:
         self.waited = 0.0
         self._data, self._put = data, put
         self._ready: queue.Queue[tuple[Any, Any, BaseException | None]] = queue.Queue(AHEAD)
+        self._error: BaseException | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="prefetch", daemon=True)
 
@@ -47,12 +48,13 @@ class Prefetcher:
             self._thread.join(0.01)
 
     def next(self) -> Any:
-        """The next batch, on the devices. An error from reading it is raised here."""
+        """The next batch, on the devices. An error from reading it is raised here, every time."""
         start = time.perf_counter()
-        batch, position, error = self._ready.get()
+        if self._error is None:
+            batch, position, self._error = self._ready.get()
         self.waited += time.perf_counter() - start
-        if error is not None:
-            raise error
+        if self._error is not None:
+            raise self._error
         self.position = position
         return batch
 

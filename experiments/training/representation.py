@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from math import prod
 from typing import Any
@@ -34,6 +35,7 @@ from topkast_jax.trees import flatten_with_names
 
 Tree = Any
 LeafCounts = tk.statistics.LeafCounts
+Counting = Callable[[], dict[str, LeafCounts]]
 _statistics = jax.jit(tk.statistics.mask_statistics)
 _DEVICES = {"tpu": "tpu", "cuda": "gpu"}  # JAX names the platforms for lowering differently
 
@@ -95,6 +97,20 @@ class Representation(abc.ABC):
         """`topkast_jax.statistics.leaf_counts`: the entries of each leaf and of its sets."""
         return tk.statistics.leaf_counts(state.params)
 
+    def new_counts(self, state: TrainState, step: int) -> tuple[int, Counting] | None:
+        """The counts of sets that changed, and the first step that uses them.
+
+        Call it after each step. A change is reported once, at the latest after its first step. The
+        counts are a function, so that only who calls it waits for the devices.
+        """
+        del state, step
+        return None
+
+    def needs_dense_gradient(self, step: int) -> bool:
+        """Whether the method needs the gradient of whole leaves in a step; the first is 1."""
+        del step
+        return False
+
     def to_masked(self, state: TrainState) -> TrainState:
         """The same state with dense parameters and masks."""
         return state
@@ -139,6 +155,24 @@ class Masked(Representation):
     def leaf_counts(self, state: TrainState) -> dict[str, LeafCounts]:
         """Counted on the devices."""
         return tk.statistics.leaf_counts(state.params, state.opt_state)
+
+    def new_counts(self, state: TrainState, step: int) -> tuple[int, Counting] | None:
+        """Counted after the first step of new sets, since to choose them again takes time.
+
+        The step at which exploring stops leaves only A of its sets: those are counted before it.
+        """
+        plan, params, opt_state = self._method.plan, state.params, state.opt_state
+        is_last = lambda step: plan.stop_exploring_at == step  # noqa: E731
+        if plan.changes_after(step) and is_last(step + 1):
+            return step + 1, tk.statistics.start_leaf_counts(params, opt_state)
+        if step > 1 and plan.changes_after(step - 1) and not is_last(step):
+            used = tk.statistics.start_leaf_counts(params, opt_state, of_last_step=True)
+            return step, used
+        return None
+
+    def needs_dense_gradient(self, step: int) -> bool:
+        """As the method says."""
+        return self._method.plan.needs_dense_gradient(step)
 
     def export(self, state: TrainState, form: str) -> tuple[str, Tree]:
         """Blocks and stacked layers are kept where the run could be always sparse.
@@ -223,6 +257,13 @@ class Compact(Representation):
         """Counted on the host."""
         with jax.default_device(host_device()):
             return tk.statistics.leaf_counts(*self.sparse.masks(state.reservoir))
+
+    def new_counts(self, state: TrainState, step: int) -> tuple[int, Counting] | None:
+        """Counted when the sets come to the devices, between two steps."""
+        if not self.sparse.changes_after(step):
+            return None
+        counts = self.leaf_counts(state)
+        return step + 1, lambda: counts
 
     def to_masked(self, state: TrainState) -> TrainState:
         """Dense parameters are put together on the host."""

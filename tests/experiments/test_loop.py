@@ -2,16 +2,19 @@
 
 import json
 import math
+import signal
 
 import jax
 import numpy as np
 import pytest
-from toy import SIZES, examples
+from jax.experimental import multihost_utils
+from toy import SIZES, Toy, examples
 from toy_runs import config, last_state, records, run, sets
 
 import topkast_jax as tk
 from experiments.errors import UserError
 from experiments.training.prefetch import Prefetcher
+from experiments.training.stopping import StopRequest
 
 
 def accuracy_by_hand(state):
@@ -91,6 +94,14 @@ def test_final_counts_the_sets(finished):
     assert final["versions"]["jax"] == jax.__version__
 
 
+def test_an_empty_split_is_told_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "eval_data", lambda self, split: iter(()))
+    with pytest.raises(UserError, match="the test split of the data is empty"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert run(tmp_path / "run", "80/60", "eval_at_end=False", "steps=3") == "finished"
+
+
 def test_training_learns_on_the_view(finished):
     losses = [r["loss"] for r in records(finished) if r["split"] == "train"]
     assert losses[-1] < losses[0] / 2
@@ -150,14 +161,27 @@ def test_prefetcher_knows_the_last_batch_taken():
         for i in range(1, 9):
             assert batches.next() == 10 * i
             assert batches.position == i
-        with pytest.raises(OSError, match="torn file"):
-            batches.next()
+        for _ in range(2):
+            with pytest.raises(OSError, match="torn file"):
+                batches.next()
 
 
 def test_prefetcher_stops_in_the_middle():
     with Prefetcher(Counting(), lambda batch: batch) as batches:
         batches.next()
     assert not batches._thread.is_alive()
+
+
+def test_on_many_hosts_a_step_waits_for_no_other_host(monkeypatch):
+    """JAX's preemption service is asked, which only looks at what it was told."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.delattr(multihost_utils, "process_allgather")
+    reached = lambda step: step == 3  # noqa: E731
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert signal.getsignal(signal.SIGTERM) is before
+        assert [stop.asked(step) for step in range(1, 5)] == [False, False, True, False]
 
 
 def test_learning_rate_schedules():

@@ -17,7 +17,8 @@ def final(name, method, seed, accuracy, density=1.0, **config):
         "test_context": {"examples": 77},
         "parameters": 1000,
         "active_parameters": int(1000 * density),
-        "densities": {"forward": density, "backward": min(1.0, 2 * density)},
+        "densities": {"forward": density, "backward": density},
+        "densities_over_run": {"forward": density, "backward": min(1.0, 2 * density)},
         "flops": {"inference_fraction": density, "training_fraction": density * 4 / 3},
         "seconds": 10.0 + seed,
         "config": {"seed": seed, "method": {"name": method, "density": density}, **config},
@@ -113,6 +114,21 @@ def test_rows_of_one_name_say_how_they_differ(tmp_path, capsys):
 
 def spoil(runs, text):
     (runs / "dense" / "final.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    "key", ["active_parameters", "densities.forward", "flops.training_fraction", "config.method"]
+)
+def test_final_that_lacks_something_the_report_reads(runs, tmp_path, capsys, key):
+    value = final("c:dense", "dense", 0, 0.95)
+    *parents, last = key.split(".")
+    inner = value[parents[0]] if parents else value
+    del inner[last]
+    spoil(runs, json.dumps(value))
+    assert main([str(runs), f"--out={tmp_path}/out"]) == 2
+    err = capsys.readouterr().err
+    assert f"{runs}/dense/final.json: has no '{key}" in err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"name": "x"}'])

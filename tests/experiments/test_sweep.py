@@ -86,12 +86,26 @@ def test_slurm(tmp_path, capsys):
     assert subprocess.run([bash, "-n", tmp_path / "script"]).returncode == 0
 
 
+@pytest.mark.parametrize("only", [["--only", "0,3"], ["--only=0,3"]])
+def test_slurm_of_some(tmp_path, capsys, only):
+    assert sweep(tmp_path / "s", "--slurm", *only) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0,3\n" in script
+    name, *flags = script.splitlines()[-1].removeprefix("exec python -m ").split()
+    assert name == "experiments.sweep"
+    assert flags == [
+        f"--config={SWEEP}", f"--workdir={tmp_path}/s", "--seeds=1",
+        '--only="$SLURM_ARRAY_TASK_ID"',
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "args", "message"),
     [
         (None, ["--only=9"], "must be numbers from 0 to 4"),
         (None, ["--only=x"], "must be numbers from 0 to 4"),
         (None, ["--seeds=0"], "must be an integer of at least 1"),
+        (None, ["--config.seed=3"], "--config.seed=3: a sweep sets the seeds itself; use --seeds"),
         (None, ["--config.stepz=1"], "no key 'stepz'"),
         ("x = 1", [], "defines no get_sweep()"),
         ("def get_sweep(): return []", [], "no runs"),

@@ -319,6 +319,7 @@ def test_a_nan_shows_always_sparse():
     sparse = AlwaysSparse(top_kast(optax.sgd(0.1)), params)
     values, state, reservoir = sparse.start(params)
     values = {"w": values["w"].at[5].set(jnp.nan)}  # the first four values are those of A
+    state = state._replace(step=jnp.int32(1))
     values, state, reservoir = sparse.refresh(1, values, state, reservoir)
     assert np.isnan(tk.forward_params(values, state)["w"].values[:4]).sum() == 1
 

@@ -101,6 +101,7 @@ class AlwaysSparse:
         self._is_starting = False
         self._chooser = ThreadPoolExecutor(1)
         self._ahead: Future[dict[str, Any]] | None = None
+        self._refreshed = -1  # the last step that `refresh` was called with
 
     def frozen(self, step: int) -> bool:
         """Whether B has become A after so many finished steps."""
@@ -220,6 +221,9 @@ class AlwaysSparse:
     ) -> tuple[Tree, T, Reservoir]:
         """What happens between steps; call it after each.
 
+        The step is compared with that of the state, which waits for the device, where something is
+        due or the step is not the one after that of the last call.
+
         Args:
           step: finished steps.
           params: the tree of values.
@@ -230,27 +234,43 @@ class AlwaysSparse:
           The three as they are for the next step; the ones before are gone unless the same.
 
         Raises:
-          SparsityError: a state that `start` did not return, or sets of another size than the
-            densities say.
+          SparsityError: a state that `start` did not return, another step than that of the state,
+            or sets of another size than the densities say.
         """
         step = whole_number("step", step)
-        every, stop = self.plan.refresh_every, self.plan.stop_exploring_at
-        if stop is not None and step == int(stop):
-            reservoir = self._current("refresh", params, state, reservoir)
-            frozen = {
+        chooses = self.plan.chooses_after(step)
+        if chooses or self.changes_after(step) or step != self._refreshed + 1:
+            self._check_step(step, params, state)
+        self._refreshed = step
+        if self.delay and chooses:
+            reservoir = self._choose_ahead(step, params, state, reservoir)
+        if not self.changes_after(step):
+            return params, state, reservoir
+        reservoir = self._current("refresh", params, state, reservoir)
+        if self.frozen(step):
+            new = {
                 name: (hosts.freeze(flags), reservoir.memory[name])
                 for name, flags in reservoir.sets.items()
             }
-            return self._apply(params, state, reservoir, self._reservoir(reservoir.theta, frozen))
-        if every is None or self.frozen(step):
-            return params, state, reservoir
-        if self.delay and step % int(every) == 0:
-            reservoir = self._choose_ahead(step, params, state, reservoir)
-        if step > self.delay and (step - self.delay) % int(every) == 0:
-            reservoir = self._current("refresh", params, state, reservoir)
-            chosen = self._chosen(step, reservoir)
-            return self._apply(params, state, reservoir, self._reservoir(reservoir.theta, chosen))
-        return params, state, reservoir
+        else:
+            new = self._chosen(step, reservoir)
+        return self._apply(params, state, reservoir, self._reservoir(reservoir.theta, new))
+
+    def changes_after(self, step: int) -> bool:
+        """Whether `refresh` brings other sets to the device after so many finished steps."""
+        if self.frozen(step):
+            return not self.frozen(step - 1)
+        every = self.plan.refresh_every
+        return every is not None and step > self.delay and (step - self.delay) % int(every) == 0
+
+    def _check_step(self, step: int, params: Tree, state: Any) -> None:
+        self._layout.values("refresh", params, state)
+        compact: Any = find_compact(state)
+        if int(compact.step) != step:
+            raise SparsityError(
+                f"refresh: found step={step}; must be the {int(compact.step)} finished steps of "
+                "the state: call it once after each update"
+            )
 
     def settled(self, reservoir: Reservoir) -> Reservoir:
         """The reservoir with what is being chosen ahead in it: what a checkpoint must hold."""

@@ -131,6 +131,22 @@ def test_bad_folders_end_in_one_line_and_status_2(tmp_path, problem, capsys):
     assert not (tmp_path / "run" / "final.json").exists()
 
 
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("problem", ["no images", "text"])
+def test_the_test_split_is_read_before_the_first_step(tmp_path, capsys, problem, cache):
+    make_folder(tmp_path / "data")
+    named = tmp_path / "data" / "test" / "dog"
+    if problem == "no images":
+        [path.unlink() for path in named.iterdir()]
+    else:
+        named = named / "1.jpg"
+        named.write_text("no image")
+    assert run_main(tmp_path, f"--config.data.cache={cache}") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert str(named) in line
+    assert not (tmp_path / "run").exists()
+
+
 def make_folder(root):
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("test", 4)):
@@ -142,7 +158,7 @@ def make_folder(root):
                 Image.fromarray(pixels).save(folder / f"{i}.jpg")
 
 
-def run_main(tmp_path):
+def run_main(tmp_path, *more):
     overrides = {
         "data.name": "image_folder",
         "data.dir": tmp_path / "data",
@@ -153,4 +169,4 @@ def run_main(tmp_path):
     }
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     config = f"--config={spec('quickstart', '90/80,smoke')}"
-    return main.main([config, f"--workdir={tmp_path / 'run'}", *flags])
+    return main.main([config, f"--workdir={tmp_path / 'run'}", *flags, *more])

@@ -10,6 +10,8 @@ import pytest
 from toy import TrainData
 from toy_runs import CACHE, CONFIG, assert_same, last_state, records, run
 
+from experiments.records import workdir
+
 ADAM = ("optimizer.name=adamw", "optimizer.weight_decay=1e-2", "method.stop_exploring_at=11")
 EVERY = ("eval_every=4", "checkpoint_every=6", "log_every=5")
 
@@ -27,6 +29,9 @@ def assert_equal_runs(one, other, *overrides):
     assert left[1] == right[1] == {"position": 20}
     assert_same(left[0], right[0])
     assert records(one) == records(other)
+    finals = [workdir.read_json(d / workdir.FINAL) for d in (one, other)]
+    for key in ("densities", "densities_over_run", "flops"):
+        assert finals[0][key] == finals[1][key]
 
 
 @pytest.mark.parametrize("stop_at", [6, 7, 10])
@@ -57,6 +62,21 @@ def test_crashed_after_the_checkpoint(tmp_path, whole, monkeypatch):
         file.write('{"step": 16, "spl')
     assert run(tmp_path / "run", "80/60", *EVERY) == "finished"
     assert_equal_runs(whole, tmp_path / "run", *EVERY)
+
+
+def test_records_after_an_unreadable_line_are_kept(tmp_path, whole, capsys):
+    directory = tmp_path / "run"
+    run(directory, "80/60", *EVERY, stop_at=10)
+    file = directory / "metrics.jsonl"
+    first, *rest = file.read_bytes().splitlines(keepends=True)
+    assert len(rest) > 2
+    file.write_bytes(first + b'{"step": 7, "spl\xff\n[7]\n{"split": "train"}\n' + b"".join(rest))
+    assert run(directory, "80/60", *EVERY) == "finished"
+    assert_equal_runs(whole, directory, *EVERY)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "no record" in line]
+    assert [w.partition("metrics.jsonl, ")[2].partition(":")[0] for w in warnings] == (
+        ["line 2", "line 3", "line 4"]
+    )
 
 
 def test_other_optimizer(tmp_path):

@@ -1,9 +1,11 @@
 """Two processes with four devices each do what one with eight does, and go on from each other."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -19,7 +21,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
-def on_two_hosts(directory, options, *flags):
+def start_two_hosts(directory, options, *flags):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -27,7 +29,7 @@ def on_two_hosts(directory, options, *flags):
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     flags = [f"--config={CONFIG}:80/60", f"--workdir={directory}", *flags]
     flags += [f"--config.{option}" for option in options]
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(i), port, *flags],
             stdout=subprocess.PIPE,
@@ -38,6 +40,10 @@ def on_two_hosts(directory, options, *flags):
         )
         for i in range(2)
     ]
+
+
+def on_two_hosts(directory, options, *flags):
+    processes = start_two_hosts(directory, options, *flags)
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     return [out for out, _ in outputs]
@@ -61,3 +67,24 @@ def test_two_hosts(tmp_path, form):
     found = [s.reservoir.sets if form else sets(s) for s in states]
     for one, two in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_of_two_hosts_is_asked_to_stop(tmp_path, number):
+    """Both stop after the same step, with a checkpoint, and go on from it."""
+    options = ("steps=1000000", "log_every=100000", "checkpoint_every=20")
+    processes = start_two_hosts(tmp_path / "run", options)
+    manifest = tmp_path / "run" / "checkpoints" / "20" / "MANIFEST.json"
+    for _ in range(1200):
+        if manifest.exists() or any(process.poll() is not None for process in processes):
+            break
+        time.sleep(0.1)
+    processes[1].send_signal(number)
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert all("stopped with a checkpoint" in out for out, _ in outputs), outputs
+    state, position = last_state(tmp_path / "run", "80/60", *options)
+    assert position == {"position": int(state.step)}
+    assert int(state.step) >= 20
+    on_two_hosts(tmp_path / "run", options, f"--stop_at={int(state.step) + 3}")

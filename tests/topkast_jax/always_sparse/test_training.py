@@ -1,6 +1,8 @@
 """Always-sparse training against the masked path with its inner state reset."""
 
+import gc
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 import topkast_jax as tk
 from topkast_jax.always_sparse import AlwaysSparse, matmul, values_of, with_tile
 from topkast_jax.always_sparse import host as hosts
-from topkast_jax.sets import find_compact, leaf_flags, presents
+from topkast_jax.sets import CompactState, find_compact, leaf_flags, presents
 
 ALL = [("stack/.*", tk.Sparse(stacked=0)), (".*kernel", tk.Sparse()), (".*", tk.Dense())]
 ONE = [("first/kernel", tk.Sparse()), (".*", tk.Dense())]  # compiles in a third of the time
@@ -65,10 +67,19 @@ def compact(sparse, tx, params, batches):
         return optax.apply_updates(params, updates), state
 
     params, state, reservoir = sparse.start(params, tx)
-    for i, (x, y) in enumerate(batches):
+    done = 0
+    for x, y in batches:
         params, state = step(params, state, x, y)
-        params, state, reservoir = sparse.refresh(i + 1, params, state, reservoir)
+        if (finished := int(find_compact(state).step)) > done:  # MultiSteps: not in every step
+            params, state, reservoir = sparse.refresh(finished, params, state, reservoir)
+            done = finished
         yield params, state, reservoir
+
+
+def at_step(state, step):
+    """The state as if so many steps were finished."""
+    here = lambda s: s._replace(step=jnp.int32(step)) if isinstance(s, CompactState) else s  # noqa: E731
+    return jax.tree.map(here, state, is_leaf=lambda s: isinstance(s, CompactState))
 
 
 def assert_same(dense, other, rtol=1e-5):
@@ -244,14 +255,14 @@ class FirstHalf(tk.Method):
 
 def test_a_method_with_a_gradient_of_its_own():
     params = {name: jnp.asarray(np.random.default_rng(1).normal(size=(4, 6))) for name in "ab"}
-    tx = tk.sparsify(optax.sgd(0.1), FirstHalf(), forward_density=0.5, refresh_every=2)
+    tx = tk.sparsify(optax.sgd(0.1), FirstHalf(), forward_density=0.5, refresh_every=1)
     sparse = AlwaysSparse(tx, params)
     values, held, reservoir = sparse.start(params)
     state = tx.init(params)
     grads = jax.tree.map(jnp.ones_like, params)
     updates, state = tx.update(grads, state, params)
     moved, held = sparse.transform.update(jax.tree.map(jnp.ones_like, values), held, values)
-    values, held, reservoir = sparse.refresh(2, optax.apply_updates(values, moved), held, reservoir)
+    values, held, reservoir = sparse.refresh(1, optax.apply_updates(values, moved), held, reservoir)
     assert_same(optax.apply_updates(params, updates), sparse.to_masked(values, held, reservoir)[0])
     for ours, theirs in zip(
         tk.keep_masks(*sparse.masks(reservoir)), tk.keep_masks(params, state), strict=True
@@ -350,7 +361,9 @@ def test_any_tree_and_arrays_that_stand_in_two_places(tree):
     sparse = AlwaysSparse(tx, tree)
     values, state, reservoir = sparse.start(tree)
     (held,) = jax.tree.leaves(values)
-    values, (state, best), reservoir = sparse.refresh(1, values, (state, values), reservoir)
+    values, (state, best), reservoir = sparse.refresh(
+        1, values, (at_step(state, 1), values), reservoir
+    )
     assert not held.is_deleted()
     (now,), (kept,) = jax.tree.leaves(values), jax.tree.leaves(best)
     np.testing.assert_array_equal(now, kept)
@@ -362,7 +375,7 @@ def test_what_stays_is_moved_in_place():
     tx = tk.top_kast(optax.adam(0.1), 0.2, 0.4, refresh_every=1)
     sparse, _, values, state, reservoir = refreshed(tx, {"w": grid(16, 16)})
     gone = [values["w"], state.inner_state[0].mu["w"], find_compact(state).kernels["w"].index]
-    sparse.refresh(1, values, state, reservoir)
+    sparse.refresh(1, values, at_step(state, 1), reservoir)
     assert all(array.is_deleted() for array in gone)
 
 
@@ -378,7 +391,7 @@ def test_theta_in_another_order_of_memory_is_written_to():
     np.testing.assert_allclose(dense["w"], np.where(kept, 2 * theta, theta), rtol=1e-6)
     read_only = jax.tree.map(lambda x: np.frombuffer(x.tobytes(), x.dtype).reshape(x.shape),
                              reservoir)  # fmt: skip
-    values, state, again = sparse.refresh(1, doubled, state, read_only)
+    values, state, again = sparse.refresh(1, doubled, at_step(state, 1), read_only)
     np.testing.assert_allclose(again.theta["w"], dense["w"])
 
 
@@ -407,8 +420,8 @@ def test_a_choice_under_way_is_waited_for_before_theta_is_written(monkeypatch):
         return choose(self, step, theta, *rest)
 
     monkeypatch.setattr(hosts.Choice, "__call__", slow)
-    values, state, reservoir = sparse.refresh(4, values, state, reservoir)
-    sparse.refresh(5, jax.tree.map(lambda x: x * 2, values), state, reservoir)
+    values, state, reservoir = sparse.refresh(4, values, at_step(state, 4), reservoir)
+    sparse.refresh(5, jax.tree.map(lambda x: x * 2, values), at_step(state, 5), reservoir)
     np.testing.assert_array_equal(*seen)
 
 
@@ -417,7 +430,8 @@ def test_a_reservoir_saved_without_its_choice():
     params = {"w": grid(16, 16)}
     sparse = AlwaysSparse(tx, params, delay=2)
     values, state, reservoir = sparse.start(params)
-    values, state, reservoir = sparse.refresh(4, values, state, reservoir)
+    values, state, reservoir = sparse.refresh(4, values, at_step(state, 4), reservoir)
+    state = at_step(state, 6)
     later = AlwaysSparse(tx, params, delay=2)
     with pytest.raises(tk.SparsityError, match="step 4 is not in this reservoir.*settled"):
         later.refresh(6, values, state, reservoir)
@@ -443,7 +457,7 @@ def test_what_a_first_loop_gets_wrong():
     for read in (tk.keep_masks, tk.statistics.mask_statistics):
         with pytest.raises(tk.SparsityError, match="take AlwaysSparse.masks.reservoir."):
             read(values, state)
-    other = optax.sgd(0.1).init(values)
+    other, state = optax.sgd(0.1).init(values), at_step(state, 100)
     short = jax.tree.map(lambda x: x[:-1], values)
     kernels = tk.forward_params(values, state)
     for words, call in {
@@ -542,3 +556,33 @@ def test_a_host_without_jax_cpu_backend(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", no_cpu)
     with pytest.raises(tk.SparsityError, match="cpu backend, which JAX_PLATFORMS=.*: add ',cpu'"):
         AlwaysSparse(tk.top_kast(optax.sgd(0.1), 0.25, 0.5, rules=ALL), parameters())
+
+
+def test_a_step_that_is_not_that_of_the_state():
+    """Found before a choice is made or missed; what is due is due by the state."""
+    tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=10, stop_exploring_at=25)
+    params = {"w": grid(16, 16)}
+    sparse = AlwaysSparse(tx, params)
+    values, state, reservoir = sparse.start(params)
+    refused = "refresh: found step={}; must be the {} finished steps of the state"
+    for given, finished in ((0, 1), (7, 3), (10, 9), (20, 21), (25, 24)):
+        with pytest.raises(tk.SparsityError, match=refused.format(given, finished)):
+            sparse.refresh(given, values, at_step(state, finished), reservoir)
+    for step in (1, 2, 3):
+        sparse.refresh(step, values, at_step(state, step), reservoir)
+    with pytest.raises(tk.SparsityError, match=refused.format(3, 4)):
+        sparse.refresh(3, values, at_step(state, 4), reservoir)
+
+
+def test_nothing_keeps_an_object_alive():
+    """What jax.jit keeps of the functions it has compiled is gone with the object."""
+    params, batches = parameters(), data(6)
+    tx = tk.top_kast(optax.adam(1e-2), 0.2, 0.4, 2, stop_exploring_at=5, rules=ONE)
+    sparse = AlwaysSparse(tx, params, delay=1)
+    *_, (values, state, reservoir) = compact(sparse, sparse.transform, params, batches)
+    sparse.from_masked(*sparse.to_masked(values, state, reservoir))
+    jax.jit(sparse.transform.update)(values, state, values)
+    gone = weakref.ref(sparse)
+    del sparse
+    gc.collect()
+    assert gone() is None
