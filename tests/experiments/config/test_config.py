@@ -10,6 +10,7 @@ import topkast_jax as tk
 from experiments.config import base_config, load, override
 from experiments.errors import UserError
 from experiments.records.workdir import as_json
+from experiments.training import methods
 from experiments.training.optimizers import make_dense, make_masked
 
 BAD_OVERRIDES = {
@@ -48,7 +49,7 @@ BAD_OVERRIDES = {
     "method.refresh_every=0": "config.method.refresh_every=0: must be",
     "method.exploration_norm=l3": "config.method.exploration_norm='l3': must be 'l2' or 'l1'",
     "method.inner_state=drop": "config.method.inner_state='drop': must be 'keep' or 'reset'",
-    "method.pattern=block:4": "must be 'unstructured' or 'block:RxC'",
+    "method.pattern=block:4": "must be 'unstructured', 'block:RxC', 'N:M', ",
     "method.pattern=block:0x4": "config.method.pattern: found 'block:0x4'; Block rows=0: must be",
     "method.distribution=even": "config.method.distribution='even': must be 'uniform' or 'erk'",
     "method.stop_exploring_at=-1": "must be None or an integer of at least 0",
@@ -82,6 +83,8 @@ def test_bad_override(text):
 )
 def test_override_keeps_the_type(text, key, expected):
     changed = base_config("toy")
+    changed.method.name = "top_kast"
+    methods.complete(changed)
     assert override(changed, text) == key
     for part in key.split("."):
         changed = changed[part]
@@ -239,16 +242,81 @@ def test_random_masks_follow_the_seed():
     assert np.array_equal(mask("seed=1", "method.seed=5"), mask("seed=2", "method.seed=5"))
 
 
-def test_another_method_changes_no_default(monkeypatch):
-    """A method of one's own may have a seed with a default, and a name before the others'."""
+def section(name, *overrides, variant=""):
+    """The section `method` that a config has of a method, without the trainer's own keys."""
+    found = as_json(config(variant, f"method.name={name}", *overrides))["method"]
+    return {k: v for k, v in found.items() if k not in ("name", "always_sparse", "distribution")}
 
-    def aaa(inner, forward_density, seed=0, exploration_norm="l1"):
+
+def test_a_method_has_its_own_arguments_with_its_own_defaults(monkeypatch):
+    def aaa(inner, forward_density=0.3, *, refresh_every=7, seed=0, exploration_norm="l1", p=1.5):
         return tk.static_random(inner, forward_density, seed)
 
     monkeypatch.setitem(tk.methods._FACTORIES, "aaa", aaa)
-    assert config("static-75", "seed=3").method.seed is None
+    assert section("aaa") == {
+        "forward_density": 0.3, "refresh_every": 3, "seed": None, "exploration_norm": "l1", "p": 1.5
+    }  # fmt: skip
     assert config("90/80").method.exploration_norm == "l2"
-    assert config("static-75", "method.name=aaa").method.seed is None
+    assert section("static_random") == {
+        "forward_density": 0.1, "seed": None, "rules": None, "pattern": "unstructured"
+    }  # fmt: skip
+    assert section("dnw")["refresh_every"] == 3  # The config file sets it.
+    assert methods.method_defaults("dnw")["refresh_every"] == 1
+    assert {"backward_density", "inner_state", "seed"}.isdisjoint(section("dnw"))
+
+
+def test_the_name_is_overridden_first_and_what_both_methods_have_is_kept():
+    changed = section("static_random", "method.seed=4", variant="90/80")
+    assert (changed["forward_density"], changed["seed"]) == (pytest.approx(0.1), 4)
+    with pytest.raises(UserError, match="method.drop_fraction: top_kast does not read it; allowed"):
+        config("", "method.drop_fraction=0.5", "method.name=top_kast")
+    assert section("set", "method.drop_fraction=0.5", variant="80/60")["drop_fraction"] == 0.5
+    # The last name counts, and the place of a name among the overrides does not.
+    late = config("", "method.drop_fraction=0.5", "method.name=snip", "method.name=set").method
+    assert (late.name, late.drop_fraction) == ("set", 0.5)
+
+
+def test_what_a_config_file_may_set(monkeypatch):
+    made = base_config("toy")
+    with pytest.raises(AttributeError, match="did you mean 'refresh_every'"):
+        made.method.refresh_evry = 3
+    made.method.name = "snfs"
+    made.method.momentum = 0  # Becomes a float, as the default is.
+    with pytest.raises(TypeError, match="refresh_every"):
+        made.method.refresh_every = "often"
+    made.method.refresh_every, made.method.name = 5, "rigl"
+    made.method.name = "snfs"
+    methods.complete(made)
+    assert (made.method.refresh_every, repr(made.method.momentum)) == (5, "0.0")
+    monkeypatch.setitem(tk.methods._FACTORIES, "aaa", lambda inner, refresh_every="often": None)
+    with pytest.raises(UserError, match="refresh_every: found 3; must be a str, like 'often'"):
+        section("aaa")
+
+
+def test_a_factory_of_a_users_file(tmp_path, monkeypatch):
+    (tmp_path / "own_factories.py").write_text(
+        "import topkast_jax as tk\n"
+        "def plain(inner, weight, block=tk.Block(4, 4), pattern=tk.NOfM(2, 4), other=object()):\n"
+        "    assert weight == 2 and type(other) is object and block.rows == 4, (weight, other)\n"
+        "    return tk.static_random(inner, 0.5, 0, pattern=pattern)\n"
+        "def clash(inner, backend): ...\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert section("own_factories:plain", "method.weight=2") == {
+        "weight": 2, "block": None, "pattern": "2:4", "other": None
+    }  # fmt: skip
+    for name, told in {
+        "own_factories:plain": "config.method.weight: found None; own_factories:plain needs",
+        "own_factories:clash": "'own_factories:clash' has an argument 'backend'; rename it",
+        "own_factories:number": "found 'own_factories:number', a int; must be a factory",
+        "own_factories:none": "own_factories has no 'none'",
+        "no_such_file:none": "there is no module 'no_such_file'",
+    }.items():
+        with pytest.raises(UserError) as error:
+            config("", f"method.name={name}")
+        assert told in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_erk_without_rules():
