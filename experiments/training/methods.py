@@ -235,7 +235,7 @@ def _check_patterns(tx: SparseTransform, params: Tree) -> None:
     try:
         tx.plan.leaves(params)
     except tk.SparsityError as error:
-        if not re.search(r": (Block|NOfM|Channel|FanIn)\(", str(error)):
+        if not re.search(r"\) (does not divide|needs two axes)", str(error)):
             raise
         raise UserError(
             f"{error}; choose another config.method.pattern, or leave that leaf dense by "

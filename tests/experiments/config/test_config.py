@@ -51,6 +51,10 @@ BAD_OVERRIDES = {
     "method.inner_state=drop": "config.method.inner_state='drop': must be 'keep' or 'reset'",
     "method.pattern=block:4": "must be 'unstructured', 'block:RxC', 'N:M', ",
     "method.pattern=block:0x4": "config.method.pattern: found 'block:0x4'; Block rows=0: must be",
+    "method.pattern=columns": "found 'columns'; must be 'unstructured', 'block:RxC', 'N:M', 'chan",
+    "method.pattern=4:2": "config.method.pattern: found '4:2'; NOfM(4, 2): must be integers with 1",
+    "method.pattern=0:4": "config.method.pattern: found '0:4'; NOfM(0, 4): must be integers with 1",
+    "method.rules=(('.*',{'pattern':'3:2'}),)": "found '3:2'; NOfM(3, 2): must be integers with 1",
     "method.distribution=even": "config.method.distribution='even': must be 'uniform' or 'erk'",
     "method.stop_exploring_at=-1": "must be None or an integer of at least 0",
     "method.rules=(('.*','sparze'),)": "config.method.rules: found",
@@ -230,6 +234,48 @@ def test_clipping_sees_only_the_gradient_that_is_used():
     grads = {"a": np.full((4, 8), 1e3, np.float32), "b": 0 * PARAMS["b"], "c": 0 * PARAMS["c"]}
     updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
     assert np.linalg.norm(updates["a"]) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("unstructured", tk.Unstructured()),
+        ("block:2x4", tk.Block(2, 4)),
+        ("2:4", tk.NOfM(2, 4)),
+        ("channel", tk.Channel()),
+        ("fan_in", tk.FanIn()),
+    ],
+)
+def test_patterns_are_named_by_text(text, pattern):
+    made = config("static-50", f"method.pattern={text}")
+    assert methods.read_pattern(text) == pattern
+    assert methods.pattern_text(pattern) == text
+    tx = make_optimizer(made, jax.eval_shape(lambda: PARAMS))
+    masks = tk.keep_masks(PARAMS, tx.init(PARAMS))[0]
+    assert np.count_nonzero(masks["a"]) == 16
+    if text == "channel":
+        assert set(masks["a"].sum(0).tolist()) == {0, 4}
+    if text in ("2:4", "fan_in"):
+        assert set(masks["a"].sum(0).tolist()) == {2}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("2:4", "a: forward_density=0.25 with NOfM(2, 4): must be 0.5"),
+        ("1:3", "a: NOfM(1, 3) does not divide the last axis but one of (4, 8); choose another"),
+        (
+            "block:3x3",
+            "the last two axes of (4, 8); choose another config.method.pattern, or leave",
+        ),
+    ],
+)
+def test_patterns_that_do_not_fit_are_one_line(text, told):
+    made = config("static-75", f"method.pattern={text}")
+    with pytest.raises((UserError, tk.SparsityError)) as error:
+        make_optimizer(made, jax.eval_shape(lambda: PARAMS))
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_random_masks_follow_the_seed():
