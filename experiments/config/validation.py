@@ -47,6 +47,7 @@ def finish(config: ConfigDict, overridden: Iterable[str] = ()) -> None:
         methods.complete(config)
         _drop_unread(config, frozenset(overridden))
         check_values(config, _CHECKS)
+        methods.follow_steps(config)
         methods.check(config)
         _check_together(config)
         tasks.task_module(config.task).validate(config)

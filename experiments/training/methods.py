@@ -9,21 +9,26 @@ import re
 from collections.abc import Callable
 from typing import Any, cast
 
-import jax
 import optax
 from ml_collections import ConfigDict
 
 import topkast_jax as tk
 from experiments.errors import UserError
 from experiments.registry import Registry
+from topkast_jax.rules import default_specs
 from topkast_jax.sparsify import SparseTransform
-from topkast_jax.trees import path_name
+from topkast_jax.trees import flatten_with_names
 
 Tree = Any
 # These stand for arguments that a factory requires.
 _DEFAULTS = {"forward_density": 0.1, "backward_density": 0.2, "pattern": "unstructured"}
 # The keys that only an always-sparse run reads, with their defaults.
 COMPACT = {"refresh_delay": 0, "backend": None}
+# Shares of the steps that stand for None, as in the papers of the methods.
+_SHARES: dict[str, dict[str, float]] = {
+    "pruning": {"begin_at": 0.2, "end_at": 0.8},
+    **{name: {"last_choice_at": 0.75} for name in ("rigl", "set", "snfs", "srigl")},
+}
 _PATTERNS: dict[str, Callable[..., tk.Pattern]] = {
     "unstructured": tk.Unstructured,
     r"block:(\d+)x(\d+)": tk.Block,
@@ -174,6 +179,35 @@ def _default(argument: inspect.Parameter) -> Any:
     return argument.default
 
 
+def follow_steps(config: ConfigDict) -> None:
+    """Fills in the schedule of a method whose sets must change, from the steps of the run.
+
+    Raises:
+        UserError: the schedule does not fit the steps.
+    """
+    method, steps = config.method, config.steps
+    every = method.get("refresh_every")
+    if method.name not in _SHARES or type(every) is not int or every < 1:
+        return
+    if every >= steps:
+        raise UserError(
+            f"config.method.refresh_every: found {every}; must be below steps={steps}, or "
+            f"{method.name} never uses a choice"
+        )
+    last = steps if "last_choice_at" in method else steps // every * every
+    for key, share in _SHARES[method.name].items():
+        if method[key] is None:
+            # A short run has one choice at least.
+            least = every + 1 if key == "last_choice_at" else 0
+            method[key] = min(max(round(share * steps), least), last)
+        elif type(method[key]) is int and method[key] > last:
+            why = "" if last == steps else ", the last choice,"
+            raise UserError(
+                f"config.method.{key}: found {method[key]}; must be at most {last}{why} with "
+                f"steps={steps}"
+            )
+
+
 def check(config: ConfigDict) -> None:
     """Raises UserError unless the factory of the config's method takes the values of its section.
 
@@ -313,8 +347,8 @@ def _rules(method: ConfigDict, params: Tree) -> list[tuple[str, Any]] | None:
     rules, distribution = method.get("rules"), method.get("distribution", "uniform")
     if rules is not None or distribution == "uniform":
         return read_rules(rules, distribution)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names, leaves, _ = flatten_with_names(params)
     return [
-        (re.escape(path_name(path)), _spec("sparse" if leaf.ndim >= 2 else "dense", "erk"))
-        for path, leaf in leaves
+        (re.escape(name), spec if isinstance(spec, tk.Dense) else _spec("sparse", distribution))
+        for name, spec in zip(names, default_specs(names, leaves), strict=True)
     ]

@@ -339,6 +339,52 @@ def test_what_a_config_file_may_set(monkeypatch):
         section("aaa")
 
 
+def schedule(name, *overrides):
+    method = config("", f"method.name={name}", *overrides).method
+    return {k: method[k] for k in ("begin_at", "end_at", "last_choice_at") if k in method}
+
+
+def test_schedules_follow_the_steps():
+    """The toy config has 20 steps and a refresh every 3."""
+    assert schedule("pruning", "steps=200") == {"begin_at": 40, "end_at": 160}
+    assert schedule("pruning", "method.refresh_every=15") == {"begin_at": 4, "end_at": 15}
+    assert schedule("pruning", "method.begin_at=0") == {"begin_at": 0, "end_at": 16}
+    for name in ("rigl", "set", "snfs", "srigl"):
+        assert schedule(name) == {"last_choice_at": 15}
+        assert schedule(name, "method.last_choice_at=9") == {"last_choice_at": 9}
+        assert schedule(name, "method.refresh_every=18") == {"last_choice_at": 19}
+    assert schedule("snip") == schedule("dnw") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "told"),
+    [
+        ("rigl", ("refresh_every=20",), "refresh_every: found 20; must be below steps=20, or rigl"),
+        ("pruning", ("refresh_every=90",), "refresh_every: found 90; must be below steps=20, or"),
+        (
+            "set",
+            ("last_choice_at=21",),
+            "last_choice_at: found 21; must be at most 20 with steps",
+        ),
+        (
+            "snfs",
+            ("last_choice_at=3",),
+            "last_choice_at=3 must be above refresh_every=3, or no ch",
+        ),
+        ("srigl", ("drop_fraction=1.0",), "drop_fraction=1.0: must be a number in (0, 1)"),
+        ("rigl", ("drop_fraction=0",), "drop_fraction=0.0: must be a number in (0, 1)"),
+        ("pruning", ("begin_at=9", "end_at=9"), "end_at=9 must be above begin_at=9"),
+        ("pruning", ("begin_at=-1",), "begin_at=-1: must be an integer of at least 0"),
+        ("pruning", ("end_at=19",), "end_at: found 19; must be at most 18, the last choice, with"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_one_line(name, overrides, told):
+    with pytest.raises(UserError) as error:
+        config("", f"method.name={name}", *(f"method.{text}" for text in overrides))
+    assert str(error.value).startswith(f"config.method.{told}")
+    assert "\n" not in str(error.value)
+
+
 def test_a_factory_of_a_users_file(tmp_path, monkeypatch):
     (tmp_path / "own_factories.py").write_text(
         "import topkast_jax as tk\n"
@@ -372,3 +418,22 @@ def test_erk_without_rules():
     view = tk.forward_params(params, tx.init(params))
     assert np.count_nonzero(view["b"]) == 64
     assert np.count_nonzero(view["a"]) + 64 == round(0.2 * (64 * 64 + 64))
+
+
+def test_erk_is_on_the_leaves_that_uniform_densities_are_on():
+    shapes = {
+        "conv": {"kernel": (3, 3, 4, 8), "bias": (8, 8)},
+        "norm_0": {"scale": (4, 8), "offset": (8,)},
+        "heads": {"w": (8, 16), "b": (2, 8)},
+        "thin": {"kernel": (1, 16)},
+    }
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, np.float32), shapes, is_leaf=lambda s: type(s) is tuple
+    )
+
+    def sparse(distribution):
+        made = config("80/60", f"method.distribution={distribution}")
+        leaves = make_masked(made, params)[0].plan.leaves(params)
+        return {path for path, leaf in leaves.items() if leaf}
+
+    assert sparse("erk") == sparse("uniform") == {"conv/kernel", "heads/w"}

@@ -48,6 +48,36 @@ def test_smoke_variants_run_through_the_real_loop(tmp_path, name, variant):
     assert 0 <= final["test"]["accuracy"] <= 1
 
 
+METHODS = {
+    "dnw": (),
+    "pruning": (),
+    "rigl": (),
+    "set": (),
+    "snfs": (),
+    "snip": (),
+    "srigl": (),
+    "static_random": (),
+    "top_kast": ("method.exploration_set=random",),
+}
+
+
+def test_every_registered_method_is_run():
+    assert set(METHODS) == set(tk.methods.names())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("pruning", "rigl") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
+)
+def test_every_method_trains_by_its_name_alone(tmp_path, name):
+    small = ("model.width=0.25", f"method.name={name}", *METHODS[name])
+    assert train(resolve(spec("quickstart", "smoke"), small), tmp_path / "run") == "finished"
+    final = json.loads((tmp_path / "run" / "final.json").read_text())
+    assert final["config"]["method"]["name"] == name
+    assert final["densities"]["forward"] == pytest.approx(0.1, abs=0.01)
+    assert np.isfinite(final["test"]["loss"])
+
+
 def keep_masks(state):
     return jax.tree.map(np.asarray, tk.keep_masks(state.params, state.opt_state))
 
