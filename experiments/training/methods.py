@@ -221,7 +221,7 @@ def check(config: ConfigDict) -> None:
 
 
 def make_method(
-    config: ConfigDict, inner: optax.GradientTransformationExtraArgs, params: Tree
+    config: ConfigDict, inner: optax.GradientTransformation, params: Tree
 ) -> SparseTransform:
     """The transformation of the method that the config names, around an optimizer.
 
@@ -238,6 +238,20 @@ def make_method(
         )
     _check_patterns(tx, params)
     return tx
+
+
+def sparse_leaves(config: ConfigDict, params: Tree) -> dict[str, tk.Leaf]:
+    """How each sparse leaf of a run is sparse, by its path; none of a dense run.
+
+    Args:
+        config: a validated config.
+        params: the abstract parameters.
+    """
+    if representation(config.method) == "dense":
+        return {}
+    return make_method(
+        config, optax.with_extra_args_support(optax.identity()), params
+    ).plan.sparse_leaves(params)
 
 
 def _make_transform(

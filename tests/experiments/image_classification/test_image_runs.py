@@ -12,8 +12,9 @@ import topkast_jax as tk
 from experiments import main
 from experiments.config import resolve
 from experiments.loop import train
-from experiments.records import workdir
+from experiments.records import summary, workdir
 from experiments.records.checkpoints import load
+from experiments.task import make_task
 from experiments.training.program import build
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -41,8 +42,14 @@ def assert_same(one, other):
     ],
 )
 def test_smoke_variants_run_through_the_real_loop(tmp_path, name, variant):
-    assert train(resolve(spec(name, f"{variant},smoke")), tmp_path / "run") == "finished"
+    config = resolve(spec(name, f"{variant},smoke"))
+    assert train(config, tmp_path / "run") == "finished"
     final = json.loads((tmp_path / "run" / "final.json").read_text())
+    flops = {
+        f"{k}_flops_fraction": final["flops"][f"{k}_fraction"] for k in ("inference", "training")
+    }
+    own = {k: final[k] for k in ("parameters", "active_parameters")} | flops
+    assert summary.description(config, make_task(config)) == pytest.approx(own)
     assert final["steps"] == 3
     assert final["test_context"]["examples"] == 1000
     assert 0 <= final["test"]["accuracy"] <= 1
