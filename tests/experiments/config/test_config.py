@@ -11,7 +11,7 @@ from experiments.config import base_config, load, override
 from experiments.errors import UserError
 from experiments.records.workdir import as_json
 from experiments.training import methods
-from experiments.training.optimizers import make_dense, make_masked
+from experiments.training.optimizers import make_compact, make_dense, make_masked
 
 BAD_OVERRIDES = {
     "stepz=3": "no key 'stepz'; did you mean 'steps'?",
@@ -206,6 +206,52 @@ def test_l2_is_on_what_a_static_mask_keeps():
     u = moved("optimizer.l2=0.01", RULES, variant="static-75")
     np.testing.assert_allclose(np.sort(u["a"].ravel()), [0] * 24 + [0.01] * 8, rtol=1e-6)
     np.testing.assert_allclose(u["b"], 0.01, rtol=1e-6)
+
+
+def test_l2_is_on_the_values_of_an_always_sparse_run():
+    overrides = ("optimizer.l2=0.01", RULES, "method.always_sparse=True", "optimizer.momentum=0.0")
+    made = config("static-75", *overrides, "optimizer.learning_rate=1.0")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sparse, tx = make_compact(made, jax.eval_shape(lambda: PARAMS), lambda shape: device)
+    values, state, _ = sparse.start(PARAMS, tx)
+    updates, _ = tx.update(jax.tree.map(np.zeros_like, values), state, values)
+    assert {name: update.shape for name, update in updates.items()} == {
+        "a": (8,), "b": (8, 4), "c": (4,)
+    }  # fmt: skip
+    for name, moved in (("a", -0.01), ("b", -0.01), ("c", 0)):
+        np.testing.assert_allclose(updates[name], moved, rtol=1e-6)
+
+
+def largest(scores, count, among):
+    ranked = np.where(among, np.abs(scores), -1)
+    return ranked >= np.sort(ranked, axis=None)[-count]
+
+
+@pytest.mark.parametrize("name", ["rigl", "snfs", "snip"])
+def test_methods_choose_by_the_gradient_of_the_loss_without_l2(name):
+    """The sets after one step, and the step itself, against a plain NumPy version."""
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(16, 12)).astype(np.float32), "b": PARAMS["b"]}
+    grads = {"a": rng.normal(size=(16, 12)).astype(np.float32), "b": 0 * PARAMS["b"]}
+    options = ("optimizer.learning_rate=1e-3", "optimizer.momentum=0.0", "optimizer.l2=300.0")
+    if name != "snip":
+        options += ("method.refresh_every=1", "method.last_choice_at=16", "method.seed=3")
+    made = config("", f"method.name={name}", "method.forward_density=0.25", RULES, *options)
+    tx = make_optimizer(made, jax.eval_shape(lambda: params))
+    state = tx.init(params)
+    before = np.asarray(tk.keep_masks(params, state)[0]["a"])
+    updates, state = tx.update(grads, state, params)
+    after, scores = optax.apply_updates(params, updates), grads["a"]
+    if name == "snip":
+        expected = kept = largest(params["a"] * scores, 48, True)
+    else:
+        kept = before
+        stays = largest(after["a"], 48 - int(0.15 * (1 + np.cos(np.pi / 16)) * 48), kept)
+        expected = stays | largest(scores, 48 - stays.sum(), ~stays)
+    np.testing.assert_array_equal(tk.keep_masks(after, state)[0]["a"], expected)
+    moved = np.where(kept, -1e-3 * (scores + 300 * params["a"]), 0)
+    np.testing.assert_allclose(updates["a"], moved, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(updates["b"], -0.3 * params["b"], rtol=1e-5)
 
 
 def test_l2_is_on_all_matrices_of_a_dense_run():
