@@ -77,12 +77,12 @@ def test_every_registered_method_is_run():
     [n if n in ("pruning", "rigl") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
 )
 def test_every_method_trains_by_its_name_alone(tmp_path, name):
-    small = ("model.width=0.25", f"method.name={name}", *METHODS[name])
-    assert train(resolve(spec("quickstart", "smoke"), small), tmp_path / "run") == "finished"
+    small = ("model.width=0.25", "batch_size=8", "eval_at_end=False")
+    overrides = (*small, f"method.name={name}", *METHODS[name])
+    assert train(resolve(spec("quickstart", "smoke"), overrides), tmp_path / "run") == "finished"
     final = json.loads((tmp_path / "run" / "final.json").read_text())
     assert final["config"]["method"]["name"] == name
     assert final["densities"]["forward"] == pytest.approx(0.1, abs=0.01)
-    assert np.isfinite(final["test"]["loss"])
 
 
 def keep_masks(state):
