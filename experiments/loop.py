@@ -131,6 +131,8 @@ def _train_from(
     metrics = Metrics(directory, start, program.config.steps)
     if restored:
         metrics.say(f"going on from the checkpoint of step {start}")
+    else:
+        metrics.say(summary.leaf_table(program.config, program.task))
     window = Window(meta.get("first", start + 1), meta.get("sums"))
     began = time.time() - meta.get("seconds", 0.0)
     counts = SetCounts(program.representation, state, meta.get("set_counts"))

@@ -1,17 +1,25 @@
 """Trains what a config describes, or continues its run.
 
 python -m experiments.main --config=configs/NAME.py:VARIANT --workdir=DIR [--config.KEY=VALUE …]
+python -m experiments.main --config=configs/NAME.py:VARIANT --describe [--config.KEY=VALUE …]
+
+The second form trains nothing. It prints which leaves are sparse, at which densities, and ends with
+a line of JSON: the parameters, and the FLOPs as shares of those of the dense network.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from experiments.config import command_line, resolve
 from experiments.loop import train
+from experiments.records import summary
+from experiments.task import make_task
 
 ENDS = {
     "finished": "finished: {0}/final.json",
@@ -23,17 +31,30 @@ ENDS = {
 @command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
-    args, overrides = command_line.parse(_parser(), argv)
+    args, overrides = command_line.parse(_parser("--describe" in argv), argv)
+    if args.describe:
+        describe(resolve(args.config, overrides))
+        return
     if args.distributed:
         jax.distributed.initialize()
     outcome = train(resolve(args.config, overrides), Path(args.workdir), args.stop_at)
     print(ENDS[outcome].format(args.workdir))
 
 
-def _parser() -> command_line.Parser:
+def describe(config: ConfigDict) -> None:
+    """Prints what a run of this config would be, from shapes alone."""
+    task = make_task(config)
+    print(summary.leaf_table(config, task))
+    print(json.dumps(summary.description(config, task)))
+
+
+def _parser(describes: bool) -> command_line.Parser:
     parser = command_line.Parser(prog="experiments.main", description=__doc__)
     parser.add_argument("--config", required=True, help="path/to/NAME.py:VARIANT")
-    parser.add_argument("--workdir", required=True, help="the run's own folder")
+    parser.add_argument("--workdir", required=not describes, help="the run's own folder")
+    parser.add_argument(
+        "--describe", action="store_true", help="print which leaves are sparse, and train nothing"
+    )
     parser.add_argument("--stop_at", type=command_line.positive, help="stop after so many steps")
     parser.add_argument("--distributed", action="store_true", help="one process of several hosts")
     return parser

@@ -1,5 +1,6 @@
 """Every config file builds and validates in every variant, and says what its header says."""
 
+import json
 import pathlib
 
 import jax
@@ -8,6 +9,8 @@ import pytest
 
 from experiments import config as configs
 from experiments.errors import UserError
+from experiments.image_classification.data import sources
+from experiments.main import main
 from experiments.task import make_task
 from experiments.training import optimizers, state
 
@@ -71,6 +74,32 @@ def test_the_quickstart_compares_methods_at_the_same_densities():
         kast, static = methods[f"top_kast_{sparsity}"], methods[f"static_{sparsity}"]
         assert (kast.name, static.name) == ("top_kast", "static_random")
         assert kast.forward_density == static.forward_density == (100 - int(sparsity)) / 100
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in ROOT.glob("[a-z]*.py")))
+def test_every_config_is_described_without_data(name, capsys, monkeypatch):
+    monkeypatch.delattr(sources, "embedded_mnist")  # No other data is on this machine.
+    for variant, *flags in (
+        ("dense",), ("90/80",), ("90/80", "--config.method.always_sparse=True"),
+    ):  # fmt: skip
+        spec = f"--config={ROOT / name}.py:{variant}"
+        assert main([spec, "--describe", *flags]) == 0
+        header, *rows, sums, last = capsys.readouterr().out.splitlines()
+        assert header.split() == [
+            "leaf", "shape", "pattern", "forward", "backward", "active", "updated", "entries"
+        ]  # fmt: skip
+        numbers = json.loads(last)
+        active, updated, entries = (int(number) for number in sums.split()[1:])
+        assert (numbers["active_parameters"], numbers["parameters"]) == (active, entries)
+        assert entries == sum(int(row.split()[-1]) for row in rows)
+        fractions = numbers["inference_flops_fraction"], numbers["training_flops_fraction"]
+        if variant == "dense":
+            assert active == updated == entries
+            assert fractions == (1, 1)
+        else:
+            assert active < updated < entries
+            assert 0.1 < fractions[0] < fractions[1] < 1
+            assert [row.split()[-5:-3] for row in rows].count(["0.1", "0.2"]) > 5
 
 
 def test_imagenet_recipe():

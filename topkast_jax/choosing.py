@@ -17,7 +17,7 @@ import numpy as np
 
 from topkast_jax.errors import SparsityError
 from topkast_jax.flags import BACKWARD, first_flags, has, next_flags, unpack
-from topkast_jax.method import Counts, Layer, Leaf, Method, Sets, enters_anew
+from topkast_jax.method import Counts, Layer, Leaf, Method, Sets, allocates, enters_anew
 from topkast_jax.serialization import serializable
 from topkast_jax.varying import explicit_sharding, let_compiler_partition, varying_like
 
@@ -215,7 +215,7 @@ def allocated(
 ) -> dict[str, Counts]:
     """Counts of each leaf as the method allocates them, arrays of the stacked axes' shape."""
     counts: Mapping[str, Counts] = {path: leaf.counts for path, leaf in leaves.items()}
-    if type(method).allocate is not Method.allocate:
+    if allocates(method):
         layers = {
             path: _whole_leaf(
                 leaf,

@@ -24,7 +24,8 @@ def describe(params: Any, tx: optax.GradientTransformation) -> str:
 
     Returns:
       A table with a line for each leaf: its path, shape, pattern, forward and backward density, and
-      the entries in the forward and backward set of all entries; then a line with the sums.
+      the active entries (in the forward set) and the updated ones (in the backward set) of all
+      entries; then a line with the sums.
 
     Raises:
       SparsityError: `tx` holds no sparsity method, or its rules do not fit the parameters.
@@ -34,10 +35,10 @@ def describe(params: Any, tx: optax.GradientTransformation) -> str:
       >>> import topkast_jax as tk
       >>> params = {"w": jnp.ones((8, 10)), "b": jnp.ones(10)}
       >>> print(tk.describe(params, tk.top_kast(optax.sgd(0.1), 0.1, 0.2)))
-      leaf  shape   pattern       forward  backward  kept  updated  entries
-      b     (10,)   dense               1         1    10       10       10
-      w     (8, 10) Unstructured()    0.1       0.2     8       16       80
-      all                                              18       26       90
+      leaf  shape   pattern       forward  backward  active  updated  entries
+      b     (10,)   dense               1         1      10       10       10
+      w     (8, 10) Unstructured()    0.1       0.2       8       16       80
+      all                                                18       26       90
     """
     found: dict[str, Leaf] = {}
     seen: list[Mapping[str, Leaf | None]] = []
@@ -47,14 +48,24 @@ def describe(params: Any, tx: optax.GradientTransformation) -> str:
         raise SparsityError("describe: this transformation holds no sparsity method")
     for leaves in seen:
         found.update({path: leaf for path, leaf in leaves.items() if leaf is not None})
+    return table(params, found)
+
+
+def table(params: Any, leaves: Mapping[str, Leaf | None]) -> str:
+    """The table of `describe`.
+
+    Args:
+      params: tree of parameters, or of their shapes.
+      leaves: how each leaf is sparse, by its path; None, or no entry, where it is dense.
+    """
     names, arrays, _ = flatten_with_names(params)
     rows = [
-        _row(name, jax.numpy.shape(x), found.get(name))
+        _row(name, jax.numpy.shape(x), leaves.get(name))
         for name, x in zip(names, arrays, strict=True)
     ]
     sums = [sum(row[i] for row in rows) for i in (5, 6, 7)]
-    header = ["leaf", "shape", "pattern", "forward", "backward", "kept", "updated", "entries"]
-    return _table([header, *rows, ["all", "", "", "", "", *sums]])
+    header = ["leaf", "shape", "pattern", "forward", "backward", "active", "updated", "entries"]
+    return _aligned([header, *rows, ["all", "", "", "", "", *sums]])
 
 
 def _row(name: str, shape: tuple[int, ...], leaf: Leaf | None) -> list[Any]:
@@ -66,7 +77,7 @@ def _row(name: str, shape: tuple[int, ...], leaf: Leaf | None) -> list[Any]:
     return [name, shape, leaf.pattern, *densities, kept, updated, entries]
 
 
-def _table(rows: Sequence[Sequence[Any]]) -> str:
+def _aligned(rows: Sequence[Sequence[Any]]) -> str:
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     is_text = [True, True, True, False, False, False, False, False]

@@ -160,10 +160,22 @@ class Method(abc.ABC):
 
         Returns:
           Counts by leaf: scalars, or arrays `leaf.stack` with one number for each stacked layer.
-          By default each leaf's own.
+          By default what `scheduled` returns for each.
         """
-        del layers, step
-        return {path: leaf.counts for path, leaf in leaves.items()}
+        del layers
+        return {path: self.scheduled(leaf, step) for path, leaf in leaves.items()}
+
+    def scheduled(self, leaf: Leaf, step: jax.Array) -> Counts:
+        """How many units of one layer are kept at a step, before leaves share them out.
+
+        By default the leaf's own counts, which its densities give at every step.
+
+        Args:
+          leaf: what does not change about the layer.
+          step: int32 scalar, finished steps.
+        """
+        del step
+        return leaf.counts
 
     def enter(self, theta: jax.Array, leaf: Leaf) -> jax.Array:
         """What entries that enter the backward set start from; by default the reservoir's value.
@@ -207,6 +219,12 @@ class Method(abc.ABC):
         """
         del grad, theta, leaf
         return memory
+
+
+def allocates(method: Method) -> bool:
+    """Whether counts may be others than the leaves' own."""
+    kind = type(method)
+    return kind.allocate is not Method.allocate or kind.scheduled is not Method.scheduled
 
 
 def enters_anew(method: Method) -> bool:

@@ -100,7 +100,7 @@ def resolve(
     """
     names, arrays, _ = flatten_with_names(params)
     _refuse_duplicates(names)
-    specs = _default_specs(names, arrays) if rules is None else _match(names, rules)
+    specs = default_specs(names, arrays) if rules is None else _match(names, rules)
     leaves = [
         _leaf(name, array, spec, forward_density, backward_density, pattern)
         if isinstance(spec, Sparse)
@@ -142,7 +142,13 @@ def _is_floating(array: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(array), jnp.floating)
 
 
-def _default_specs(names: Sequence[str], arrays: Sequence[Any]) -> list[Spec]:
+def default_specs(names: Sequence[str], arrays: Sequence[Any]) -> list[Spec]:
+    """What leaves are where no rules are given.
+
+    Args:
+      names: their paths.
+      arrays: the leaves, or their shapes.
+    """
     present = set(names)
 
     def is_matrix(name: str, array: Any) -> bool:

@@ -41,7 +41,7 @@ _LOSS_ARGUMENTS = ("value_fn", "obj_fn", "grad_fn")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything `sparsify` was asked for, checked; arguments as there."""
+    """Everything `sparsify` was asked for, checked; arguments as there, and `l2` of `with_l2`."""
 
     inner: optax.GradientTransformationExtraArgs
     method: Method
@@ -53,6 +53,7 @@ class Plan:
     rules: Rules | None
     pattern: Pattern
     seed: int | jax.Array
+    l2: float = 0.0
 
     def leaves(self, params: Any) -> dict[str, Leaf | None]:
         """How each leaf of `params` is sparse, by its path; None where it is dense."""
@@ -157,7 +158,23 @@ def sparsify(
         _whole_number("stop_exploring_at", stop_exploring_at, 0),
         inner_state, rules, shape, seed,
     )  # fmt: skip
+    return _transform(plan)
 
+
+def with_l2(tx: SparseTransform, weight: float) -> SparseTransform:
+    """The same method with an L2 penalty on its sparse leaves of two or more axes.
+
+    The inner optimizer gets g + `weight` · θ in place of the gradient g, on the backward set alone.
+    What the method itself sees of the gradient stays that of the loss.
+
+    Args:
+      tx: what `sparsify` returned.
+      weight: at least 0.
+    """
+    return _transform(dataclasses.replace(tx.plan, l2=weight))
+
+
+def _transform(plan: Plan) -> SparseTransform:
     def init_fn(params: Any) -> SparsifyState:
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
             state: SparsifyState = jax.eval_shape(lambda x: _first_state(plan, x), params)
@@ -296,7 +313,7 @@ def _restricted(
     shaped = dict(gradients)
     for path, leaf in leaves.items():
         sets = unpack(now.flags[path])
-        of_leaf = shape_gradient(plan.method, leaf, gradients[path], now.theta[path], sets, step)
+        of_leaf = shape_gradient(plan, leaf, gradients[path], now.theta[path], sets, step)
         if not _is_full(leaf):
             of_leaf = jnp.where(sets.backward, of_leaf, jnp.zeros_like(of_leaf))
         shaped[path] = of_leaf
@@ -304,10 +321,12 @@ def _restricted(
 
 
 def shape_gradient(
-    method: Method, leaf: Leaf, grad: Any, theta: Any, sets: Sets, step: jax.Array
+    plan: Plan, leaf: Leaf, grad: Any, theta: Any, sets: Sets, step: jax.Array
 ) -> jax.Array:
     """What the inner optimizer gets in place of the gradient of a leaf, on its backward set."""
-    shape = over_stack(lambda g, x, s: method.gradient(g, x, s, leaf, step), leaf)
+    if plan.l2 and len(leaf.full_shape) >= 2:
+        grad = grad + jnp.asarray(plan.l2, grad.dtype) * theta.astype(grad.dtype)
+    shape = over_stack(lambda g, x, s: plan.method.gradient(g, x, s, leaf, step), leaf)
     shaped: jax.Array = shape(grad, theta, sets)
     return shaped
 

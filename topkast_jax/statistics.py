@@ -31,6 +31,7 @@ from topkast_jax.sets import (
     nodes_of,
     presents,
 )
+from topkast_jax.sparsify import Plan
 from topkast_jax.trees import flatten_with_names, without_variables
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "leaf_counts",
     "leaf_flops",
     "mask_statistics",
+    "planned_counts",
     "reservoir_ever_active",
     "start_leaf_counts",
 ]
@@ -239,6 +241,55 @@ class CountsOverSteps:
     def saved(self) -> dict[str, Any]:
         """The sums, as a value that `json.dumps` accepts."""
         return {"steps": self.steps, "sums": {name: [*sums] for name, sums in self._sums.items()}}
+
+
+def planned_counts(
+    plan: Plan | None, params: Any, steps: int
+) -> tuple[dict[str, LeafCounts], dict[str, LeafCounts]]:
+    """The counts of a run before it is made, from shapes alone.
+
+    Args:
+      plan: `tx.plan` of a sparsity method; its numbers must be plain. None: every leaf is dense.
+      params: tree of parameters, or of their shapes.
+      steps: how many steps the run takes, at least 1.
+
+    Returns:
+      The counts of the last step, and their mean over all steps as `CountsOverSteps.mean` returns
+      it. A method that shares out counts among leaves by what it sees of them is taken to leave
+      each leaf its own (`Method.scheduled`).
+    """
+    names, arrays, _ = flatten_with_names(params)
+    entries = {name: math.prod(np.shape(x)) for name, x in zip(names, arrays, strict=True)}
+    leaves = plan.sparse_leaves(params) if plan else {}
+    dense = {name: LeafCounts(n, n, n, False) for name, n in entries.items()}
+
+    @jax.jit
+    def scheduled(finished: Any) -> Any:
+        return {} if plan is None else {
+            path: plan.method.scheduled(leaf, finished) for path, leaf in leaves.items()
+        }  # fmt: skip
+
+    def after(finished: int) -> dict[str, LeafCounts]:
+        if plan is None:
+            return dense
+        full = finished == 0 and plan.method.first_choice == "first_update"
+        stopped = plan.stop_exploring_at is not None and finished >= int(plan.stop_exploring_at)
+        found = {}
+        for path, pair in scheduled(finished).items():
+            kept, updated = (leaves[path].entries_in(int(count)) for count in pair)
+            kept, updated = (entries[path],) * 2 if full else (kept, kept if stopped else updated)
+            found[path] = LeafCounts(entries[path], kept, updated, True)
+        return dense | found
+
+    sums, first, counts = CountsOverSteps(), 1, after(0)
+    for step in range(1, steps + 1):
+        if step < steps and not (plan and plan.changes_after(step)):
+            continue
+        taken = range(first, step + 1)
+        sums.add(counts, len(taken), sum(map(plan.needs_dense_gradient, taken)) if plan else 0)
+        if step < steps:
+            first, counts = step + 1, after(step)
+    return counts, sums.mean()
 
 
 @dataclasses.dataclass(frozen=True)

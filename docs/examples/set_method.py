@@ -33,7 +33,23 @@ class SET(tk.Method):
         return jnp.zeros_like(theta)
 
 
-def set_method(inner, forward_density, refresh_every=100, drop_fraction=0.3, **options):
-    """SET around any optax optimizer; `options` are those of `topkast_jax.sparsify`."""
-    options = {"forward_density": forward_density, "refresh_every": refresh_every, **options}
-    return tk.sparsify(inner, SET(drop_fraction), inner_state="reset", **options)
+def set_method(
+    inner,
+    forward_density,
+    refresh_every=100,
+    drop_fraction=0.3,
+    rules=None,
+    pattern=None,
+    seed=0,
+):
+    """SET around any optax optimizer; the other arguments are those of `topkast_jax.sparsify`."""
+    return tk.sparsify(
+        inner,
+        SET(drop_fraction),
+        forward_density=forward_density,
+        refresh_every=refresh_every,
+        inner_state="reset",
+        rules=rules,
+        pattern=pattern,
+        seed=seed,
+    )

@@ -14,6 +14,9 @@ from experiments.training import methods
 def base_config(task: str) -> ConfigDict:
     """The default config of a task. A config file changes its values; it cannot add keys.
 
+    Its section `method` takes the arguments of the method that it names, in any file
+    (`package.module:factory`) or registered.
+
     Args:
         task: the name of a registered task, which provides the sections `model` and `data`.
     """
@@ -56,7 +59,7 @@ def base_config(task: str) -> ConfigDict:
                     "reference_steps": 0,
                 },
             },
-            "method": methods.method_defaults(),
+            "method": methods.MethodSection({"name": "dense"}),
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         }
     )

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from experiments.config.validation import finish
 from experiments.errors import UserError
+from experiments.training import methods
 
 
 def load(spec: str, function: str = "get_config") -> Any:
@@ -40,11 +41,17 @@ def load(spec: str, function: str = "get_config") -> Any:
 def resolve(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     """The config of a run: loaded, overridden, validated, with derived values, and locked.
 
+    The method's name is overridden first, since it decides which other keys there are.
+
     Args:
         spec: `path/to/NAME.py:VARIANT`.
         overrides: texts `KEY=VALUE`, with dots between the levels of KEY.
     """
-    config = load(spec)
+    config, overrides = load(spec), list(overrides)
+    for text in overrides:
+        if text.startswith("method.name="):
+            override(config, text)
+    methods.complete(config)
     keys = {override(config, text) for text in overrides}
     path, _, variant = spec.partition(":")
     config.name = Path(path).stem + (f":{variant}" if variant else "")
@@ -62,7 +69,10 @@ def override(config: ConfigDict, text: str) -> str:
     *parents, last = key.split(".")
     for part in [*parents, last]:
         if not isinstance(section, ConfigDict) or part not in section:
-            raise UserError(f"{flag}: {_no_key(section, part)}")
+            lacks = f"no key {part!r}"
+            if parents == ["method"]:
+                lacks = f"{section.name} does not read it"
+            raise UserError(f"{flag}: {lacks}; {_allowed(section, part)}")
         parent, section = section, section[part]
     if isinstance(section, ConfigDict):
         raise UserError(f"{flag}: is a section; set one of {', '.join(section)}")
@@ -70,11 +80,11 @@ def override(config: ConfigDict, text: str) -> str:
     return key
 
 
-def _no_key(section: Any, key: str) -> str:
+def _allowed(section: Any, key: str) -> str:
     names = list(section) if isinstance(section, ConfigDict) else []
     near = difflib.get_close_matches(key, names, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"no key {key!r}; {hint}allowed: {', '.join(sorted(names)) or 'nothing below'}"
+    return f"{hint}allowed: {', '.join(sorted(names)) or 'nothing below'}"
 
 
 def _parse(flag: str, old: Any, text: str) -> Any:

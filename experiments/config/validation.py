@@ -44,8 +44,10 @@ def finish(config: ConfigDict, overridden: Iterable[str] = ()) -> None:
         overridden: the keys that the user set; it is an error if nothing reads one of them.
     """
     with config.unlocked():
+        methods.complete(config)
         _drop_unread(config, frozenset(overridden))
         check_values(config, _CHECKS)
+        methods.follow_steps(config)
         methods.check(config)
         _check_together(config)
         tasks.task_module(config.task).validate(config)
@@ -56,7 +58,7 @@ def finish(config: ConfigDict, overridden: Iterable[str] = ()) -> None:
 def _drop_unread(config: ConfigDict, overridden: frozenset[str]) -> None:
     """Drops the keys that the chosen method, optimizer and schedule do not read."""
     for section, known, read in (
-        ("method", methods.method_names(), methods.method_keys),
+        ("method", (config.method.name,), methods.method_keys),
         ("optimizer", optimizers.OPTIMIZERS, optimizers.optimizer_keys),
         ("optimizer.schedule", optimizers.SCHEDULES, optimizers.schedule_keys),
     ):
@@ -84,7 +86,7 @@ def _why_unread(part: ConfigDict, key: str, read: Iterable[str]) -> str:
 
 def _check_together(config: ConfigDict) -> None:
     method, schedule = config.method, config.optimizer.schedule
-    delay, every = method.get("refresh_delay", 0), method.get("refresh_every", math.inf)
+    delay, every = method.get("refresh_delay", 0), method.get("refresh_every") or math.inf
     if delay >= every:
         raise UserError(
             f"config.method.refresh_delay: found {delay}; must be below refresh_every={every}, so "

@@ -92,8 +92,8 @@ def validate(config: ConfigDict) -> None:
         level, size = text.known
         _fill_in(config.data, {"level": level, "vocabulary_size": size})
     model = make_model(config)
-    if model.stacked and "rules" in config.method:
-        config.method.rules = _stacked(config.method.rules, model)
+    if model.stacked and config.method.name != "dense":
+        config.method.rules = _stacked(config.method.get("rules"), model)
 
 
 def make_model(config: ConfigDict) -> Model:
@@ -180,7 +180,7 @@ def apply_variant(config: ConfigDict, variant: str) -> bool:
     for word in words:
         if word.startswith(SMALL_DENSE):
             config.method.name = "dense"
-            config.model.small_dense.rules = config.method.rules
+            config.model.small_dense.rules = config.method.get("rules")
             config.model.small_dense.forward_density = _small_dense_density(word)
     return "smoke" in flags
 

@@ -20,8 +20,7 @@ from jax.experimental.sparse import BCOO, BCSR
 
 from experiments.errors import UserError
 from experiments.records import workdir
-from experiments.training.methods import read_pattern
-from topkast_jax import Block
+from experiments.training.methods import pattern_text, read_pattern
 from topkast_jax.always_sparse import CompactKernel, is_compact
 from topkast_jax.trees import flatten_with_names
 
@@ -136,7 +135,7 @@ def _flat(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         elif isinstance(leaf, CompactKernel):
             arrays[f"{name}.values"] = np.asarray(leaf.values)
             arrays[f"{name}.index"] = np.asarray(leaf.index)
-            leaves[name] = {"shape": leaf.shape, "pattern": _pattern(leaf)}
+            leaves[name] = {"shape": leaf.shape, "pattern": pattern_text(leaf.pattern)}
         else:
             parts = ("data", "indices", *(("indptr",) if isinstance(leaf, BCSR) else ()))
             arrays |= {f"{name}.{part}": np.asarray(getattr(leaf, part)) for part in parts}
@@ -146,11 +145,6 @@ def _flat(tree: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def _is_leaf(node: Any) -> bool:
     return is_compact(node) or isinstance(node, BCOO | BCSR)
-
-
-def _pattern(kernel: CompactKernel) -> str:
-    pattern = kernel.pattern
-    return f"block:{pattern.rows}x{pattern.cols}" if isinstance(pattern, Block) else "unstructured"
 
 
 def _save(out: Path, arrays: dict[str, np.ndarray], metadata: str) -> None:

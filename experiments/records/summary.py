@@ -7,20 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 import topkast_jax as tk
 from experiments.records import workdir
+from experiments.task import Task
+from experiments.training import methods
 from experiments.training.program import Program
 from experiments.training.state import TrainState, abstract_params
+from topkast_jax.description import table
+from topkast_jax.statistics import LeafCounts
 
-LeafCounts = dict[str, tk.statistics.LeafCounts]
+Counts = dict[str, LeafCounts]
 PACKAGES = ("topkast-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def summary(
     program: Program,
     state: TrainState,
-    over_run: LeafCounts,
+    over_run: Counts,
     results: dict[str, dict[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
@@ -53,7 +58,7 @@ def summary(
         "densities": _densities(counts)
         | {"leaves": {name: leaf._asdict() for name, leaf in counts.items()}},
         "densities_over_run": _densities(over_run),
-        "flops": _flops(program, counts, over_run),
+        "flops": _flops(program.task, counts, over_run),
         "seconds": seconds,
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
@@ -63,17 +68,42 @@ def summary(
     }
 
 
+def leaf_table(config: ConfigDict, task: Task) -> str:
+    """Which leaves are sparse, at which densities: `topkast_jax.describe`, of any run."""
+    params = abstract_params(task)
+    plan = methods.sparsity_plan(config, params)
+    return table(params, plan.sparse_leaves(params) if plan else {})
+
+
+def description(config: ConfigDict, task: Task) -> dict[str, Any]:
+    """The parameters and the FLOPs of a run at the densities that its config asks for.
+
+    Nothing is computed on a device, and no data is read. How a ranking over all layers shares out
+    what is kept is known only in a run: here each layer has its own density.
+    """
+    params = abstract_params(task)
+    plan = methods.sparsity_plan(config, params)
+    final, over_run = tk.statistics.planned_counts(plan, params, config.steps)
+    flops = _flops(task, final, over_run)
+    return {
+        "parameters": sum(leaf.entries for leaf in final.values()),
+        "active_parameters": sum(leaf.forward for leaf in final.values()),
+        "training_flops_fraction": flops["training_fraction"],
+        "inference_flops_fraction": flops["inference_fraction"],
+    }
+
+
 def write(directory: Path, value: dict[str, Any]) -> None:
     """Writes `final.json`, on the first host only."""
     if jax.process_index() == 0:
         workdir.write_json(directory / workdir.FINAL, value)
 
 
-def _densities(counts: LeafCounts) -> dict[str, Any]:
+def _densities(counts: Counts) -> dict[str, Any]:
     """The densities over the sparse leaves (1 if there are none), and over all leaves."""
     sparse = [leaf for leaf in counts.values() if leaf.sparse]
 
-    def share(leaves: list[tk.statistics.LeafCounts], kept: str) -> float:
+    def share(leaves: list[LeafCounts], kept: str) -> float:
         entries = sum(leaf.entries for leaf in leaves)
         return sum(getattr(leaf, kept) for leaf in leaves) / entries if entries else 1.0
 
@@ -86,16 +116,14 @@ def _densities(counts: LeafCounts) -> dict[str, Any]:
     }
 
 
-def _flops(program: Program, counts: LeafCounts, over_run: LeafCounts) -> dict[str, float]:
+def _flops(task: Task, counts: Counts, over_run: Counts) -> dict[str, float]:
     """The FLOPs of the forward pass on one training batch, from shapes alone."""
 
     def forward(params: Any, model_state: Any, batch: Any) -> Any:
-        return program.task.loss(params, model_state, batch, jax.random.key(0))[0]
+        return task.loss(params, model_state, batch, jax.random.key(0))[0]
 
-    batch = program.task.example_batch()
-    by_leaf = tk.statistics.leaf_flops(
-        forward, abstract_params(program.task), program.representation.abstract().model_state, batch
-    )
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    by_leaf = tk.statistics.leaf_flops(forward, *shapes, task.example_batch())
     found = tk.statistics.flops(by_leaf, counts)
     return {
         "dense_forward_per_step": found.dense,

@@ -2,30 +2,93 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import json
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
-import jax
 import optax
 from ml_collections import ConfigDict
 
 import topkast_jax as tk
 from experiments.errors import UserError
-from topkast_jax.sparsify import SparseTransform
-from topkast_jax.trees import path_name
+from experiments.registry import Registry
+from topkast_jax.rules import default_specs
+from topkast_jax.sparsify import Plan, SparseTransform
+from topkast_jax.trees import flatten_with_names
 
 Tree = Any
-_OWN = ("top_kast", "static_random")  # Their defaults take precedence over those of other methods.
-# These replace the defaults of the factories. A seed of None stands for that of the config.
-_DEFAULTS = {"forward_density": 0.1, "backward_density": 0.2, "seed": None}
+# These stand for arguments that a factory requires.
+_DEFAULTS = {"forward_density": 0.1, "backward_density": 0.2, "pattern": "unstructured"}
 # The keys that only an always-sparse run reads, with their defaults.
 COMPACT = {"refresh_delay": 0, "backend": None}
+# Shares of the steps that stand for None, as in the papers of the methods.
+_SHARES: dict[str, dict[str, float]] = {
+    "pruning": {"begin_at": 0.2, "end_at": 0.8},
+    **{name: {"last_choice_at": 0.75} for name in ("rigl", "set", "snfs", "srigl")},
+}
+_PATTERNS: dict[str, Callable[..., tk.Pattern]] = {
+    "unstructured": tk.Unstructured,
+    r"block:(\d+)x(\d+)": tk.Block,
+    r"(\d+):(\d+)": tk.NOfM,
+    "channel": tk.Channel,
+    "fan_in": tk.FanIn,
+}
+_OWN = ("name", "distribution", "always_sparse", *COMPACT)  # These are no arguments of a factory.
 
 
-def method_names() -> tuple[str, ...]:
-    """Every value that `config.method.name` can have."""
-    return ("dense", *tk.methods.names())
+class MethodSection(ConfigDict):
+    """The section `method` while a config file runs: the name, and what the file has set.
+
+    What can be set are the arguments of the method that has been named and of registered ones.
+    `complete` drops those of other methods than the last, and adds the defaults.
+    """
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Sets a value, of the type of its default; KeyError if it is no argument."""
+        if key != "name" and key not in self:
+            known: dict[str, Any] = {}
+            for name in (*tk.methods.names(), self.name):
+                known |= method_defaults(name)
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise KeyError(
+                    f"config.method: {self.name} has no argument {key!r}; {hint}name a method "
+                    "before its arguments"
+                )
+            super().__setitem__(key, known[key])
+        super().__setitem__(key, value)
+
+    def lock(self) -> MethodSection:
+        """Does nothing: `__setitem__` says which keys may be added."""
+        return self
+
+
+def complete(config: ConfigDict) -> None:
+    """Makes the section `method` that of the method it names.
+
+    Arguments that the config file has set are kept where the method has them, all others have the
+    method's own defaults.
+
+    Raises:
+        UserError: there is no such method, or a value is of another type than its default.
+    """
+    section = ConfigDict(method_defaults(config.method.name))
+    for key, value in config.method.items():
+        if key in section:
+            try:
+                section[key] = value
+            except TypeError:
+                raise UserError(
+                    f"config.method.{key}: found {value!r}; must be a "
+                    f"{type(section[key]).__name__}, like {section[key]!r}"
+                ) from None
+    with config.unlocked():
+        del config.method
+        config.method = section
 
 
 def representation(method: ConfigDict) -> str:
@@ -49,27 +112,100 @@ def method_keys(method: ConfigDict, held: str | None = None) -> tuple[str, ...]:
     held = held or representation(method)
     if held == "dense":
         return ()
-    keys = (*_arguments(method.name), "distribution", "always_sparse")
+    arguments = _arguments(method.name)
+    keys = (*arguments, *(("distribution",) if "rules" in arguments else ()), "always_sparse")
     if held == "masked":
         return keys
     own = [key for key in COMPACT if key != "refresh_delay" or "refresh_every" in keys]
     return (*(key for key in keys if key != "inner_state"), *own)
 
 
-def method_defaults() -> dict[str, Any]:
-    """The section `method`, with every argument of every registered method and its default."""
-    section: dict[str, Any] = {"name": "dense", "distribution": "uniform"}
-    for name in sorted(tk.methods.names(), key=_OWN.__contains__, reverse=True):
-        for key, argument in _arguments(name).items():
-            empty = argument.default is inspect.Parameter.empty
-            section.setdefault(key, _DEFAULTS.get(key, None if empty else argument.default))
-    return section | {"pattern": "unstructured", "always_sparse": False} | COMPACT
+def method_defaults(name: str) -> dict[str, Any]:
+    """The section `method` for a method: the arguments of its factory with their defaults.
+
+    A seed of None stands for that of the config. None also stands for a default that a config
+    cannot hold, such as an object.
+    """
+    section: dict[str, Any] = {"name": name}
+    if name == "dense":
+        return section
+    for key, argument in _arguments(name).items():
+        section[key] = _default(argument)
+    if "seed" in section:
+        section["seed"] = None
+    if section.get("pattern", "") is None and name in tk.methods.names():
+        section["pattern"] = _DEFAULTS["pattern"]
+    if "rules" in section:
+        section["distribution"] = "uniform"
+    return section | {"always_sparse": False} | COMPACT
 
 
 def _arguments(name: str) -> dict[str, inspect.Parameter]:
-    arguments = inspect.signature(tk.methods.get(name)).parameters
+    arguments = inspect.signature(_factory(name)).parameters
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {k: p for k, p in list(arguments.items())[1:] if p.kind in named}
+    found = {k: p for k, p in list(arguments.items())[1:] if p.kind in named}
+    for key in _OWN:
+        if key in found:
+            raise UserError(f"config.method.name: {name!r} has an argument {key!r}; rename it")
+    return found
+
+
+def _factory(name: str) -> tk.methods.Factory:
+    """The factory of a registered name or of an import path."""
+    registered: dict[str, Any] = {n: tk.methods.get(n) for n in tk.methods.names()}
+    found = Registry("config.method.name", {"dense": None, **registered}).get(name)
+    if not callable(found):
+        raise UserError(
+            f"config.method.name: found {name!r}, a {type(found).__name__}; must be a factory, "
+            "called as factory(optimizer, **arguments)"
+        )
+    return cast(tk.methods.Factory, found)
+
+
+def _required(argument: inspect.Parameter) -> bool:
+    return argument.default is inspect.Parameter.empty
+
+
+def _default(argument: inspect.Parameter) -> Any:
+    """The default of an argument as a config holds it; None if it cannot."""
+    if _required(argument):
+        return _DEFAULTS.get(argument.name)
+    if argument.name == "pattern" and argument.default is not None:
+        return pattern_text(argument.default)
+    try:
+        json.dumps(argument.default)
+    except TypeError:
+        return None
+    return argument.default
+
+
+def follow_steps(config: ConfigDict) -> None:
+    """Fills in the schedule of a method whose sets must change, from the steps of the run.
+
+    Raises:
+        UserError: the schedule does not fit the steps.
+    """
+    method, steps = config.method, config.steps
+    every = method.get("refresh_every")
+    if method.name not in _SHARES or type(every) is not int or every < 1:
+        return
+    if every >= steps:
+        raise UserError(
+            f"config.method.refresh_every: found {every}; must be below steps={steps}, or "
+            f"{method.name} never uses a choice"
+        )
+    last = steps if "last_choice_at" in method else steps // every * every
+    for key, share in _SHARES[method.name].items():
+        if method[key] is None:
+            # A short run has one choice at least.
+            least = every + 1 if key == "last_choice_at" else 0
+            method[key] = min(max(round(share * steps), least), last)
+        elif type(method[key]) is int and method[key] > last:
+            why = "" if last == steps else ", the last choice,"
+            raise UserError(
+                f"config.method.{key}: found {method[key]}; must be at most {last}{why} with "
+                f"steps={steps}"
+            )
 
 
 def check(config: ConfigDict) -> None:
@@ -80,12 +216,12 @@ def check(config: ConfigDict) -> None:
     """
     method = config.method
     if representation(method) != "dense":
-        rules = read_rules(method.get("rules"), method.distribution)
+        rules = read_rules(method.get("rules"), method.get("distribution", "uniform"))
         _make_transform(config, optax.identity(), rules)
 
 
 def make_method(
-    config: ConfigDict, inner: optax.GradientTransformationExtraArgs, params: Tree
+    config: ConfigDict, inner: optax.GradientTransformation, params: Tree
 ) -> SparseTransform:
     """The transformation of the method that the config names, around an optimizer.
 
@@ -100,8 +236,20 @@ def make_method(
             f"config.method.name: {config.method.name!r} makes a {type(tx).__name__}; its factory "
             "must return what topkast_jax.sparsify returns"
         )
-    _check_blocks(tx, params)
+    _check_patterns(tx, params)
     return tx
+
+
+def sparsity_plan(config: ConfigDict, params: Tree) -> Plan | None:
+    """What the method of a run was asked for; None of a dense run.
+
+    Args:
+        config: a validated config.
+        params: the abstract parameters.
+    """
+    if representation(config.method) == "dense":
+        return None
+    return make_method(config, optax.with_extra_args_support(optax.identity()), params).plan
 
 
 def _make_transform(
@@ -110,24 +258,30 @@ def _make_transform(
     rules: list[tuple[str, Any]] | None,
 ) -> optax.GradientTransformation:
     method = config.method
-    options = {key: method[key] for key in _arguments(method.name) if key in method}
-    if "rules" in options:
-        options["rules"] = rules
-    if "pattern" in options:
-        options["pattern"] = read_pattern(method.pattern)
-    if "seed" in options and method.seed is None:
-        options["seed"] = config.seed
+    options: dict[str, Any] = {}
+    for key, argument in _arguments(method.name).items():
+        value = method.get(key)
+        if key == "rules":
+            options[key] = rules
+        elif key == "seed":
+            options[key] = config.seed if value is None else value
+        elif key == "pattern" and value is not None:
+            options[key] = read_pattern(value)
+        elif value is not None or (key in method and _default(argument) is not None):
+            options[key] = value
+        elif _required(argument):
+            raise UserError(f"config.method.{key}: found None; {method.name} needs a value")
     try:
-        return tk.methods.get(method.name)(inner, **options)
+        return _factory(method.name)(inner, **options)
     except tk.SparsityError as error:
         raise UserError(f"config.method.{error}") from error
 
 
-def _check_blocks(tx: SparseTransform, params: Tree) -> None:
+def _check_patterns(tx: SparseTransform, params: Tree) -> None:
     try:
         tx.plan.leaves(params)
     except tk.SparsityError as error:
-        if ": Block(" not in str(error):
+        if not re.search(r"\) (does not divide|needs two axes)", str(error)):
             raise
         raise UserError(
             f"{error}; choose another config.method.pattern, or leave that leaf dense by "
@@ -136,23 +290,34 @@ def _check_blocks(tx: SparseTransform, params: Tree) -> None:
 
 
 def read_pattern(text: str) -> tk.Pattern:
-    """The pattern `unstructured` or `block:RxC`."""
-    match = re.fullmatch(r"block:(\d+)x(\d+)", text)
-    if text != "unstructured" and not match:
-        raise UserError(
-            f"config.method.pattern: found {text!r}; must be 'unstructured' or 'block:RxC'"
-        )
-    try:
-        return tk.Block(int(match[1]), int(match[2])) if match else tk.Unstructured()
-    except tk.SparsityError as error:
-        raise UserError(f"config.method.pattern: found {text!r}; {error}") from error
+    """The pattern of a text: `unstructured`, `block:RxC`, `N:M`, `channel` or `fan_in`."""
+    for expression, make in _PATTERNS.items():
+        if match := re.fullmatch(expression, str(text)):
+            try:
+                return make(*map(int, match.groups()))
+            except tk.SparsityError as error:
+                raise UserError(f"config.method.pattern: found {text!r}; {error}") from error
+    raise UserError(
+        f"config.method.pattern: found {text!r}; must be 'unstructured', 'block:RxC', 'N:M', "
+        "'channel' or 'fan_in'"
+    )
+
+
+def pattern_text(pattern: tk.Pattern) -> str | None:
+    """The inverse of `read_pattern`; None for a pattern that has no text."""
+    if isinstance(pattern, tk.Block):
+        return f"block:{pattern.rows}x{pattern.cols}"
+    if isinstance(pattern, tk.NOfM):
+        return f"{pattern.n}:{pattern.m}"
+    return next((text for text, make in _PATTERNS.items() if type(pattern) is make), None)
 
 
 def has_blocks(method: ConfigDict) -> bool:
     """Whether the pattern of a method, or that of one of its rules, is blocks."""
-    specs = [spec for _, spec in read_rules(method.rules) or ()]
+    specs = [spec for _, spec in read_rules(method.get("rules")) or ()]
     patterns = [spec.pattern for spec in specs if isinstance(spec, tk.Sparse)]
-    return any(isinstance(p, tk.Block) for p in (read_pattern(method.pattern), *patterns))
+    own = method.get("pattern")
+    return any(isinstance(p, tk.Block) for p in (own and read_pattern(own), *patterns))
 
 
 def read_rules(rules: Any, distribution: str = "uniform") -> list[tuple[str, Any]] | None:
@@ -191,10 +356,11 @@ def _spec(spec: Any, distribution: str) -> tk.Dense | tk.Sparse:
 
 
 def _rules(method: ConfigDict, params: Tree) -> list[tuple[str, Any]] | None:
-    if method.rules is not None or method.distribution == "uniform":
-        return read_rules(method.rules, method.distribution)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    rules, distribution = method.get("rules"), method.get("distribution", "uniform")
+    if rules is not None or distribution == "uniform":
+        return read_rules(rules, distribution)
+    names, leaves, _ = flatten_with_names(params)
     return [
-        (re.escape(path_name(path)), _spec("sparse" if leaf.ndim >= 2 else "dense", "erk"))
-        for path, leaf in leaves
+        (re.escape(name), spec if isinstance(spec, tk.Dense) else _spec("sparse", distribution))
+        for name, spec in zip(names, default_specs(names, leaves), strict=True)
     ]

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.training.methods import make_method
 from topkast_jax.always_sparse import AlwaysSparse
-from topkast_jax.sparsify import SparseTransform
+from topkast_jax.sparsify import SparseTransform, with_l2
 
 Tree = Any
 Transform: TypeAlias = optax.GradientTransformationExtraArgs
@@ -72,8 +72,8 @@ def make_dense(config: ConfigDict, params: Tree) -> Transform:
 
 def make_masked(config: ConfigDict, params: Tree) -> tuple[SparseTransform, Transform]:
     """The sparsity method of a run under masks, and the optimizer around it; see `make_dense`."""
-    method = make_method(config, _inner(config, params), params)
-    return method, _with_l2(config, method, _penalised(config, method, params))
+    method = _method(config, params)
+    return method, _with_l2(config, method, _dense_matrices(method, params))
 
 
 def make_compact(
@@ -89,29 +89,33 @@ def make_compact(
     Returns:
         The object that starts and refreshes the sets, and the optimizer.
     """
-    method = make_method(config, _inner(config, params), params)
+    method = _method(config, params)
     delay = config.method.get("refresh_delay", 0)
     sparse = AlwaysSparse(method, params, delay=delay, place=sharding)
-    return sparse, _with_l2(config, sparse.transform, _penalised(config, method, params))
+    return sparse, _with_l2(config, sparse.transform, _dense_matrices(method, params))
+
+
+def _method(config: ConfigDict, params: Tree) -> SparseTransform:
+    """The method, with the L2 penalty of sparse leaves unless it has a penalty of its own.
+
+    The penalty comes after the method has seen the gradient: it does not choose by it.
+    """
+    method = make_method(config, _inner(config, params), params)
+    return method if "exploration_weight" in config.method else with_l2(method, config.optimizer.l2)
 
 
 def _with_l2(config: ConfigDict, tx: Any, decayed: Tree) -> Transform:
     if not config.optimizer.l2:
         return optax.with_extra_args_support(tx)
-    # The penalty comes before the method, which drops the same entries of it as of the gradient.
     return optax.chain(optax.add_decayed_weights(config.optimizer.l2, decayed), tx)
 
 
-def _penalised(config: ConfigDict, tx: SparseTransform, params: Tree) -> Tree:
-    """The leaves with an L2 penalty: matrices without a penalty of the method's own."""
-    matrices = _matrices(params)
-    if "exploration_weight" not in config.method:
-        return matrices
+def _dense_matrices(tx: SparseTransform, params: Tree) -> Tree:
     dense = [leaf is None for leaf in tx.plan.leaves(params).values()]
     return jax.tree.map(
         lambda matrix, rest: matrix and rest,
-        matrices,
-        jax.tree.unflatten(jax.tree.structure(matrices), dense),
+        _matrices(params),
+        jax.tree.unflatten(jax.tree.structure(params), dense),
     )
 
 

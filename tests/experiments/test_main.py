@@ -109,6 +109,26 @@ def test_unreadable_config_json(capsys, tmp_path):
     assert_refused(call(capsys, *command(tmp_path)), "config.json: cannot be read as JSON")
 
 
+def test_describes_a_config(capsys):
+    status, out, _ = call(capsys, f"--config={CONFIG}:80/60", "--describe")
+    assert status == 0
+    *_, kernel, sums, last = out.splitlines()
+    assert " ".join(kernel.split()) == "out/kernel (32, 4) Unstructured() 0.2 0.4 26 51 128"
+    assert sums.split() == ["all", "164", "292", "676"]
+    numbers = json.loads(last)
+    assert (numbers["parameters"], numbers["active_parameters"]) == (676, 164)
+    assert numbers["inference_flops_fraction"] == pytest.approx((102 + 26) / 640)
+    assert numbers["training_flops_fraction"] == pytest.approx((2 * 128 + 205 + 51) / 3 / 640)
+    assert_refused(call(capsys, f"--config={CONFIG}:80/60"), "arguments are required: --workdir")
+
+
+def test_a_run_shows_its_leaves_once(capsys, tmp_path):
+    for stop in ("1", "2"):
+        status, out, _ = call(capsys, *command(tmp_path / "run", f"--stop_at={stop}"))
+        assert status == 0
+        assert out.count("out/kernel  (32, 4)") == (stop == "1")
+
+
 BAD_RULES = {
     "(('nothing','sparse'),('.*','dense'))": "matches no parameter",
     "(('in/.*','dense'),)": "no rule covers",
@@ -171,6 +191,7 @@ def test_the_real_command(tmp_path):
     (told,) = stopped.stderr.splitlines()
     assert "no rules given; sparse: in/kernel, out/kernel; dense: in/bias" in told
     assert "step 10/20  train" in stopped.stdout
+    assert stopped.stdout.startswith("leaf")  # The table of leaves, once.
     assert records(tmp_path / "run")[-1]["step"] == 10
 
 

@@ -451,4 +451,4 @@ def _shaped(
     in_a = jnp.arange(kernel.backward) < kernel.forward
     in_a = in_a.reshape(-1, *(1,) * len(kernel.pattern.unit_shape))
     sets = Sets(jnp.broadcast_to(in_a, values.shape), jnp.ones(values.shape, bool))
-    return shape_gradient(plan.method, host.leaf, grad, values, sets, step)
+    return shape_gradient(plan, host.leaf, grad, values, sets, step)

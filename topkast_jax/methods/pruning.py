@@ -36,19 +36,23 @@ class Pruning(Method):
     def allocate(
         self, layers: Mapping[str, Layer], leaves: Mapping[str, Leaf], step: jax.Array
     ) -> dict[str, Counts]:
-        """The counts of the schedule at this step."""
+        """The counts of the schedule at this step, those of one ranking if it is global."""
+        counts = super().allocate(layers, leaves, step)
+        if self.ranking == "layer":
+            return counts
+        refuse_groups("pruning by one ranking", leaves)
+        theta = {path: layer.theta for path, layer in layers.items()}
+        kept = global_counts(theta, leaves, {path: c.forward for path, c in counts.items()})
+        return {path: Counts(count, count) for path, count in kept.items()}
+
+    def scheduled(self, leaf: Leaf, step: jax.Array) -> Counts:
+        """The final counts, and of what is above them the share that the schedule leaves."""
         begin, end = (jnp.asarray(x, jnp.float32) for x in (self.begin_at, self.end_at))
         passed = jnp.clip((jnp.asarray(step).astype(jnp.float32) - begin) / (end - begin), 0.0, 1.0)
-        scheduled = {}
-        for path, leaf in leaves.items():
-            units, final = math.prod(leaf.grid), leaf.counts.forward
-            above = jnp.asarray(units - final).astype(jnp.float32) * (1 - passed) ** 3
-            scheduled[path] = final + jnp.round(above).astype(jnp.int32)
-        if self.ranking == "global":
-            refuse_groups("pruning by one ranking", leaves)
-            theta = {path: layer.theta for path, layer in layers.items()}
-            scheduled = global_counts(theta, leaves, scheduled)
-        return {path: Counts(count, count) for path, count in scheduled.items()}
+        units, final = math.prod(leaf.grid), leaf.counts.forward
+        above = jnp.asarray(units - final).astype(jnp.float32) * (1 - passed) ** 3
+        count = final + jnp.round(above).astype(jnp.int32)
+        return Counts(count, count)
 
     def choose(self, layer: Layer, leaf: Leaf, counts: Counts) -> tuple[Sets, Any]:
         """The units of largest magnitude."""

@@ -10,7 +10,8 @@ import topkast_jax as tk
 from experiments.config import base_config, load, override
 from experiments.errors import UserError
 from experiments.records.workdir import as_json
-from experiments.training.optimizers import make_dense, make_masked
+from experiments.training import methods
+from experiments.training.optimizers import make_compact, make_dense, make_masked
 
 BAD_OVERRIDES = {
     "stepz=3": "no key 'stepz'; did you mean 'steps'?",
@@ -48,8 +49,12 @@ BAD_OVERRIDES = {
     "method.refresh_every=0": "config.method.refresh_every=0: must be",
     "method.exploration_norm=l3": "config.method.exploration_norm='l3': must be 'l2' or 'l1'",
     "method.inner_state=drop": "config.method.inner_state='drop': must be 'keep' or 'reset'",
-    "method.pattern=block:4": "must be 'unstructured' or 'block:RxC'",
+    "method.pattern=block:4": "must be 'unstructured', 'block:RxC', 'N:M', ",
     "method.pattern=block:0x4": "config.method.pattern: found 'block:0x4'; Block rows=0: must be",
+    "method.pattern=columns": "found 'columns'; must be 'unstructured', 'block:RxC', 'N:M', 'chan",
+    "method.pattern=4:2": "config.method.pattern: found '4:2'; NOfM(4, 2): must be integers with 1",
+    "method.pattern=0:4": "config.method.pattern: found '0:4'; NOfM(0, 4): must be integers with 1",
+    "method.rules=(('.*',{'pattern':'3:2'}),)": "found '3:2'; NOfM(3, 2): must be integers with 1",
     "method.distribution=even": "config.method.distribution='even': must be 'uniform' or 'erk'",
     "method.stop_exploring_at=-1": "must be None or an integer of at least 0",
     "method.rules=(('.*','sparze'),)": "config.method.rules: found",
@@ -82,6 +87,8 @@ def test_bad_override(text):
 )
 def test_override_keeps_the_type(text, key, expected):
     changed = base_config("toy")
+    changed.method.name = "top_kast"
+    methods.complete(changed)
     assert override(changed, text) == key
     for part in key.split("."):
         changed = changed[part]
@@ -201,6 +208,52 @@ def test_l2_is_on_what_a_static_mask_keeps():
     np.testing.assert_allclose(u["b"], 0.01, rtol=1e-6)
 
 
+def test_l2_is_on_the_values_of_an_always_sparse_run():
+    overrides = ("optimizer.l2=0.01", RULES, "method.always_sparse=True", "optimizer.momentum=0.0")
+    made = config("static-75", *overrides, "optimizer.learning_rate=1.0")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sparse, tx = make_compact(made, jax.eval_shape(lambda: PARAMS), lambda shape: device)
+    values, state, _ = sparse.start(PARAMS, tx)
+    updates, _ = tx.update(jax.tree.map(np.zeros_like, values), state, values)
+    assert {name: update.shape for name, update in updates.items()} == {
+        "a": (8,), "b": (8, 4), "c": (4,)
+    }  # fmt: skip
+    for name, moved in (("a", -0.01), ("b", -0.01), ("c", 0)):
+        np.testing.assert_allclose(updates[name], moved, rtol=1e-6)
+
+
+def largest(scores, count, among):
+    ranked = np.where(among, np.abs(scores), -1)
+    return ranked >= np.sort(ranked, axis=None)[-count]
+
+
+@pytest.mark.parametrize("name", ["rigl", "snfs", "snip"])
+def test_methods_choose_by_the_gradient_of_the_loss_without_l2(name):
+    """The sets after one step, and the step itself, against a plain NumPy version."""
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(16, 12)).astype(np.float32), "b": PARAMS["b"]}
+    grads = {"a": rng.normal(size=(16, 12)).astype(np.float32), "b": 0 * PARAMS["b"]}
+    options = ("optimizer.learning_rate=1e-3", "optimizer.momentum=0.0", "optimizer.l2=300.0")
+    if name != "snip":
+        options += ("method.refresh_every=1", "method.last_choice_at=16", "method.seed=3")
+    made = config("", f"method.name={name}", "method.forward_density=0.25", RULES, *options)
+    tx = make_optimizer(made, jax.eval_shape(lambda: params))
+    state = tx.init(params)
+    before = np.asarray(tk.keep_masks(params, state)[0]["a"])
+    updates, state = tx.update(grads, state, params)
+    after, scores = optax.apply_updates(params, updates), grads["a"]
+    if name == "snip":
+        expected = kept = largest(params["a"] * scores, 48, True)
+    else:
+        kept = before
+        stays = largest(after["a"], 48 - int(0.15 * (1 + np.cos(np.pi / 16)) * 48), kept)
+        expected = stays | largest(scores, 48 - stays.sum(), ~stays)
+    np.testing.assert_array_equal(tk.keep_masks(after, state)[0]["a"], expected)
+    moved = np.where(kept, -1e-3 * (scores + 300 * params["a"]), 0)
+    np.testing.assert_allclose(updates["a"], moved, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(updates["b"], -0.3 * params["b"], rtol=1e-5)
+
+
 def test_l2_is_on_all_matrices_of_a_dense_run():
     u = moved("optimizer.l2=0.01", variant="dense")
     np.testing.assert_allclose(u["a"], 0.01, rtol=1e-6)
@@ -229,6 +282,48 @@ def test_clipping_sees_only_the_gradient_that_is_used():
     assert np.linalg.norm(updates["a"]) == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("unstructured", tk.Unstructured()),
+        ("block:2x4", tk.Block(2, 4)),
+        ("2:4", tk.NOfM(2, 4)),
+        ("channel", tk.Channel()),
+        ("fan_in", tk.FanIn()),
+    ],
+)
+def test_patterns_are_named_by_text(text, pattern):
+    made = config("static-50", f"method.pattern={text}")
+    assert methods.read_pattern(text) == pattern
+    assert methods.pattern_text(pattern) == text
+    tx = make_optimizer(made, jax.eval_shape(lambda: PARAMS))
+    masks = tk.keep_masks(PARAMS, tx.init(PARAMS))[0]
+    assert np.count_nonzero(masks["a"]) == 16
+    if text == "channel":
+        assert set(masks["a"].sum(0).tolist()) == {0, 4}
+    if text in ("2:4", "fan_in"):
+        assert set(masks["a"].sum(0).tolist()) == {2}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("2:4", "a: forward_density=0.25 with NOfM(2, 4): must be 0.5"),
+        ("1:3", "a: NOfM(1, 3) does not divide the last axis but one of (4, 8); choose another"),
+        (
+            "block:3x3",
+            "the last two axes of (4, 8); choose another config.method.pattern, or leave",
+        ),
+    ],
+)
+def test_patterns_that_do_not_fit_are_one_line(text, told):
+    made = config("static-75", f"method.pattern={text}")
+    with pytest.raises((UserError, tk.SparsityError)) as error:
+        make_optimizer(made, jax.eval_shape(lambda: PARAMS))
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_random_masks_follow_the_seed():
     def mask(*overrides):
         tx = make_optimizer(config("static-75", *overrides), jax.eval_shape(lambda: PARAMS))
@@ -239,16 +334,127 @@ def test_random_masks_follow_the_seed():
     assert np.array_equal(mask("seed=1", "method.seed=5"), mask("seed=2", "method.seed=5"))
 
 
-def test_another_method_changes_no_default(monkeypatch):
-    """A method of one's own may have a seed with a default, and a name before the others'."""
+def section(name, *overrides, variant=""):
+    """The section `method` that a config has of a method, without the trainer's own keys."""
+    found = as_json(config(variant, f"method.name={name}", *overrides))["method"]
+    return {k: v for k, v in found.items() if k not in ("name", "always_sparse", "distribution")}
 
-    def aaa(inner, forward_density, seed=0, exploration_norm="l1"):
+
+def test_a_method_has_its_own_arguments_with_its_own_defaults(monkeypatch):
+    def aaa(inner, forward_density=0.3, *, refresh_every=7, seed=0, exploration_norm="l1", p=1.5):
         return tk.static_random(inner, forward_density, seed)
 
     monkeypatch.setitem(tk.methods._FACTORIES, "aaa", aaa)
-    assert config("static-75", "seed=3").method.seed is None
+    assert section("aaa") == {
+        "forward_density": 0.3, "refresh_every": 3, "seed": None, "exploration_norm": "l1", "p": 1.5
+    }  # fmt: skip
     assert config("90/80").method.exploration_norm == "l2"
-    assert config("static-75", "method.name=aaa").method.seed is None
+    assert section("static_random") == {
+        "forward_density": 0.1, "seed": None, "rules": None, "pattern": "unstructured"
+    }  # fmt: skip
+    assert section("dnw")["refresh_every"] == 3  # The config file sets it.
+    assert methods.method_defaults("dnw")["refresh_every"] == 1
+    assert {"backward_density", "inner_state", "seed"}.isdisjoint(section("dnw"))
+
+
+def test_the_name_is_overridden_first_and_what_both_methods_have_is_kept():
+    changed = section("static_random", "method.seed=4", variant="90/80")
+    assert (changed["forward_density"], changed["seed"]) == (pytest.approx(0.1), 4)
+    with pytest.raises(UserError, match="method.drop_fraction: top_kast does not read it; allowed"):
+        config("", "method.drop_fraction=0.5", "method.name=top_kast")
+    assert section("set", "method.drop_fraction=0.5", variant="80/60")["drop_fraction"] == 0.5
+    # The last name counts, and the place of a name among the overrides does not.
+    late = config("", "method.drop_fraction=0.5", "method.name=snip", "method.name=set").method
+    assert (late.name, late.drop_fraction) == ("set", 0.5)
+
+
+def test_what_a_config_file_may_set(monkeypatch):
+    made = base_config("toy")
+    with pytest.raises(AttributeError, match="did you mean 'refresh_every'"):
+        made.method.refresh_evry = 3
+    made.method.name = "snfs"
+    made.method.momentum = 0  # Becomes a float, as the default is.
+    with pytest.raises(TypeError, match="refresh_every"):
+        made.method.refresh_every = "often"
+    made.method.refresh_every, made.method.name = 5, "rigl"
+    made.method.name = "snfs"
+    methods.complete(made)
+    assert (made.method.refresh_every, repr(made.method.momentum)) == (5, "0.0")
+    monkeypatch.setitem(tk.methods._FACTORIES, "aaa", lambda inner, refresh_every="often": None)
+    with pytest.raises(UserError, match="refresh_every: found 3; must be a str, like 'often'"):
+        section("aaa")
+
+
+def schedule(name, *overrides):
+    method = config("", f"method.name={name}", *overrides).method
+    return {k: method[k] for k in ("begin_at", "end_at", "last_choice_at") if k in method}
+
+
+def test_schedules_follow_the_steps():
+    """The toy config has 20 steps and a refresh every 3."""
+    assert schedule("pruning", "steps=200") == {"begin_at": 40, "end_at": 160}
+    assert schedule("pruning", "method.refresh_every=15") == {"begin_at": 4, "end_at": 15}
+    assert schedule("pruning", "method.begin_at=0") == {"begin_at": 0, "end_at": 16}
+    for name in ("rigl", "set", "snfs", "srigl"):
+        assert schedule(name) == {"last_choice_at": 15}
+        assert schedule(name, "method.last_choice_at=9") == {"last_choice_at": 9}
+        assert schedule(name, "method.refresh_every=18") == {"last_choice_at": 19}
+    assert schedule("snip") == schedule("dnw") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "told"),
+    [
+        ("rigl", ("refresh_every=20",), "refresh_every: found 20; must be below steps=20, or rigl"),
+        ("pruning", ("refresh_every=90",), "refresh_every: found 90; must be below steps=20, or"),
+        (
+            "set",
+            ("last_choice_at=21",),
+            "last_choice_at: found 21; must be at most 20 with steps",
+        ),
+        (
+            "snfs",
+            ("last_choice_at=3",),
+            "last_choice_at=3 must be above refresh_every=3, or no ch",
+        ),
+        ("srigl", ("drop_fraction=1.0",), "drop_fraction=1.0: must be a number in (0, 1)"),
+        ("rigl", ("drop_fraction=0",), "drop_fraction=0.0: must be a number in (0, 1)"),
+        ("pruning", ("begin_at=9", "end_at=9"), "end_at=9 must be above begin_at=9"),
+        ("pruning", ("begin_at=-1",), "begin_at=-1: must be an integer of at least 0"),
+        ("pruning", ("end_at=19",), "end_at: found 19; must be at most 18, the last choice, with"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_one_line(name, overrides, told):
+    with pytest.raises(UserError) as error:
+        config("", f"method.name={name}", *(f"method.{text}" for text in overrides))
+    assert str(error.value).startswith(f"config.method.{told}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_factory_of_a_users_file(tmp_path, monkeypatch):
+    (tmp_path / "own_factories.py").write_text(
+        "import topkast_jax as tk\n"
+        "def plain(inner, weight, block=tk.Block(4, 4), pattern=tk.NOfM(2, 4), other=object()):\n"
+        "    assert weight == 2 and type(other) is object and block.rows == 4, (weight, other)\n"
+        "    return tk.static_random(inner, 0.5, 0, pattern=pattern)\n"
+        "def clash(inner, backend): ...\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert section("own_factories:plain", "method.weight=2") == {
+        "weight": 2, "block": None, "pattern": "2:4", "other": None
+    }  # fmt: skip
+    for name, told in {
+        "own_factories:plain": "config.method.weight: found None; own_factories:plain needs",
+        "own_factories:clash": "'own_factories:clash' has an argument 'backend'; rename it",
+        "own_factories:number": "found 'own_factories:number', a int; must be a factory",
+        "own_factories:none": "own_factories has no 'none'",
+        "no_such_file:none": "there is no module 'no_such_file'",
+    }.items():
+        with pytest.raises(UserError) as error:
+            config("", f"method.name={name}")
+        assert told in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_erk_without_rules():
@@ -258,3 +464,22 @@ def test_erk_without_rules():
     view = tk.forward_params(params, tx.init(params))
     assert np.count_nonzero(view["b"]) == 64
     assert np.count_nonzero(view["a"]) + 64 == round(0.2 * (64 * 64 + 64))
+
+
+def test_erk_is_on_the_leaves_that_uniform_densities_are_on():
+    shapes = {
+        "conv": {"kernel": (3, 3, 4, 8), "bias": (8, 8)},
+        "norm_0": {"scale": (4, 8), "offset": (8,)},
+        "heads": {"w": (8, 16), "b": (2, 8)},
+        "thin": {"kernel": (1, 16)},
+    }
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, np.float32), shapes, is_leaf=lambda s: type(s) is tuple
+    )
+
+    def sparse(distribution):
+        made = config("80/60", f"method.distribution={distribution}")
+        leaves = make_masked(made, params)[0].plan.leaves(params)
+        return {path for path, leaf in leaves.items() if leaf}
+
+    assert sparse("erk") == sparse("uniform") == {"conv/kernel", "heads/w"}

@@ -12,8 +12,9 @@ import topkast_jax as tk
 from experiments import main
 from experiments.config import resolve
 from experiments.loop import train
-from experiments.records import workdir
+from experiments.records import summary, workdir
 from experiments.records.checkpoints import load
+from experiments.task import make_task
 from experiments.training.program import build
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -41,11 +42,47 @@ def assert_same(one, other):
     ],
 )
 def test_smoke_variants_run_through_the_real_loop(tmp_path, name, variant):
-    assert train(resolve(spec(name, f"{variant},smoke")), tmp_path / "run") == "finished"
+    config = resolve(spec(name, f"{variant},smoke"))
+    assert train(config, tmp_path / "run") == "finished"
     final = json.loads((tmp_path / "run" / "final.json").read_text())
+    flops = {
+        f"{k}_flops_fraction": final["flops"][f"{k}_fraction"] for k in ("inference", "training")
+    }
+    own = {k: final[k] for k in ("parameters", "active_parameters")} | flops
+    assert summary.description(config, make_task(config)) == pytest.approx(own)
     assert final["steps"] == 3
     assert final["test_context"]["examples"] == 1000
     assert 0 <= final["test"]["accuracy"] <= 1
+
+
+METHODS = {
+    "dnw": (),
+    "pruning": (),
+    "rigl": (),
+    "set": (),
+    "snfs": (),
+    "snip": (),
+    "srigl": (),
+    "static_random": (),
+    "top_kast": ("method.exploration_set=random",),
+}
+
+
+def test_every_registered_method_is_run():
+    assert set(METHODS) == set(tk.methods.names())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("pruning", "rigl") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
+)
+def test_every_method_trains_by_its_name_alone(tmp_path, name):
+    small = ("model.width=0.25", "batch_size=8", "eval_at_end=False")
+    overrides = (*small, f"method.name={name}", *METHODS[name])
+    assert train(resolve(spec("quickstart", "smoke"), overrides), tmp_path / "run") == "finished"
+    final = json.loads((tmp_path / "run" / "final.json").read_text())
+    assert final["config"]["method"]["name"] == name
+    assert final["densities"]["forward"] == pytest.approx(0.1, abs=0.01)
 
 
 def keep_masks(state):
