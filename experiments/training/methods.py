@@ -249,7 +249,7 @@ def sparsity_plan(config: ConfigDict, params: Tree) -> Plan | None:
     """
     if representation(config.method) == "dense":
         return None
-    return make_method(config, optax.with_extra_args_support(optax.identity()), params).plan
+    return make_method(config, optax.identity(), params).plan
 
 
 def _make_transform(
@@ -267,6 +267,7 @@ def _make_transform(
             options[key] = config.seed if value is None else value
         elif key == "pattern" and value is not None:
             options[key] = read_pattern(value)
+        # Elsewhere None stands for the factory's own default, if a config cannot hold that.
         elif value is not None or (key in method and _default(argument) is not None):
             options[key] = value
         elif _required(argument):
