@@ -120,8 +120,9 @@ class Method(abc.ABC):
 
     Attributes:
       needs_gradient: whether `choose` and `allocate` read the dense gradient. The state then holds
-        the last one, an array more for each sparse leaf.
-      observes_gradient: whether `observe` runs in every step on the dense gradient.
+        the last one, an array more for each sparse leaf, and training FLOPs count it at refreshes.
+      observes_gradient: whether `observe` runs in every step on the dense gradient; training FLOPs
+        count it in every step.
       skips_update: whether the step whose gradient a choice reads moves neither parameters nor
         inner state.
       first_choice: "init": the first sets are chosen from the initial parameters. "first_update":

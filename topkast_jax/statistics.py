@@ -227,9 +227,11 @@ class CountsOverSteps:
         """
         self.steps += steps
         for name, leaf in counts.items():
-            sums = self._sums.setdefault(name, [leaf.entries, 0, 0, leaf.sparse])
-            sums[1] += leaf.forward * steps
-            sums[2] += leaf.backward * (steps - dense_gradients) + leaf.entries * dense_gradients
+            # Python's integers, which do not overflow whatever a count was made of.
+            entries, forward, backward = map(int, leaf[:3])
+            sums = self._sums.setdefault(name, [entries, 0, 0, leaf.sparse])
+            sums[1] += forward * steps
+            sums[2] += backward * (steps - dense_gradients) + entries * dense_gradients
 
     def mean(self) -> dict[str, LeafCounts]:
         """The mean counts by leaf; `flops` of them are the mean FLOPs of a step."""

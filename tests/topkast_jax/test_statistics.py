@@ -1,5 +1,7 @@
 """Densities, churn and FLOPs, against counts made by hand."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 import topkast_jax as tk
 from topkast_jax.sets import SparsifyState
+from topkast_jax.statistics import LeafCounts
 
 
 def state_with(history):
@@ -101,3 +104,44 @@ def test_statistics_over_two_states():
     )
     found = tk.statistics.mask_statistics(params, tx.init(params))
     np.testing.assert_allclose(found["forward_density"], (10 + 80) / 300, rtol=1e-6)
+
+
+def test_counts_over_steps_by_hand():
+    """Sums that pass 2**31, saved as JSON in between; dense gradients count whole leaves."""
+    many = np.int32(2**30)
+    sums = tk.statistics.CountsOverSteps()
+    sums.add({"w": LeafCounts(4 * 2**30, many, many, True)}, 30, dense_gradients=10)
+    sums = tk.statistics.CountsOverSteps(json.loads(json.dumps(sums.saved())))
+    sums.add({"w": LeafCounts(4 * 2**30, 2 * many.item(), 4 * many.item(), True)}, 10)
+    assert sums.steps == 40
+    mean = sums.mean()["w"]
+    assert mean.forward == (30 * 1 + 10 * 2) / 40 * 2**30
+    assert mean.backward == (20 * 1 + 10 * 4 + 10 * 4) / 40 * 2**30
+    assert (mean.entries, mean.sparse) == (2**32, True)
+
+
+METHODS = {  # the steps up to 10 that need the dense gradient, with a choice after every third
+    "top_kast": ({"backward_density": 0.5, "refresh_every": 3}, []),
+    "set": ({"refresh_every": 3}, []),
+    "rigl": ({"refresh_every": 3}, [3, 6, 9]),
+    "snfs": ({"refresh_every": 3}, list(range(1, 11))),
+    "snip": ({}, [1]),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_which_steps_need_the_dense_gradient(name):
+    options, expected = METHODS[name]
+    plan = tk.methods.get(name)(optax.sgd(0.1), 0.2, **options).plan
+    assert [step for step in range(1, 11) if plan.needs_dense_gradient(step)] == expected
+
+
+def test_counts_of_the_last_step_and_of_the_next():
+    """Where a choice is due, the next step has other sets than the last; both are counted."""
+    params = {"w": jnp.arange(1.0, 101).reshape(10, 10), "b": jnp.ones(10)}
+    tx = tk.methods.get("pruning")(optax.sgd(0.0), 0.1, begin_at=0, end_at=2, refresh_every=1)
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    last = tk.statistics.start_leaf_counts(params, state, of_last_step=True)()
+    assert [last[name].forward for name in "wb"] == [100, 10]
+    assert tk.statistics.leaf_counts(params, state)["w"].forward == 10 + round(90 / 8)

@@ -1,16 +1,24 @@
 """ResNet-50's FLOPs against the table of the RigL paper, by way of the project's own config."""
 
+import math
+
 import jax
+import numpy as np
+import optax
 import pytest
 
 import topkast_jax as tk
 from experiments.config import resolve
 from experiments.task import make_task
+from topkast_jax.method import Layer
 from topkast_jax.rules import resolve as resolve_rules
-from topkast_jax.statistics import LeafCounts
+from topkast_jax.statistics import CountsOverSteps, LeafCounts
 
-# RigL keeps the first convolution dense with uniform densities; ERK shares out over all kernels.
+# What is dense: the first convolution with RigL's uniform densities, nothing with ERK (which shares
+# out over all kernels), the first convolution and the last layer with Top-KAST's.
 FIRST = {"uniform": [("stem/kernel", tk.Dense())], "erk": []}
+ENDS = [("stem/kernel", tk.Dense()), ("head/kernel", tk.Dense())]
+STEPS, EVERY = 32_000, 100
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +69,68 @@ def test_training_fraction_is_two_forward_and_one_backward(resnet50):
     b = fractions(resnet50, 0.2, 0.2, "uniform").inference_fraction
     both = fractions(resnet50, 0.1, 0.2, "uniform")
     assert both.training_fraction == pytest.approx((2 * a + b) / 3)
+
+
+def over_run(resnet50, tx):
+    """The share of a dense run's FLOPs that 32,000 steps take, a choice after every 100."""
+    params, by_leaf = resnet50
+    plan = tx.plan
+    leaves = plan.sparse_leaves(params)
+    layers = dict.fromkeys(leaves, Layer(None, None, None, None, None, None))
+    units = jax.jit(lambda step: plan.method.allocate(layers, leaves, step))
+    sums = CountsOverSteps()
+    for start in range(0, STEPS, EVERY):
+        kept = jax.device_get(units(np.int32(start)))
+        counts = {
+            path: LeafCounts(
+                leaf.entries_in(math.prod(leaf.grid)), *map(leaf.entries_in, kept[path]), True
+            )
+            for path, leaf in leaves.items()
+        }
+        steps = range(start + 1, start + EVERY + 1)
+        sums.add(counts, EVERY, sum(map(plan.needs_dense_gradient, steps)))
+    assert sums.steps == STEPS
+    return tk.statistics.flops(by_leaf, sums.mean()).training_fraction
+
+
+def rules(distribution, dense=None):
+    dense = FIRST[distribution] if dense is None else dense
+    return [*dense, (".*/kernel", tk.Sparse(distribution=distribution)), (".*", tk.Dense())]
+
+
+METHODS = {
+    "static_random": {"seed": 0},
+    "set": {},
+    "rigl": {"last_choice_at": 25_000},
+    "snfs": {},
+    # The published run's schedule is not known; this one has its FLOPs.
+    "pruning": {"begin_at": 10_000, "end_at": 25_000},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "distribution", "published"),
+    [
+        ("static_random", "uniform", (0.23, 0.13)),
+        ("set", "uniform", (0.23, 0.13)),
+        ("rigl", "uniform", (0.23, 0.13)),
+        ("rigl", "erk", (0.42, 0.25)),
+        ("snfs", "erk", (0.61, 0.50)),
+        ("pruning", "uniform", (0.56, 0.51)),
+    ],
+)
+def test_training_fraction_over_a_run(resnet50, method, distribution, published):
+    """At 80 and 90 %: RigL's table, but for uniform 90 %, where its README corrects it."""
+    make = tk.methods.get(method)
+    for density, fraction in zip((0.2, 0.1), published, strict=True):
+        tx = make(optax.sgd(0.1), density, rules=rules(distribution), **METHODS[method])
+        assert over_run(resnet50, tx) == pytest.approx(fraction, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("backward", "published"), [(0.25, 0.242), (0.3, 0.258), (0.4, 0.290), (0.5, 0.323), (1, 0.484)]
+)
+def test_training_fraction_of_top_kast(resnet50, backward, published):
+    """Figure 2a at 80 % forward sparsity, first and last layer dense."""
+    tx = tk.top_kast(optax.sgd(0.1), 0.2, backward, rules=rules("uniform", ENDS))
+    assert over_run(resnet50, tx) == pytest.approx(published, abs=0.004)
