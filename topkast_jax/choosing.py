@@ -316,13 +316,17 @@ def layer_keys(seed: Any, paths: Sequence[str], leaf: Leaf, step: Any) -> jax.Ar
 
     The key of a layer follows from the leaf's path, wherever the leaf stands in the tree.
     """
+    # From scalars: an array would be an operand of the `cond` around a choice, which in `shard_map`
+    # under vmap makes it varying, and `fold_in` would then mark it as varying once more.
+    crcs = [jnp.full(1, zlib.crc32(path.encode()), jnp.uint32) for path in paths]
+    numbers = jnp.concatenate(crcs)
     key = jax.random.key(seed)
 
     def of_leaf(number: Any) -> jax.Array:
         own = jax.random.fold_in(jax.random.fold_in(key, number), step)
         return jax.random.split(own, leaf.stack) if leaf.stack else own
 
-    keys: jax.Array = jax.vmap(of_leaf)(np.array([zlib.crc32(p.encode()) for p in paths], "u4"))
+    keys: jax.Array = jax.vmap(of_leaf)(numbers)
     return keys
 
 
