@@ -322,7 +322,11 @@ def layer_keys(seed: Any, paths: Sequence[str], leaf: Leaf, step: Any) -> jax.Ar
         own = jax.random.fold_in(jax.random.fold_in(key, number), step)
         return jax.random.split(own, leaf.stack) if leaf.stack else own
 
-    keys: jax.Array = jax.vmap(of_leaf)(np.array([zlib.crc32(p.encode()) for p in paths], "u4"))
+    numbers = [np.uint32(zlib.crc32(path.encode())) for path in paths]
+    if jax.typeof(seed).mat.varying:
+        # Inside `shard_map`, a mapped `cond` takes scalars that are constant, and no such arrays.
+        return jnp.stack([of_leaf(number) for number in numbers])
+    keys: jax.Array = jax.vmap(of_leaf)(np.stack(numbers))
     return keys
 
 
