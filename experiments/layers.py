@@ -71,5 +71,10 @@ def rows(table: Kernel, low: int, high: int) -> jax.Array:
     return with_tile(cut, table) if isinstance(table, CompactKernel) else cut(table)
 
 
+def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """`vector [D]` with the dtype and the number of axes of `like [..., D]`."""
+    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
 def _is_block_matrix(kernel: CompactKernel) -> bool:
     return isinstance(kernel.pattern, Block) and kernel.shape[:2] == (1, 1)

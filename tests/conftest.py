@@ -1,4 +1,4 @@
-"""Eight fake CPU devices for every test, and the TPU compiler; set before jax is imported."""
+"""Set before jax is imported: eight fake CPU devices, the TPU compiler, no silent promotion."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # The same programs are compiled again and again, by many tests and in the processes they start.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")

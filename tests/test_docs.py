@@ -6,10 +6,17 @@ import pathlib
 import re
 import shlex
 
+import jax
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "docs/adding_a_method.md", "docs/always_sparse.md"]
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it():
+    with jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

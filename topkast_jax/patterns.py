@@ -289,7 +289,8 @@ class NOfM(_Grouped):
             place = jax.random.permutation(ties, place)
         before = place[:, None] < place[None, :]  # [other, one]
         one, other = keys[..., None, :, :], keys[..., :, None, :]
-        ahead = (other > one) | ((other == one) & before[:, :, None])
+        tied = other == one
+        ahead = (other > one) | (tied & jnp.broadcast_to(before[:, :, None], tied.shape))
         rank = jnp.sum(ahead, axis=-3, dtype=jnp.int32)
         groups = self.groups(scores.shape)
         masks = (rank < jnp.asarray(c, jnp.int32) // groups for c in counts)

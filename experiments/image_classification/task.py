@@ -15,6 +15,7 @@ from experiments.image_classification.data import DATA_SETS, pipeline
 from experiments.image_classification.data.preprocessing import RECIPES, Recipe
 from experiments.image_classification.data.sources import Source
 from experiments.image_classification.models import MODELS, Network
+from experiments.layers import along_last
 from experiments.task import Batch, Sums, Totals, Tree, ratios
 
 __all__ = ["ImageClassification", "default_config", "make_task", "validate"]
@@ -120,7 +121,8 @@ class ImageClassification:
 
     def _normalise(self, images: jax.Array) -> jax.Array:
         scaled = images.astype(jnp.float32) / 255.0
-        return (scaled - jnp.asarray(self._recipe.mean)) / jnp.asarray(self._recipe.std)
+        mean, std = jnp.asarray(self._recipe.mean), jnp.asarray(self._recipe.std)
+        return (scaled - along_last(mean, scaled)) / along_last(std, scaled)
 
     def _source(self, split: str) -> Source:
         if split not in self._sources:

@@ -45,7 +45,7 @@ def read_golden(file: str | Path) -> dict[str, np.ndarray]:
       UserError: the file is missing, damaged, or without the keys of a golden file.
     """
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
             golden = {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise UserError("no such file") from None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import safetensors
@@ -88,14 +89,14 @@ def load(path: Path) -> tuple[Any, dict[str, Any]]:
 def _read(path: Path) -> tuple[dict[str, Any], str | None]:
     try:
         if path.suffix == ".npz":
-            with np.load(path) as file:
+            with open(path, "rb") as opened, np.load(opened) as file:
                 arrays = dict(file)
             text = arrays.pop(METADATA, None)
             return arrays, None if text is None else str(text)
         with safetensors.safe_open(path, "numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, (file.metadata() or {}).get(METADATA)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 

@@ -199,9 +199,11 @@ def test_a_run_is_read_on_any_platform():
 def test_other_files_are_refused(tmp_path):
     np.savez(tmp_path / "a.npz", x=1)
     (tmp_path / "b.safetensors").write_bytes(b"no")
+    (tmp_path / "d.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-9])
+    (tmp_path / "e.npz").write_bytes(b"")
     with pytest.raises(UserError, match="was not written by"):
         exported.load(tmp_path / "a.npz")
-    for name in ("b.safetensors", "c.npz"):
+    for name in ("b.safetensors", "c.npz", "d.npz", "e.npz"):
         with pytest.raises(UserError, match="cannot be read"):
             exported.load(tmp_path / name)
     with pytest.raises(UserError, match="is a folder; must be a file"):

@@ -73,7 +73,8 @@ def test_table_and_figures(runs, tmp_path, capsys):
     for name in ("table.md", "table.csv", "accuracy_against_density.png", "churn.png"):
         assert f"wrote {out}/{name}" in text
     for name in ("accuracy_against_density.png", "churn.png"):
-        assert Image.open(out / name).size[0] > 500
+        with Image.open(out / name) as image:
+            assert image.size[0] > 500
     with open(out / "table.csv") as file:
         numbers = {(r["config"], r["seeds"]): r for r in csv.DictReader(file)}
     assert float(numbers["c:90/80", "3"]["test accuracy"]) == pytest.approx(0.8)

@@ -96,10 +96,10 @@ class Toy:
         return params, {"mean": jnp.zeros(INPUTS)}
 
     def _logits(self, params, x, rng=None):
-        hidden = jax.nn.relu(matmul(x, params["in"]["kernel"]) + params["in"]["bias"])
+        hidden = jax.nn.relu(matmul(x, params["in"]["kernel"]) + params["in"]["bias"][None])
         if rng is not None:
             hidden *= jax.random.bernoulli(rng, 1 - self.config.model.dropout, hidden.shape)
-        return matmul(hidden, params["out"]["kernel"]) + params["out"]["bias"]
+        return matmul(hidden, params["out"]["kernel"]) + params["out"]["bias"][None]
 
     def _sums(self, logits, label, weight):
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), label[:, None], 1)[:, 0]
@@ -112,7 +112,7 @@ class Toy:
 
     def loss(self, params, model_state, batch, rng):
         mean = 0.9 * model_state["mean"] + 0.1 * jnp.mean(batch["x"], 0)
-        logits = self._logits(params, batch["x"] - mean, rng)
+        logits = self._logits(params, batch["x"] - mean[None], rng)
         losses, sums = self._sums(logits, batch["label"], jnp.ones(len(batch["label"])))
         return jnp.mean(losses), ({"mean": mean}, sums)
 
@@ -120,7 +120,7 @@ class Toy:
         return model_state
 
     def eval_step(self, params, eval_state, batch):
-        logits = self._logits(params, batch["x"] - eval_state["mean"])
+        logits = self._logits(params, batch["x"] - eval_state["mean"][None])
         return eval_state, self._sums(logits, batch["label"], batch["weight"])[1]
 
     def train_data(self) -> TrainData:

@@ -51,7 +51,7 @@ def test_zero_entries_do_not_count_as_sparse():
 
 def net(params, tokens, image):
     x = params["embedding"][tokens] @ params["dense"].astype(jnp.bfloat16).astype(jnp.float32)
-    x = jax.nn.relu(x + params["bias"])
+    x = jax.nn.relu(x + params["bias"][None])
     scores = x @ x.T
 
     def layer(x, kernel):

@@ -87,4 +87,4 @@ def test_a_single_array_and_tuples():
     rules = [(".*", tk.Sparse())]
     fit(jnp.ones((8, 1)) * 0.1, lambda w: jnp.mean((X @ w - Y) ** 2), rules)
     pair = (jnp.ones((8, 1)) * 0.1, [jnp.zeros(1)])
-    fit(pair, lambda p: jnp.mean((X @ p[0] + p[1][0] - Y) ** 2), rules)
+    fit(pair, lambda p: jnp.mean((X @ p[0] + p[1][0][None] - Y) ** 2), rules)

@@ -34,7 +34,8 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps the last axis of `x`."""
-        return layers.matmul(x, self.kernel.get_value()) + self.bias.get_value().astype(x.dtype)
+        y = layers.matmul(x, self.kernel.get_value())
+        return y + layers.along_last(self.bias.get_value(), y)
 
 
 class BatchNorm(nnx.BatchNorm):

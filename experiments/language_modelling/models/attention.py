@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.language_modelling.models.layers import Linear, along_last, dropout, normal
+from experiments.language_modelling.models.layers import Linear, dropout, normal
 from experiments.language_modelling.models.settings import TransformerXLConfig
+from experiments.layers import along_last
 
 
 def shift_to_keys(scores: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.layers import matmul
+from experiments.layers import along_last, matmul
 
 INIT_STD = 0.02
 PROJECTION_STD = 0.01
@@ -15,11 +15,6 @@ PROJECTION_STD = 0.01
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float = INIT_STD) -> jax.Array:
     """Float32 numbers from N(0, std²)."""
     return std * jax.random.normal(rngs.params(), shape, jnp.float32)
-
-
-def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """`vector [D]` with the dtype and the number of axes of `like [..., D]`."""
-    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:

@@ -101,9 +101,9 @@ def test_signals(tmp_path, number, status):
     command = [sys.executable, "-m", "experiments.main", f"--config={CONFIG}:80/60"]
     command += [f"--workdir={tmp_path}/run", "--config.steps=1000000", "--config.log_every=1000"]
     command += ["--config.checkpoint_every=1000"]
-    output = open(tmp_path / "output", "w")  # noqa: SIM115
     environment = os.environ | {k.upper(): str(v) for k, v in CACHE.items()} | {"XLA_FLAGS": ""}
-    process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+    with open(tmp_path / "output", "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     manifest = tmp_path / "run" / "checkpoints" / "1000" / "MANIFEST.json"
     for _ in range(600):
         if manifest.exists() or process.poll() is not None:

@@ -30,7 +30,7 @@ def parameters(seed=0):
 
 
 def loss(params, x, y):
-    x = jnp.tanh(matmul(x, params["first"]["kernel"]) + params["first"]["bias"])
+    x = jnp.tanh(matmul(x, params["first"]["kernel"]) + params["first"]["bias"][None])
     x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(matmul(x, w)), None), x, params["stack"]["kernel"])
     kernel = params["conv"]["kernel"]
     summed = lambda w, x: jnp.einsum("bc,hwcd->bd", x, w)  # noqa: E731

@@ -48,7 +48,7 @@ def _part(block: tuple[int, ...]) -> tuple[int, int]:
 
 def _cut(row: jax.Array, col: jax.Array, down: int, across: int) -> tuple[jax.Array, jax.Array]:
     """Panels of the parts of each block, row-major: a block has `down` x `across`."""
-    part = jnp.arange(down * across, dtype=jnp.int32)
+    part = jnp.arange(down * across, dtype=jnp.int32)[None]
     rows = row[:, None] * down + part // across
     cols = col[:, None] * across + part % across
     return rows.reshape(-1), cols.reshape(-1)
