@@ -1,14 +1,16 @@
-"""Times a Top-KAST training step against the dense step of the same network.
+"""Times the training step of a sparsity method against the dense step of the same network.
 
     .venv/bin/python scripts/bench_step.py [--cases=mlp_b128_r100,…] [--pairs=N]
 
 A case is a network, a batch size and a refresh interval: `mlp_b128_r100` is a 784-2048-2048-2048-10
 MLP at batch size 128 with a refresh every 100 steps, and `txl_small_r100` is the Transformer-XL of
-`configs/enwik8_small.py` with its batch, optimizer and sparse layers. Steps are timed in
-interleaved pairs (dense, then Top-KAST at 90/80 % sparsity), and the median ratio is reported. With
-a refresh every r steps, the time of a Top-KAST step is ((r − 1) · plain + refreshing) / r, where
-both times are measured. `memory_ratio` is the peak memory of the compiled step (arguments, outputs
-and temporaries) over that of the dense step. The last line is JSON.
+`configs/enwik8_small.py` with its batch, optimizer and sparse layers, both with Top-KAST at 90/80 %
+sparsity. `rigl_b128_r100` is the MLP with RigL at 90 %, and so on for every method, at its usual
+interval. Steps are timed in interleaved pairs (dense, then sparse), and the median ratio is
+reported. With a refresh every r steps, the time of a step is ((r − 1) · plain + refreshing) / r,
+where both times are measured; sets that are chosen once count as never refreshed. `memory_ratio` is
+the peak memory of the compiled step (arguments, outputs and temporaries) over that of the dense
+step. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ import topkast_jax as tk
 from experiments.config import command_line
 from experiments.tpu import compiling
 from experiments.training.partition import all_devices
+from topkast_jax.sets import DUE, NOT_DUE
 
 Loss = Callable[[Any, Any], jax.Array]
 CONFIG = Path(__file__).parents[1] / "configs" / "enwik8_small.py"
@@ -51,11 +54,11 @@ class Training:
 class Case:
     """The measurement of one row."""
 
-    make: Callable[[int], Training]
-    refresh_every: int
+    make: Callable[[int | None], Training]
+    refresh_every: int | None
 
 
-def mlp(batch: int, refresh_every: int) -> Training:
+def mlp(batch: int, refresh_every: int | None, method: str = "top_kast") -> Training:
     """An MLP that is trained with momentum."""
     sizes = (784, 2048, 2048, 2048, 10)
     keys = jax.random.split(jax.random.key(0), len(sizes) + 1)
@@ -77,11 +80,14 @@ def mlp(batch: int, refresh_every: int) -> Training:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     inner = optax.sgd(0.01, momentum=0.9)
-    sparse = tk.top_kast(inner, 0.1, 0.2, refresh_every=refresh_every)
+    options = dict(METHODS[method])
+    if refresh_every is not None:
+        options["refresh_every"] = refresh_every
+    sparse = tk.methods.get(method)(inner, 0.1, **options)
     return Training(params, (images, labels), loss, inner, sparse)
 
 
-def transformer_xl(refresh_every: int) -> Training:
+def transformer_xl(refresh_every: int | None) -> Training:
     """The model of `configs/enwik8_small.py` on random bytes, with a full memory."""
     from experiments import config
     from experiments.task import make_task
@@ -109,11 +115,27 @@ def transformer_xl(refresh_every: int) -> Training:
     return Training(params, (memory, text), loss, dense_tx, sparse_tx)
 
 
-CASES = {
-    f"mlp_b{batch}_r{refresh}": Case(functools.partial(mlp, batch), refresh)
-    for refresh in (100, 1)
-    for batch in (128, 1024)
-} | {"txl_small_r100": Case(transformer_xl, 100)}
+METHODS: dict[str, dict[str, Any]] = {
+    "top_kast": {"backward_density": 0.2},
+    "static_random": {"seed": 0},
+    "pruning": {"begin_at": 0, "end_at": 1000},
+    "dnw": {}, "rigl": {}, "set": {}, "snfs": {}, "snip": {}, "srigl": {},
+}  # fmt: skip
+INTERVALS = {"dnw": 1, "static_random": None, "snip": None}  # of the others: 100
+CASES = (
+    {
+        f"mlp_b{batch}_r{refresh}": Case(functools.partial(mlp, batch), refresh)
+        for refresh in (100, 1)
+        for batch in (128, 1024)
+    }
+    | {"txl_small_r100": Case(transformer_xl, 100)}
+    | {
+        f"{method}_b128" + (f"_r{every}" if every else ""): Case(
+            functools.partial(mlp, 128, method=method), every
+        )
+        for method, every in ((m, INTERVALS.get(m, 100)) for m in METHODS if m != "top_kast")
+    }
+)
 
 
 def compile_step(
@@ -131,9 +153,9 @@ def compile_step(
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, data).compile(), state
 
 
-def at_step(state: Any, step: int) -> Any:
-    """The same Top-KAST state with another number of finished steps."""
-    return state._replace(step=jnp.int32(step))
+def with_choice(state: Any, due: bool) -> Any:
+    """The same state, in the middle of a run, with or without a choice that the next step makes."""
+    return state._replace(step=jnp.int32(1), due=jnp.int8(DUE if due else NOT_DUE))
 
 
 def measure(case: Case, pairs: int) -> dict[str, float]:
@@ -147,9 +169,9 @@ def measure(case: Case, pairs: int) -> dict[str, float]:
         "sparse": (jax.tree.map(jnp.copy, params), sparse_state),
     }
 
-    def timed(name: str, step: Any, finished: int | None = None) -> float:
+    def timed(name: str, step: Any, due: bool | None = None) -> float:
         params, state = carried[name]
-        state = state if finished is None else at_step(state, finished)
+        state = state if due is None else with_choice(state, due)
         jax.block_until_ready((params, state))
         start = time.perf_counter()
         *new, value = step(params, state, data)
@@ -157,13 +179,13 @@ def measure(case: Case, pairs: int) -> dict[str, float]:
         carried[name] = (new[0], new[1])
         return time.perf_counter() - start
 
-    ratios, r = [], case.refresh_every
+    ratios, refreshes = [], 1 / case.refresh_every if case.refresh_every else 0.0
     for pair in range(pairs + 2):
         base = timed("dense", dense)
-        refreshing = timed("sparse", sparse, r - 1)
-        plain = timed("sparse", sparse, 0) if r > 1 else 0.0
+        refreshing = timed("sparse", sparse, True) if refreshes > 0 else 0.0
+        plain = timed("sparse", sparse, False) if refreshes < 1 else 0.0
         if pair >= 2:
-            ratios.append(((r - 1) * plain + refreshing) / r / base)
+            ratios.append(((1 - refreshes) * plain + refreshes * refreshing) / base)
     peak = [compiling.memory(step)["device_bytes"]["total"] for step in (sparse, dense)]
     memory = peak[0] / peak[1]
     return {"step_ratio": round(statistics.median(ratios), 3), "memory_ratio": round(memory, 3)}

@@ -14,6 +14,7 @@ from topkast_jax.always_sparse import host as hosts
 from topkast_jax.always_sparse.host import HostLeaf
 from topkast_jax.always_sparse.kernel import is_compact
 from topkast_jax.errors import SparsityError
+from topkast_jax.method import allocates
 from topkast_jax.sparsify import Plan
 
 
@@ -29,6 +30,11 @@ def check_plan(plan: Plan, leaves: dict[str, HostLeaf], delay: int) -> None:
         raise SparsityError(
             f"{method} observes the dense gradient in every step, which always sparse never makes: "
             "use it on dense arrays"
+        )
+    if allocates(plan.method):
+        raise SparsityError(
+            f"{method} keeps other numbers of units as it goes on, and always sparse holds arrays "
+            "of one size: use it on dense arrays"
         )
     for name, value in (
         ("forward_density", plan.forward_density), ("backward_density", plan.backward_density),

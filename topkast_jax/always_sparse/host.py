@@ -30,7 +30,7 @@ from topkast_jax.choosing import (
 from topkast_jax.errors import SparsityError
 from topkast_jax.flags import BACKWARD, FORWARD, frozen_flags
 from topkast_jax.method import Counts, Leaf, enters_anew
-from topkast_jax.patterns import Block, Unstructured, units_in
+from topkast_jax.patterns import Block, units_in
 from topkast_jax.sparsify import Plan
 
 T = TypeVar("T")
@@ -87,10 +87,10 @@ def host_device() -> jax.Device:
 def check(host: HostLeaf) -> None:
     """Raises SparsityError unless the leaf has a compact form at its density."""
     leaf = host.leaf
-    if not isinstance(leaf.pattern, Block | Unstructured):
+    if leaf.pattern.unit_shape and not isinstance(leaf.pattern, Block):
         raise SparsityError(
-            f"{host.path}: pattern {leaf.pattern} has no compact form; allowed: Unstructured(), "
-            "Block(rows, cols)"
+            f"{host.path}: pattern {leaf.pattern} has no compact form; allowed: patterns of single "
+            "entries, and Block(rows, cols)"
         )
     if not leaf.shape:
         raise SparsityError(f"{host.path} is a scalar, which has no compact form: must be dense")
@@ -123,7 +123,7 @@ class HostLeaf:
 
     @property
     def pattern(self) -> Any:
-        """A `Block` or `Unstructured`: `check` saw to it."""
+        """A `Block` or a pattern of single entries: `check` saw to it."""
         return self.leaf.pattern
 
     @functools.cached_property

@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from topkast_jax.errors import SparsityError
-from topkast_jax.patterns import Block, Unstructured, units_in
+from topkast_jax.patterns import Pattern, units_in
 from topkast_jax.serialization import serializable
 
 
@@ -35,14 +35,14 @@ class CompactKernel:
       index: int32 `[..., b]`, row-major number of each unit in the leaf's grid of units; ascending
         within A and within B\A.
       shape: the dense shape of one leaf (without the axis it is stacked over).
-      pattern: `Unstructured()` or `Block(rows, cols)`.
+      pattern: what is kept together: single entries or a `Block(rows, cols)`.
       forward: how many units A has.
     """
 
     values: jax.Array
     index: jax.Array
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    pattern: Block | Unstructured = dataclasses.field(metadata={"static": True})
+    pattern: Pattern = dataclasses.field(metadata={"static": True})
     forward: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -108,7 +108,7 @@ def check_single(kernel: CompactKernel) -> None:
         )
 
 
-def units_of(dense: Any, pattern: Block | Unstructured) -> Any:
+def units_of(dense: Any, pattern: Pattern) -> Any:
     """A dense leaf by units, `[*grid]` or `[*grid, rows, cols]`; of a NumPy array, a view of it."""
     if not pattern.unit_shape:
         return dense
@@ -116,12 +116,12 @@ def units_of(dense: Any, pattern: Block | Unstructured) -> Any:
     return dense.reshape(*lead, rows, across, cols).swapaxes(-3, -2)
 
 
-def split_units(dense: Any, pattern: Block | Unstructured) -> Any:
+def split_units(dense: Any, pattern: Pattern) -> Any:
     """The units of a dense leaf in row-major order, `[n]` or `[n, rows, cols]`; NumPy or traced."""
     return units_of(dense, pattern).reshape(-1, *pattern.unit_shape)
 
 
-def join_units(flat: Any, shape: tuple[int, ...], pattern: Block | Unstructured) -> Any:
+def join_units(flat: Any, shape: tuple[int, ...], pattern: Pattern) -> Any:
     """The inverse of `split_units`: all units of a leaf, as a dense leaf of that shape."""
     if not pattern.unit_shape:
         return flat.reshape(shape)
@@ -133,7 +133,7 @@ def from_masks(
     dense: np.ndarray,
     forward: np.ndarray,
     backward: np.ndarray,
-    pattern: Block | Unstructured,
+    pattern: Pattern,
     stacked: bool = False,
 ) -> CompactKernel:
     """The compact kernel of a dense leaf, on the host.
@@ -167,7 +167,7 @@ def from_masks(
     return CompactKernel(values, index, dense.shape, pattern, int(in_a.sum()))  # type: ignore[arg-type]
 
 
-def _unit_mask(mask: np.ndarray, pattern: Block | Unstructured) -> np.ndarray:
+def _unit_mask(mask: np.ndarray, pattern: Pattern) -> np.ndarray:
     kept = split_units(mask, pattern).reshape(units_in(pattern, mask.shape), -1)
     if np.any(kept.any(axis=1) != kept.all(axis=1)):
         raise SparsityError(f"the mask keeps a part of a unit of {pattern}")

@@ -133,12 +133,15 @@ INNER = {
             for inner in ("adagrad", "schedule_free", "decayed")
         ],
         ("clipped", ONE, tk.Block(3, 2), None),
+        ("momentum", ONE, tk.FanIn(), None),
+        ("momentum", ONE, tk.NOfM(2, 4), None),
     ],
 )
 def test_follows_the_masked_path(inner, rules, pattern, stop):
     """200 steps, a refresh every 7, sets identical at every refresh."""
+    densities = (0.5, 0.75) if isinstance(pattern, tk.NOfM) else (0.2, 0.4)
     tx = tk.top_kast(
-        INNER[inner](), 0.2, 0.4, refresh_every=7, exploration_weight=1e-2, rules=rules,
+        INNER[inner](), *densities, refresh_every=7, exploration_weight=1e-2, rules=rules,
         pattern=pattern, inner_state="reset", stop_exploring_at=stop,
     )  # fmt: skip
     params, batches = parameters(), data(200)
@@ -533,6 +536,12 @@ class Uneven(tk.Method):
             lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2, pattern=tk.Block(4, 4)),
             {},
             r"w: forward density 0.1 of 4 blocks .* leaves less than one block",
+        ),
+        (lambda: tk.methods.pruning(optax.sgd(0.1), 0.5, 10, 20), {}, "other numbers of units"),
+        (
+            lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2, pattern=tk.Channel()),
+            {},
+            r"w: pattern Channel\(\) has no compact form",
         ),
     ],
 )

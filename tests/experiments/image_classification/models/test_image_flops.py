@@ -1,24 +1,24 @@
 """ResNet-50's FLOPs against the table of the RigL paper, by way of the project's own config."""
 
-import math
+import pathlib
+import re
 
 import jax
-import numpy as np
 import optax
 import pytest
 
 import topkast_jax as tk
 from experiments.config import resolve
 from experiments.task import make_task
-from topkast_jax.method import Layer
+from topkast_jax.always_sparse import AlwaysSparse
 from topkast_jax.rules import resolve as resolve_rules
-from topkast_jax.statistics import CountsOverSteps, LeafCounts
+from topkast_jax.statistics import LeafCounts
 
 # What is dense: the first convolution with RigL's uniform densities, nothing with ERK (which shares
 # out over all kernels), the first convolution and the last layer with Top-KAST's.
 FIRST = {"uniform": [("stem/kernel", tk.Dense())], "erk": []}
 ENDS = [("stem/kernel", tk.Dense()), ("head/kernel", tk.Dense())]
-STEPS, EVERY = 32_000, 100
+STEPS = 32_000
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +74,8 @@ def test_training_fraction_is_two_forward_and_one_backward(resnet50):
 def over_run(resnet50, tx):
     """The share of a dense run's FLOPs that 32,000 steps take, a choice after every 100."""
     params, by_leaf = resnet50
-    plan = tx.plan
-    leaves = plan.sparse_leaves(params)
-    layers = dict.fromkeys(leaves, Layer(None, None, None, None, None, None))
-    units = jax.jit(lambda step: plan.method.allocate(layers, leaves, step))
-    sums = CountsOverSteps()
-    for start in range(0, STEPS, EVERY):
-        kept = jax.device_get(units(np.int32(start)))
-        counts = {
-            path: LeafCounts(
-                leaf.entries_in(math.prod(leaf.grid)), *map(leaf.entries_in, kept[path]), True
-            )
-            for path, leaf in leaves.items()
-        }
-        steps = range(start + 1, start + EVERY + 1)
-        sums.add(counts, EVERY, sum(map(plan.needs_dense_gradient, steps)))
-    assert sums.steps == STEPS
-    return tk.statistics.flops(by_leaf, sums.mean()).training_fraction
+    _, mean = tk.statistics.planned_counts(tx.plan, params, STEPS)
+    return tk.statistics.flops(by_leaf, mean).training_fraction
 
 
 def rules(distribution, dense=None):
@@ -103,6 +88,9 @@ METHODS = {
     "set": {},
     "rigl": {"last_choice_at": 25_000},
     "snfs": {},
+    "snip": {},
+    "dnw": {"refresh_every": 100},  # with a choice in every step it takes as many FLOPs
+    "srigl": {"last_choice_at": 25_000},
     # The published run's schedule is not known; this one has its FLOPs.
     "pruning": {"begin_at": 10_000, "end_at": 25_000},
 }
@@ -134,3 +122,42 @@ def test_training_fraction_of_top_kast(resnet50, backward, published):
     """Figure 2a at 80 % forward sparsity, first and last layer dense."""
     tx = tk.top_kast(optax.sgd(0.1), 0.2, backward, rules=rules("uniform", ENDS))
     assert over_run(resnet50, tx) == pytest.approx(published, abs=0.004)
+
+
+DOCUMENT = pathlib.Path(__file__).parents[4] / "docs" / "methods.md"
+
+
+def test_the_table_of_methods_is_that_of_the_registry(resnet50):
+    """A row for each method; its needs are those of its class, its FLOPs those of ResNet-50."""
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*?\| (never|\w.*?) \| \.(\d+) / \.(\d+)( \(ERK\))? \|.*\| (yes|no) \|$",
+        DOCUMENT.read_text(),
+        re.MULTILINE,
+    )
+    assert [row[0] for row in rows] == ["top_kast", *sorted(set(tk.methods.names()) - {"top_kast"})]
+    for name, gradient, at_80, at_90, erk, compact in rows:
+        for density, found in ((0.2, at_80), (0.1, at_90)):
+            options = dict(METHODS.get(name, {"backward_density": 0.5}))
+            options["rules"] = rules("erk" if erk else "uniform")
+            tx = tk.methods.get(name)(optax.sgd(0.1), density, **options)
+            assert over_run(resnet50, tx) == pytest.approx(float(f"0.{found}"), abs=0.0006), name
+        plan = tx.plan
+        when = (
+            "in every step"
+            if plan.method.observes_gradient or plan.backward_density == 1
+            else "in the first step"
+            if plan.method.first_choice == "first_update"
+            else "at a refresh"
+            if plan.method.needs_gradient
+            else "never"
+        )
+        assert gradient.startswith(when), name
+        params = {"w": jax.ShapeDtypeStruct((16, 16), "float32")}
+        options = {k: v for k, v in options.items() if k != "rules"}
+        small = tk.methods.get(name)(optax.sgd(0.1), 0.25, **options)
+        try:
+            AlwaysSparse(small, params)
+            possible = "yes"
+        except tk.SparsityError:
+            possible = "no"
+        assert compact == possible, name
