@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from topkast_jax.flags import (
     has,
 )
 from topkast_jax.flops import leaf_flops
+from topkast_jax.method import Method
 from topkast_jax.selection import MOST_ENTRIES
 from topkast_jax.sets import (
     CompactState,
@@ -267,13 +269,11 @@ def planned_counts(
 
     @jax.jit
     def scheduled(finished: Any) -> Any:
-        return {} if plan is None else {
-            path: plan.method.scheduled(leaf, finished) for path, leaf in leaves.items()
-        }  # fmt: skip
+        assert plan is not None
+        return {path: plan.method.scheduled(leaf, finished) for path, leaf in leaves.items()}
 
     def after(finished: int) -> dict[str, LeafCounts]:
-        if plan is None:
-            return dense
+        assert plan is not None
         full = finished == 0 and plan.method.first_choice == "first_update"
         stopped = plan.stop_exploring_at is not None and finished >= int(plan.stop_exploring_at)
         found = {}
@@ -283,12 +283,23 @@ def planned_counts(
             found[path] = LeafCounts(entries[path], kept, updated, True)
         return dense | found
 
-    sums, first, counts = CountsOverSteps(), 1, after(0)
-    for step in range(1, steps + 1):
-        if step < steps and not (plan and plan.changes_after(step)):
-            continue
+    sums = CountsOverSteps()
+    if plan is None:
+        sums.add(dense, steps)
+        return dense, sums.mean()
+    choices = range(int(plan.refresh_every or steps), steps + 1, int(plan.refresh_every or steps))
+    changes = {1, steps, *(choices if type(plan.method).scheduled is not Method.scheduled else ())}
+    if plan.stop_exploring_at is not None:
+        changes.add(min(steps, max(1, int(plan.stop_exploring_at))))
+    first, counts = 1, after(0)
+    for step in sorted(changes):
+        here = {
+            1,
+            *choices[bisect.bisect_left(choices, first) : bisect.bisect_right(choices, step)],
+        }
         taken = range(first, step + 1)
-        sums.add(counts, len(taken), sum(map(plan.needs_dense_gradient, taken)) if plan else 0)
+        seen = taken if plan.method.observes_gradient else [s for s in here if s in taken]
+        sums.add(counts, len(taken), sum(map(plan.needs_dense_gradient, seen)))
         if step < steps:
             first, counts = step + 1, after(step)
     return counts, sums.mean()
