@@ -265,7 +265,7 @@ def planned_counts(
     names, arrays, _ = flatten_with_names(params)
     entries = {name: math.prod(np.shape(x)) for name, x in zip(names, arrays, strict=True)}
     leaves = plan.sparse_leaves(params) if plan else {}
-    dense = {name: LeafCounts(n, n, n, False) for name, n in entries.items()}
+    whole = {name: LeafCounts(n, n, n, False) for name, n in entries.items()}
 
     @jax.jit
     def scheduled(finished: Any) -> Any:
@@ -281,25 +281,23 @@ def planned_counts(
             kept, updated = (leaves[path].entries_in(int(count)) for count in pair)
             kept, updated = (entries[path],) * 2 if full else (kept, kept if stopped else updated)
             found[path] = LeafCounts(entries[path], kept, updated, True)
-        return dense | found
+        return whole | found
 
     sums = CountsOverSteps()
     if plan is None:
-        sums.add(dense, steps)
-        return dense, sums.mean()
+        sums.add(whole, steps)
+        return whole, sums.mean()
     choices = range(int(plan.refresh_every or steps), steps + 1, int(plan.refresh_every or steps))
     changes = {1, steps, *(choices if type(plan.method).scheduled is not Method.scheduled else ())}
     if plan.stop_exploring_at is not None:
         changes.add(min(steps, max(1, int(plan.stop_exploring_at))))
     first, counts = 1, after(0)
     for step in sorted(changes):
-        here = {
-            1,
-            *choices[bisect.bisect_left(choices, first) : bisect.bisect_right(choices, step)],
-        }
-        taken = range(first, step + 1)
-        seen = taken if plan.method.observes_gradient else [s for s in here if s in taken]
-        sums.add(counts, len(taken), sum(map(plan.needs_dense_gradient, seen)))
+        taken = step + 1 - first
+        low, high = bisect.bisect_left(choices, first), bisect.bisect_right(choices, step)
+        asked = {1, *choices[low:high]} if first == 1 else choices[low:high]
+        dense = sum(map(plan.needs_dense_gradient, asked))
+        sums.add(counts, taken, taken if plan.method.observes_gradient else dense)
         if step < steps:
             first, counts = step + 1, after(step)
     return counts, sums.mean()
