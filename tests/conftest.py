@@ -6,7 +6,9 @@ from pathlib import Path
 from experiments.tpu import library
 
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    "--xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0 "  # Most of the time of the tests goes into compiling.
+    + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"

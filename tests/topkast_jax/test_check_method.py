@@ -22,15 +22,19 @@ METHODS = {
 }  # fmt: skip
 
 
-# These differ from "top_kast" in options that only some checks can tell apart.
-VARIANTS = ("top_kast_every_step", "top_kast_stopping")
-TELLING = ("inner_optimizers", "types", "checkpoints")
+# These differ from "top_kast" in options that only some checks can tell apart; -m slow runs all.
+TELLING = {
+    "top_kast_every_step": ("types", "inner_optimizers"),
+    "top_kast_stopping": ("types", "checkpoints"),
+    "top_kast_blocks": ("types", "precision", "ensemble", "sharding"),
+    "static_random": ("types", "ensemble", "sharding", "checkpoints"),
+}
 
 
 def cases():
     for method in METHODS:
         for check in testing.CHECKS:
-            rarely = method in VARIANTS and check not in TELLING
+            rarely = check not in TELLING.get(method, testing.CHECKS)
             yield pytest.param(method, check, marks=[pytest.mark.slow] if rarely else [])
 
 

@@ -169,6 +169,7 @@ def test_the_state_of_a_compact_run_is_its_backward_set():
     assert bench_memory.state_bytes(run) == 4 * (5 * backward + 4 * dense + counters)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_always_sparse_training_takes_little_memory(capsys):
     """What the issue asks of the large model, of one that compiles sooner."""
