@@ -41,3 +41,34 @@ def cases():
 @pytest.mark.parametrize(("method", "check"), list(cases()))
 def test_conformance(method, check):
     testing.check_method(METHODS[method], checks=[check])
+
+
+PATTERNS = (tk.Unstructured(), tk.Block(4, 2), tk.Channel(), tk.NOfM(2, 4), tk.FanIn())
+OPTIONS = {
+    "top_kast": {"backward_density": 0.75, "refresh_every": 2},
+    "static_random": {"seed": 0},
+    "pruning": {"begin_at": 0, "end_at": 4, "refresh_every": 2},
+    "pruning globally": {"begin_at": 0, "end_at": 4, "refresh_every": 2, "ranking": "global"},
+    "top_kast at random": {
+        "backward_density": 0.75, "refresh_every": 2, "exploration_set": "random",
+    },
+    "snip": {},
+}  # fmt: skip
+RANKED_OVER_ALL = ("snip", "snfs", "pruning globally")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("name", sorted({*tk.methods.names(), *OPTIONS}))
+def test_every_method_takes_every_pattern_or_refuses_it(name, pattern):
+    options = dict(OPTIONS.get(name, {"refresh_every": 2}))
+    if name != "srigl":
+        options["pattern"] = pattern
+    elif pattern != tk.FanIn():
+        pytest.skip("SRigL has a pattern of its own")
+    make = functools.partial(tk.methods.get(name.split()[0]), forward_density=0.5, **options)
+    if name in RANKED_OVER_ALL and isinstance(pattern, tk.NOfM | tk.FanIn):
+        with pytest.raises(tk.SparsityError, match="fixes how many each group keeps"):
+            testing.check_method(make, checks=["types"])
+    else:
+        testing.check_method(make, checks=["types", "checkpoints"])
