@@ -135,7 +135,13 @@ def test_momentum_is_one_line():
     assert shapes == {()}
 
 
-@pytest.mark.parametrize("name", IMAGE_CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if n == "imagenet_resnet50" else [])
+        for n in IMAGE_CONFIGS
+    ],
+)
 def test_the_first_convolution_is_dense_and_every_other_kernel_sparse(name):
     config = resolve(name, "90/80")
     params = state.abstract_params(make_task(config))

@@ -33,7 +33,7 @@ def assert_same(one, other):
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
-        ("quickstart", "dense"),
+        pytest.param("quickstart", "dense", marks=pytest.mark.slow),
         ("quickstart", "98/90"),
         pytest.param("quickstart", "static-98", marks=pytest.mark.slow),
         pytest.param("cifar10_resnet20", "90/80", marks=pytest.mark.slow),
@@ -72,10 +72,8 @@ def test_every_registered_method_is_run():
     assert set(METHODS) == set(tk.methods.names())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n in ("pruning", "rigl") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
-)
+@pytest.mark.slow  # test_set_counts.py runs some of them with a task that compiles fast
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_by_its_name_alone(tmp_path, name):
     small = ("model.width=0.25", "batch_size=8", "eval_at_end=False")
     overrides = (*small, f"method.name={name}", *METHODS[name])
@@ -124,7 +122,8 @@ def test_eight_devices_give_the_same_sets_and_losses_as_one(mesh):
 RESUME = ("steps=9", "method.refresh_every=2", "checkpoint_every=3", "log_every=2", "eval_every=4")
 
 
-@pytest.mark.parametrize("stop_at", [4, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_resume.py does it with a task that compiles fast
+@pytest.mark.parametrize("stop_at", [4, 6])
 def test_a_continued_run_equals_the_uninterrupted_one(tmp_path, stop_at):
     config = lambda: resolve(spec("quickstart", "98/90,smoke"), RESUME)  # noqa: E731
     assert train(config(), tmp_path / "whole") == "finished"

@@ -48,9 +48,16 @@ COMPACT = "method.always_sparse=True"
     ("sets", "overrides"),
     [
         (lambda step: top_kast(step, 11), (f"{STOP}=11",)),
-        (lambda step: top_kast(step, 10), (f"{STOP}=10",)),  # right after a choice
-        (lambda step: top_kast(step, 7), (f"{STOP}=7", "method.refresh_every=1")),
-        (lambda step: top_kast(step, 0), (f"{STOP}=0",)),
+        *[
+            pytest.param(
+                lambda step, stop=stop: top_kast(step, stop), options, marks=pytest.mark.slow
+            )
+            for stop, options in (
+                (10, (f"{STOP}=10",)),  # right after a choice
+                (7, (f"{STOP}=7", "method.refresh_every=1")),
+                (0, (f"{STOP}=0",)),
+            )
+        ],
         (lambda step: top_kast(step, 11), (f"{STOP}=11", COMPACT, "method.refresh_delay=1")),
         (rigl, ("method.name=rigl",)),
         (pruning, ("method.name=pruning", "method.begin_at=2", "method.end_at=14")),

@@ -123,15 +123,21 @@ INNER = {
 @pytest.mark.parametrize(
     ("inner", "rules", "pattern", "stop"),
     [
-        ("momentum", ALL, tk.Unstructured(), None),
+        pytest.param("momentum", ALL, tk.Unstructured(), None, marks=pytest.mark.slow),
         ("adam", ALL, tk.Block(4, 2), None),
         ("adam", ONE, tk.Unstructured(), 100),
         ("momentum", ONE, tk.Unstructured(), 0),
-        *[(inner, ONE, tk.Unstructured(), None) for inner in ("adamw", "rmsprop", "inject")],
         *[
-            (inner, ONE, tk.Unstructured(), 100)
-            for inner in ("adagrad", "schedule_free", "decayed")
+            pytest.param(inner, ONE, tk.Unstructured(), stop, marks=pytest.mark.slow)
+            for inner, stop in (
+                ("adamw", None),
+                ("rmsprop", None),
+                ("adagrad", 100),
+                ("schedule_free", 100),
+            )
         ],
+        ("inject", ONE, tk.Unstructured(), None),
+        ("decayed", ONE, tk.Unstructured(), 100),
         ("clipped", ONE, tk.Block(3, 2), None),
         ("momentum", ONE, tk.FanIn(), None),
         ("momentum", ONE, tk.NOfM(2, 4), None),

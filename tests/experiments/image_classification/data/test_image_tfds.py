@@ -112,6 +112,7 @@ def test_records_are_the_prepared_images(data_dir):
         assert found == expected
 
 
+@pytest.mark.slow
 def test_training_reads_them_without_tensorflow(data_dir, tmp_path):
     assert python(TRAIN, data_dir, tmp_path / "run").splitlines()[-1] == "False"
     assert (tmp_path / "run" / "final.json").exists()

@@ -66,7 +66,12 @@ def _case(name):
     return {**arrays, "cfg": np.array(json.dumps(cfg))}, cfg, weights, last_loss
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("shape", "memory_below_target", "untied", "div1_some_tied", "div2_some_tied")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in CASES]
+)
 def test_oracle(name):
     golden, _, weights, last_loss = _case(name)
     scan = list(CASES).index(name) % 2 == 0

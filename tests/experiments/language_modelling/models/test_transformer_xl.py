@@ -182,7 +182,13 @@ def with_dropout():
 
 
 @pytest.mark.parametrize(
-    "changed", [{"scan": True}, {"remat": True}, {"scan": True, "remat": True}], ids=str
+    "changed",
+    [
+        {"scan": True},
+        pytest.param({"remat": True}, marks=pytest.mark.slow),
+        {"scan": True, "remat": True},
+    ],
+    ids=str,
 )
 def test_scan_and_remat_change_no_number(with_dropout, changed):
     params, ((loss, memory), gradient) = with_dropout
