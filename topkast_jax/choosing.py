@@ -316,11 +316,12 @@ def layer_keys(seed: Any, paths: Sequence[str], leaf: Leaf, step: Any) -> jax.Ar
 
     The key of a layer follows from the leaf's path, wherever the leaf stands in the tree.
     """
-    # From scalars: an array would be an operand of the `cond` around a choice, which in `shard_map`
-    # under vmap makes it varying, and `fold_in` would then mark it as varying once more.
-    crcs = [jnp.full(1, zlib.crc32(path.encode()), jnp.uint32) for path in paths]
-    numbers = jnp.concatenate(crcs)
     key = jax.random.key(seed)
+    numbers: Any = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
+    if jax.typeof(seed).mat.varying or jax.typeof(step).mat.varying:
+        # An array would be an operand of the `cond` around a choice, which in `shard_map` under
+        # vmap makes it varying, and `fold_in` would then mark it as varying once more.
+        numbers = jnp.concatenate([jnp.full(1, number) for number in numbers])
 
     def of_leaf(number: Any) -> jax.Array:
         own = jax.random.fold_in(jax.random.fold_in(key, number), step)
