@@ -1,6 +1,6 @@
 """Times what a sparsity method costs before the first step, beside the same optimizer alone.
 
-    .venv/bin/python scripts/bench_compile.py [--cases=300x1,1000x1,300x20] [--leaves=…]
+    .venv/bin/python scripts/bench_compile.py [--cases=300x1,1000x1,300x20]
 
 A case is a number of leaves and a number of shapes among them: `300x20` is 300 kernels of 20
 shapes. For Adam and for Top-KAST around Adam (refresh every 100 steps) it times `init`, the trace

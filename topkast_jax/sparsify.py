@@ -19,7 +19,7 @@ from topkast_jax.choosing import Chooser, over_stack
 from topkast_jax.errors import SparsityError, shown
 from topkast_jax.flags import FORWARD, first_flags, frozen_flags, has, unpack
 from topkast_jax.inner_state import map_parameter_shaped
-from topkast_jax.method import Density, Leaf, Method, Sets, enters_anew
+from topkast_jax.method import Density, Leaf, Method, Sets, allocates, enters_anew
 from topkast_jax.patterns import Pattern, Unstructured
 from topkast_jax.rules import Rules, check_densities, check_pattern, check_rules, resolve
 from topkast_jax.serialization import register_with_flax
@@ -75,11 +75,11 @@ class Plan:
         every, stop = self.refresh_every, self.stop_exploring_at
         return every is not None and step % int(every) == 0 and (stop is None or step < int(stop))
 
-    def changes_after(self, step: int) -> bool:
-        """Whether the steps after so many finished ones may have other sets than this one."""
+    def counts_change_after(self, step: int) -> bool:
+        """Whether the steps after so many finished ones may have sets of other sizes than this."""
         first = step == 1 and self.method.first_choice == "first_update"
         stops = self.stop_exploring_at is not None and step == int(self.stop_exploring_at)
-        return first or stops or self.chooses_after(step)
+        return first or stops or (allocates(self.method) and self.chooses_after(step))
 
     def needs_dense_gradient(self, step: int) -> bool:
         """Whether choosing sets takes the gradient of whole leaves in a step; the first is 1."""

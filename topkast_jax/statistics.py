@@ -272,12 +272,14 @@ def planned_counts(
         assert plan is not None
         return {path: plan.method.scheduled(leaf, finished) for path, leaf in leaves.items()}
 
+    every = int(plan.refresh_every or steps) if plan else steps
+
     def after(finished: int) -> dict[str, LeafCounts]:
         assert plan is not None
         full = finished == 0 and plan.method.first_choice == "first_update"
         stopped = plan.stop_exploring_at is not None and finished >= int(plan.stop_exploring_at)
         found = {}
-        for path, pair in scheduled(finished).items():
+        for path, pair in scheduled(finished // every * every).items():
             kept, updated = (leaves[path].entries_in(int(count)) for count in pair)
             kept, updated = (entries[path],) * 2 if full else (kept, kept if stopped else updated)
             found[path] = LeafCounts(entries[path], kept, updated, True)
@@ -287,7 +289,7 @@ def planned_counts(
     if plan is None:
         sums.add(whole, steps)
         return whole, sums.mean()
-    choices = range(int(plan.refresh_every or steps), steps + 1, int(plan.refresh_every or steps))
+    choices = range(every, steps + 1, every)
     changes = {1, steps, *(choices if type(plan.method).scheduled is not Method.scheduled else ())}
     if plan.stop_exploring_at is not None:
         changes.add(min(steps, max(1, int(plan.stop_exploring_at))))

@@ -44,7 +44,6 @@ def finish(config: ConfigDict, overridden: Iterable[str] = ()) -> None:
         overridden: the keys that the user set; it is an error if nothing reads one of them.
     """
     with config.unlocked():
-        methods.complete(config)
         _drop_unread(config, frozenset(overridden))
         check_values(config, _CHECKS)
         methods.follow_steps(config)

@@ -163,9 +163,9 @@ class Masked(Representation):
         """
         plan, params, opt_state = self._method.plan, state.params, state.opt_state
         is_last = lambda step: plan.stop_exploring_at == step  # noqa: E731
-        if plan.changes_after(step) and is_last(step + 1):
+        if plan.counts_change_after(step) and is_last(step + 1):
             return step + 1, tk.statistics.start_leaf_counts(params, opt_state)
-        if step > 1 and plan.changes_after(step - 1) and not is_last(step):
+        if step > 1 and plan.counts_change_after(step - 1) and not is_last(step):
             used = tk.statistics.start_leaf_counts(params, opt_state, of_last_step=True)
             return step, used
         return None

@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 from toy import CLASSES, INPUTS
+from toy_runs import config as toy_config
 from toy_runs import run
 
+from experiments.records import summary
+from experiments.task import make_task
 from topkast_jax import keep_count
 
 STEPS = 20
@@ -79,3 +82,7 @@ def test_final_is_over_the_run(tmp_path, sets, overrides):
     assert final["flops"]["training_fraction"] == pytest.approx(training, abs=1e-12)
     inference = final["densities"]["forward"]
     assert final["flops"]["inference_fraction"] == pytest.approx(inference)
+    config = toy_config("80/60", *overrides)
+    told_before = summary.description(config, make_task(config))
+    assert told_before["training_flops_fraction"] == pytest.approx(training, abs=1e-12)
+    assert told_before["active_parameters"] == final["active_parameters"]
