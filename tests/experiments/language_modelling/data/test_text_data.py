@@ -14,6 +14,7 @@ from experiments.language_modelling.data.archives import read_text
 from experiments.language_modelling.data.corpus import cut, from_text, python_docs, text_file
 from experiments.language_modelling.data.vocabulary import Vocabulary
 from experiments.language_modelling.generate import encode_prompt
+from experiments.training import methods
 
 SMALL = "configs/enwik8_small.py:smoke"
 LARGE = "configs/wikitext103_large.py:smoke"
@@ -170,6 +171,7 @@ def test_mistakes_are_one_line(overrides, message):
 def test_stacked_layers_need_rules():
     config = base_config("language_modelling")
     config.method.name, config.model.scan = "top_kast", True
+    methods.complete(config)
     with pytest.raises(
         UserError, match="config.method.rules: found None; with config.model.scan=True"
     ):
