@@ -23,8 +23,8 @@ sparsity runs on); smoke (three steps of a tiny model on Python's own documentat
 
 from ml_collections import ConfigDict
 
-from experiments.config import base_config
-from experiments.language_modelling.config import apply_variant, shrink_to_smoke
+from experiments.config import apply_variant, base_config
+from experiments.language_modelling.config import shrink_to_smoke
 
 
 def get_config(variant: str = "90/80") -> ConfigDict:
@@ -61,6 +61,6 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.method.exploration_weight = 1e-4
     # Attention and feed-forward blocks are sparse; embeddings and the tied softmax are dense.
     config.method.rules = (("layers/.*/kernel", "sparse"), (".*", "dense"))
-    if apply_variant(config, variant):
+    if "smoke" in apply_variant(config, variant):
         shrink_to_smoke(config)
     return config

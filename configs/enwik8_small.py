@@ -28,8 +28,8 @@ narrower, with as many parameters as a model of F % sparsity runs on); smoke.
 
 from ml_collections import ConfigDict
 
-from experiments.config import base_config
-from experiments.language_modelling.config import apply_variant, shrink_to_smoke
+from experiments.config import apply_variant, base_config
+from experiments.language_modelling.config import shrink_to_smoke
 
 
 def get_config(variant: str = "90/80") -> ConfigDict:
@@ -64,7 +64,7 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.method.exploration_weight = 1e-4
     # Attention and feed-forward blocks are sparse; embeddings and the tied softmax are dense.
     config.method.rules = (("layers/.*/kernel", "sparse"), (".*", "dense"))
-    smoke = apply_variant(config, variant)
+    smoke = "smoke" in apply_variant(config, variant)
     if config.method.name == "dense":
         narrow = config.model.small_dense.forward_density < 1
         config.optimizer.learning_rate = 3e-3 if narrow else 1e-3

@@ -15,9 +15,9 @@ from experiments.task import make_task
 from experiments.training import optimizers, state
 
 ROOT = pathlib.Path(__file__).parent.parent / "configs"
-IMAGE_CONFIGS = ("quickstart", "cifar10_resnet20", "imagenet_resnet50")
-VARIANTS = ("dense", "80/50", "80/80", "90/80", "95/90", "98/90", "static-90")
-SWEEPS = ("quickstart", "imagenet_resnet50", "enwik8_small_blocks")
+IMAGE_CONFIGS = ("quickstart", "cifar10_small", "cifar10_resnet20", "imagenet_resnet50")
+VARIANTS = ("dense", "80/50", "80/80", "90/80", "95/90", "98/90", "static-90", "rigl-90")
+SWEEPS = ("quickstart", "cifar10_methods", "imagenet_resnet50", "enwik8_small_blocks")
 
 
 def resolve(name, variant, *overrides):
@@ -35,6 +35,8 @@ def test_every_variant_validates(name, smoke):
             assert method.name == "dense"
         elif variant == "static-90":
             assert (method.name, method.forward_density) == ("static_random", 0.1)
+        elif variant == "rigl-90":
+            assert (method.name, method.forward_density) == ("rigl", 0.1)
         else:
             forward, backward = map(int, (variant or "90/80").split("/"))
             assert method.name == "top_kast"
@@ -43,7 +45,9 @@ def test_every_variant_validates(name, smoke):
         assert (config.steps == 3) == smoke
 
 
-@pytest.mark.parametrize("variant", ["90", "dens", "90/80/70", "static-", "smoke,fast"])
+@pytest.mark.parametrize(
+    "variant", ["90", "dens", "90/80/70", "static-", "static-100", "rig-90", "smoke,fast"]
+)
 @pytest.mark.parametrize("name", IMAGE_CONFIGS)
 def test_a_bad_variant_names_what_is_allowed(name, variant):
     with pytest.raises(UserError) as error:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+import topkast_jax as tk
 from experiments import task as tasks
 from experiments.errors import UserError
 from experiments.training import methods
@@ -72,7 +73,10 @@ def apply_variant(config: ConfigDict, variant: str, flags: Sequence[str] = ("smo
     Args:
         config: the config; it is changed in place.
         variant: a comma list of words: `dense`, `F/B` (Top-KAST with forward and backward sparsity
-            in percent), `static-F` (a fixed random mask), and the flags.
+            in percent), `METHOD-F` (another registered method with forward sparsity F), `static-F`
+            (a fixed random mask, `static_random-F`), `small-dense-F` (a dense and narrower model
+            of the same depth, with as many parameters as one of F % sparsity by `method.rules` runs
+            on), and the flags.
         flags: further words, to which the config file itself reacts.
 
     Returns:
@@ -83,26 +87,42 @@ def apply_variant(config: ConfigDict, variant: str, flags: Sequence[str] = ("smo
         if word in flags:
             found.add(word)
         else:
-            _apply_method(config.method, word, flags)
+            _apply_method(config, word, flags)
     return found
 
 
-def _apply_method(method: ConfigDict, word: str, flags: Sequence[str]) -> None:
+def _apply_method(config: ConfigDict, word: str, flags: Sequence[str]) -> None:
+    method = config.method
     try:
         if word == "dense":
             method.name = "dense"
-        elif word.startswith("static-"):
-            method.name = "static_random"
-            method.forward_density = _density(word.removeprefix("static-"))
+        elif word.startswith("small-dense-") and "small_dense" in config.model:
+            small = config.model.small_dense
+            small.forward_density = _density(word.removeprefix("small-dense-"))
+            small.rules = method.get("rules", ())
+            method.name = "dense"
+        elif "-" in word:
+            name, _, forward = word.rpartition("-")
+            method.name = {"static": "static_random"}.get(name, name)
+            if method.name not in tk.methods.names():
+                raise ValueError
+            method.forward_density = _density(forward)
         else:
             forward, backward = word.split("/")
             method.name = "top_kast"
             method.forward_density = _density(forward)
             method.backward_density = _density(backward)
     except ValueError:
-        allowed = ", ".join(["dense", "F/B", "static-F", *flags])
-        raise UserError(f"variant {word!r}: allowed: {allowed} (F, B: sparsity in %)") from None
+        names = [f"{name}-F" for name in tk.methods.names() if name != "top_kast"]
+        small = ["small-dense-F"] if "small_dense" in config.model else []
+        allowed = ", ".join(["dense", "F/B", "static-F", *small, *names, *flags])
+        raise UserError(
+            f"variant {word!r}: allowed: {allowed} (F, B: sparsity in %, 0 to below 100)"
+        ) from None
 
 
 def _density(percent: str) -> float:
-    return round(1 - float(percent) / 100, 9)
+    density = round(1 - float(percent) / 100, 9)
+    if not 0 < density <= 1:
+        raise ValueError
+    return density

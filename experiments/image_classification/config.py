@@ -10,6 +10,7 @@ from experiments.image_classification.models import MODELS
 
 _CHECKS = {
     "model.label_smoothing": number(0, 1, below=True),
+    "model.small_dense.forward_density": number(0, 1, above=True),
     "data.channels": one_of(1, 3),
     "data.image_size": integer(8),
     "data.threads": integer(1),
@@ -26,6 +27,10 @@ def default_config() -> ConfigDict:
                 "width": 1.0,  # Multiplies every number of channels.
                 "dtype": "float32",  # That of activations; parameters stay float32.
                 "label_smoothing": 0.0,
+                # Lowers the width, until the model has as many parameters as a sparse one of the
+                # width above runs on, if these rules (as in `method`) and this density make it
+                # sparse.
+                "small_dense": {"forward_density": 1.0, "rules": ()},
             },
             "data": {
                 "name": "embedded_mnist",  # See `data`.

@@ -1,6 +1,6 @@
 """Image classification: a network, labelled images, and their cross-entropy."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,8 +17,11 @@ from experiments.image_classification.data.sources import Source
 from experiments.image_classification.models import MODELS, Network
 from experiments.layers import along_last
 from experiments.task import Batch, Sums, Totals, Tree, ratios
+from experiments.training import small_dense
 
 __all__ = ["ImageClassification", "default_config", "make_task", "validate"]
+
+_WIDTH_PARTS = 256  # The widths of small dense networks are multiples of this part of the full one.
 
 
 class ImageClassification:
@@ -31,13 +34,13 @@ class ImageClassification:
     def __init__(self, config: ConfigDict):
         self._data = config.data
         self._label_smoothing = config.model.get("label_smoothing", 0.0)
-        self._builder = MODELS.get(config.model.name)(config.model)
         self._data_set = DATA_SETS.get(config.data.name)(config.data)
         self._seed = config.seed
         self.units_per_step = config.batch_size
         self._sources: dict[str, Source] = {}
         self._recipe: Recipe = RECIPES.get(config.data.recipe)
         self._num_classes = self._data_set.num_classes()
+        self._builder = self._make_builder(config.model)
         abstract = nnx.eval_shape(lambda: self._make_model(jax.random.key(0)))
         self._graph = nnx.graphdef(abstract)
         self._abstract_params = nnx.state(abstract, nnx.Param)
@@ -105,10 +108,36 @@ class ImageClassification:
             "label": jax.ShapeDtypeStruct((count,), jnp.int32),
         }
 
-    def _make_model(self, rng: jax.Array) -> Network:
+    def _make_builder(self, model: ConfigDict) -> Callable[..., Network]:
+        """The builder of the network, narrowed if it is to be a small dense one."""
+        factory, small = MODELS.get(model.name), model.small_dense
+        if small.forward_density == 1.0:
+            return factory(model)
+
+        def at(part: int) -> Callable[..., Network]:
+            narrow = model.copy_and_resolve_references()
+            narrow.width = model.width * part / _WIDTH_PARTS
+            return factory(narrow)
+
+        def params(part: int) -> Tree:
+            return nnx.state(nnx.eval_shape(lambda: self._build(at(part))), nnx.Param)
+
+        budget = small_dense.active_parameters(
+            params(_WIDTH_PARTS), small.rules, small.forward_density
+        )
+        return at(
+            small_dense.widest(
+                lambda part: small_dense.parameters(params(part)), _WIDTH_PARTS, budget
+            )
+        )
+
+    def _build(self, builder: Callable[..., Network], rng: jax.Array | int = 0) -> Network:
         rngs = nnx.Rngs(params=rng)
         channels, classes = self._data.channels, self._num_classes
-        return self._builder(channels=channels, num_classes=classes, rngs=rngs)
+        return builder(channels=channels, num_classes=classes, rngs=rngs)
+
+    def _make_model(self, rng: jax.Array) -> Network:
+        return self._build(self._builder, rng)
 
     def _merge(self, params: Tree, rest: Tree) -> Network:
         variables = []

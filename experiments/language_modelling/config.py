@@ -1,4 +1,4 @@
-"""The sections `model` and `data` of the config: their defaults, rules and variants."""
+"""The sections `model` and `data` of the config: their defaults and rules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.config import apply_variant as apply_common
 from experiments.config.checks import check_values, integer, one_of
 from experiments.errors import UserError
 from experiments.language_modelling.data import TEXTS
@@ -17,7 +16,6 @@ from experiments.language_modelling.models.narrow import for_stacked_layers
 from experiments.language_modelling.models.settings import Lengths
 from topkast_jax.trees import flatten_with_names
 
-SMALL_DENSE = "small-dense-"
 _CHECKS = {
     "data.level": one_of(*LEVELS),
     "data.eval_split": one_of(*SPLITS[1:]),
@@ -160,39 +158,6 @@ def _stacked(rules: Any, model: Model) -> Any:
         )
     names, _, _ = flatten_with_names(model.abstract_params)
     return for_stacked_layers(rules, names, model.stacked)
-
-
-def apply_variant(config: ConfigDict, variant: str) -> bool:
-    """Sets the method of a config from a variant.
-
-    Args:
-      config: the config; it is changed in place.
-      variant: as for `experiments.config.apply_variant`, with the further word `small-dense-F`.
-        This is a dense and narrower model of the same depth, with as many parameters as a model of
-        F % sparsity by `method.rules` runs on.
-
-    Returns:
-      Whether the variant asks for a smoke test.
-    """
-    words = [word.strip() for word in variant.split(",")]
-    common = [word for word in words if not word.startswith(SMALL_DENSE)]
-    flags = apply_common(config, ",".join(common), flags=("smoke", f"{SMALL_DENSE}F"))
-    for word in words:
-        if word.startswith(SMALL_DENSE):
-            config.method.name = "dense"
-            config.model.small_dense.rules = config.method.get("rules")
-            config.model.small_dense.forward_density = _small_dense_density(word)
-    return "smoke" in flags
-
-
-def _small_dense_density(word: str) -> float:
-    try:
-        density = round(1 - float(word.removeprefix(SMALL_DENSE)) / 100, 9)
-    except ValueError:
-        density = 0.0
-    if not 0 < density <= 1:
-        raise UserError(f"variant {word!r}: F must be a sparsity in %, 0 to below 100")
-    return density
 
 
 def shrink_to_smoke(config: ConfigDict) -> None:

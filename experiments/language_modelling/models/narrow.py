@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-import topkast_jax as tk
 from experiments.config.checks import check_values, number
 from experiments.errors import UserError
 from experiments.language_modelling.models.settings import TransformerXLConfig
 from experiments.language_modelling.models.transformer_xl import LanguageModel
-from experiments.training.methods import read_rules
-from topkast_jax import rules as tk_rules
+from experiments.training import small_dense
 from topkast_jax.trees import flatten_with_names
 
 Rules = Sequence[tuple[str, Any]]
@@ -44,30 +41,20 @@ def transformer_config(model: ConfigDict, vocabulary_size: int) -> TransformerXL
 
 def parameters(config: TransformerXLConfig) -> int:
     """The number of parameters."""
-    _, leaves = _abstract(config)
-    return sum(math.prod(leaf.shape) for leaf in leaves)
+    return small_dense.parameters(_stacked_model(config).abstract_params)
 
 
 def active_parameters(config: TransformerXLConfig, rules: Rules, density: float) -> int:
     """The number of parameters in the forward set, if the rules say what is sparse."""
-    names, leaves = _abstract(config)
-    specs = read_rules(
-        for_stacked_layers(
-            rules, names, LanguageModel(dataclasses.replace(config, scan=True)).stacked
-        )
-    )
-    tree = dict(zip(names, leaves, strict=True))
-    found = tk_rules.resolve(tree, specs, density, 1.0, tk.Unstructured())
-    return sum(
-        math.prod(tree[name].shape) if leaf is None else leaf.entries_in(int(leaf.counts.forward))
-        for name, leaf in found.items()
-    )
+    model = _stacked_model(config)
+    names, _, _ = flatten_with_names(model.abstract_params)
+    rules = for_stacked_layers(rules, names, model.stacked)
+    return small_dense.active_parameters(model.abstract_params, rules, density)
 
 
-def _abstract(config: TransformerXLConfig) -> tuple[list[str], list[Any]]:
-    """The names and shapes of the parameters, with stacked layers, which are made faster."""
-    model = LanguageModel(dataclasses.replace(config, scan=True))
-    return flatten_with_names(model.abstract_params)[:2]
+def _stacked_model(config: TransformerXLConfig) -> LanguageModel:
+    """The model with stacked layers: its parameters are as many, and their shapes made faster."""
+    return LanguageModel(dataclasses.replace(config, scan=True))
 
 
 @functools.lru_cache
@@ -79,14 +66,10 @@ def narrowed(config: TransformerXLConfig, budget: int) -> TransformerXLConfig:
     Raises:
       UserError: no width is narrow enough.
     """
-    low, high = 0, config.d_model // 2
-    while high - low > 1:
-        half = (low + high) // 2
-        fits = parameters(_scaled(config, 2 * half)) <= budget
-        low, high = (half, high) if fits else (low, half)
-    if low == 0:
-        raise UserError(f"config.model.small_dense: no model is as small as {budget} parameters")
-    narrow = _scaled(config, 2 * low)
+    half = small_dense.widest(
+        lambda half: parameters(_scaled(config, 2 * half)), config.d_model // 2, budget
+    )
+    narrow = _scaled(config, 2 * half)
     per_unit = config.n_layer * (2 * narrow.d_model + 1)
     more = (budget - parameters(narrow)) // per_unit
     return dataclasses.replace(narrow, d_inner=narrow.d_inner + more)

@@ -120,3 +120,27 @@ def test_training_moves_the_statistics_and_evaluation_of_them():
     assert jax.tree.structure(moved) == jax.tree.structure(state)
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), moved, state)
     assert jax.tree.all(changed)
+
+
+@pytest.mark.parametrize("sparsity", [90, 95])
+def test_small_dense_has_the_parameters_that_a_sparse_network_runs_on(sparsity):
+    full = task_shapes("dense")
+    small = task_shapes(f"small-dense-{sparsity}")
+    kernels = [size(x) for path, x in full.items() if "kernel" in path and "stem" not in path]
+    kept = sum(kernels) * (1 - sparsity / 100)
+    budget = sum(map(size, full.values())) - sum(kernels) + kept
+    assert small.keys() == full.keys()
+    assert 0.9 * budget < sum(map(size, small.values())) <= budget + len(kernels)
+
+
+def task_shapes(variant):
+    task = make_task(resolve(f"configs/cifar10_small.py:{variant}", TFDS_STAND_IN))
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(params)}
+
+
+TFDS_STAND_IN = ("data.name=embedded_mnist", "data.recipe=mnist", "data.channels=1")
+
+
+def size(x):
+    return int(np.prod(x.shape))

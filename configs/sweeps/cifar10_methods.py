@@ -1,0 +1,26 @@
+"""Every method of the paper's comparison on CIFAR-10, at 90 % and 95 % sparsity.
+
+The accuracies found are in docs/methods.md.
+Hardware: two CPU cores, about four minutes a run.
+
+Command:
+    python -m experiments.sweep --config=configs/sweeps/cifar10_methods.py --workdir=runs/methods
+"""
+
+from collections.abc import Iterator
+
+METHODS = ("static_random", "set", "rigl", "snfs", "snip", "dnw", "pruning", "srigl")
+BACKWARD = {"90": "80", "95": "90"}  # In percent, of Top-KAST.
+
+
+def get_sweep() -> Iterator[tuple[str, str, dict[str, object]]]:
+    yield "dense", "configs/cifar10_small.py:dense", {}
+    for sparsity, backward in BACKWARD.items():
+        top_kast = f"configs/cifar10_small.py:{sparsity}/{backward}"
+        yield f"top_kast_{sparsity}", top_kast, {}
+        yield f"top_kast_random_{sparsity}", top_kast, {"method.exploration_set": "random"}
+        for method in METHODS:
+            yield f"{method}_{sparsity}", f"configs/cifar10_small.py:{method}-{sparsity}", {}
+        pruning = f"configs/cifar10_small.py:pruning-{sparsity}"
+        yield f"pruning_global_{sparsity}", pruning, {"method.ranking": "global"}
+        yield f"small_dense_{sparsity}", f"configs/cifar10_small.py:small-dense-{sparsity}", {}
