@@ -7,7 +7,8 @@ from experiments.tpu import library
 
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0 "  # Most of the time of the tests goes into compiling.
+    # Most of the time of the tests goes into compiling.
+    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"

@@ -58,6 +58,6 @@ def check_values(section: Any, checks: Mapping[str, Check], prefix: str = "confi
         *parents, last = key.split(".")
         parent = section
         for name in parents:
-            parent = parent[name]
+            parent = parent.get(name, {})
         if last in parent and not fits(parent[last]):
             raise UserError(f"{prefix}.{key}: found {parent[last]!r}; must be {rule}")

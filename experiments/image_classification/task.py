@@ -110,8 +110,8 @@ class ImageClassification:
 
     def _make_builder(self, model: ConfigDict) -> Callable[..., Network]:
         """The builder of the network, narrowed if it is to be a small dense one."""
-        factory, small = MODELS.get(model.name), model.small_dense
-        if small.forward_density == 1.0:
+        factory, small = MODELS.get(model.name), model.get("small_dense")
+        if small is None or small.forward_density == 1.0:
             return factory(model)
 
         def at(part: int) -> Callable[..., Network]:

@@ -24,10 +24,10 @@ METHODS = {
 
 # These differ from "top_kast" in options that only some checks can tell apart; -m slow runs all.
 TELLING = {
-    "top_kast_every_step": ("types", "inner_optimizers"),
+    "top_kast_every_step": ("types",),
     "top_kast_stopping": ("types", "checkpoints"),
-    "top_kast_blocks": ("types", "precision", "ensemble", "sharding"),
-    "static_random": ("types", "ensemble", "sharding", "checkpoints"),
+    "top_kast_blocks": ("types", "precision", "sharding"),
+    "static_random": ("types", "ensemble", "checkpoints"),
 }
 
 

@@ -74,7 +74,7 @@ def test_a_block_needs_whole_sizes(sizes):
         tk.Block(*sizes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     shapes=st.lists(
         st.lists(st.integers(1, 64), min_size=2, max_size=4).map(tuple), min_size=1, max_size=6

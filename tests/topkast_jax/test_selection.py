@@ -95,7 +95,7 @@ LEAVES = (
 )
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=80, derandomize=True)
 @given(data=st.data())
 def test_sets_equal_the_oracle(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32), label="seed"))
@@ -108,7 +108,7 @@ def test_sets_equal_the_oracle(data):
     assert not np.any(np.asarray(masks[0]) & ~np.asarray(masks[1]))
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=40, derandomize=True)
 @given(data=st.data())
 def test_start_never_changes_the_answer(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32), label="seed"))

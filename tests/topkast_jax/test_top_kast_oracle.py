@@ -69,9 +69,17 @@ def follow(shape, seed=2, ties=False, inner="sgd", block=None, **options):
     return reference
 
 
+QUICK = (("keep", "sgd"), ("reset", "adam"))
+
+
 @pytest.mark.parametrize(
     ("refresh", "norm", "stop", "kept", "inner"),
-    list(itertools.product([1, 7], ["l2", "l1"], [None, 100], ["keep", "reset"], ["sgd", "adam"])),
+    [
+        pytest.param(*case, marks=[] if case[3:] in QUICK else pytest.mark.slow)
+        for case in itertools.product(
+            [1, 7], ["l2", "l1"], [None, 100], ["keep", "reset"], ["sgd", "adam"]
+        )
+    ],
 )
 def test_follows_the_oracle(refresh, norm, stop, kept, inner):
     reference = follow(

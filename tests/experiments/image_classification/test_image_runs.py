@@ -34,7 +34,7 @@ def assert_same(one, other):
     ("name", "variant"),
     [
         pytest.param("quickstart", "dense", marks=pytest.mark.slow),
-        ("quickstart", "98/90"),
+        pytest.param("quickstart", "98/90", marks=pytest.mark.slow),
         pytest.param("quickstart", "static-98", marks=pytest.mark.slow),
         pytest.param("cifar10_resnet20", "90/80", marks=pytest.mark.slow),
         pytest.param("imagenet_resnet50", "dense", marks=pytest.mark.slow),

@@ -163,7 +163,7 @@ def test_stacked_layers_are_sparse_each_on_its_own(runs):
         assert size.min() > np.abs(kernel[one & FORWARD == 0]).max()
 
 
-@pytest.mark.parametrize("same_length", [True, False])
+@pytest.mark.parametrize("same_length", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_evaluation_is_exact_at_any_number_of_lanes(tmp_path, same_length):
     lengths = ["model.evaluation.target=16", "model.evaluation.memory=24"]
     lengths += [f"model.evaluation.same_length={same_length}", *write_text(tmp_path / "text")]

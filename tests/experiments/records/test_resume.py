@@ -95,7 +95,10 @@ def test_another_mesh_may_go_on(tmp_path, whole):
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 0), pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow)],
+)
 def test_signals(tmp_path, number, status):
     """A process that is asked to end leaves a checkpoint; one that is killed, its last one."""
     command = [sys.executable, "-m", "experiments.main", f"--config={CONFIG}:80/60"]

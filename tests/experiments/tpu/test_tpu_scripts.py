@@ -183,6 +183,7 @@ def test_always_sparse_training_takes_little_memory(capsys):
         assert ratios["device_ratio"] <= 0.40
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_block_kernels_on_several_devices_take_a_part_of_the_tokens_each():
     """Over both axes of the mesh: 8 lanes of 64 tokens are 128 for each of 4 devices."""

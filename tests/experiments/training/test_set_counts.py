@@ -64,7 +64,7 @@ COMPACT = "method.always_sparse=True"
         (lambda step: top_kast(step, 11), (f"{STOP}=11", COMPACT, "method.refresh_delay=1")),
         (rigl, ("method.name=rigl",)),
         (pruning, ("method.name=pruning", "method.begin_at=2", "method.end_at=14")),
-        (snip, ("method.name=snip",)),
+        pytest.param(snip, ("method.name=snip",), marks=pytest.mark.slow),
     ],
 )
 def test_final_is_over_the_run(tmp_path, sets, overrides):

@@ -63,10 +63,15 @@ def test_other_blocks(block, dtype):
     ("topology", "block", "dtype"),
     [
         ("v5e:2x2", Block(1024, 1024), jnp.bfloat16),
-        ("v5e:2x2", Block(2048, 2048), jnp.bfloat16),
-        ("v5e:2x2", Block(128, 4096), jnp.bfloat16),
-        ("v4:2x2x1", Block(1024, 1024), jnp.bfloat16),
-        ("v4:2x2x1", Block(512, 512), jnp.float32),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("v5e:2x2", Block(2048, 2048), jnp.bfloat16),
+                ("v5e:2x2", Block(128, 4096), jnp.bfloat16),
+                ("v4:2x2x1", Block(1024, 1024), jnp.bfloat16),
+                ("v4:2x2x1", Block(512, 512), jnp.float32),
+            )
+        ],
         ("v4:2x2x1", Block(640, 4096), jnp.float32),
     ],
     ids=str,

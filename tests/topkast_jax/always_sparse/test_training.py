@@ -138,8 +138,8 @@ INNER = {
         ],
         ("inject", ONE, tk.Unstructured(), None),
         ("decayed", ONE, tk.Unstructured(), 100),
-        ("clipped", ONE, tk.Block(3, 2), None),
-        ("momentum", ONE, tk.FanIn(), None),
+        pytest.param("clipped", ONE, tk.Block(3, 2), None, marks=pytest.mark.slow),
+        pytest.param("momentum", ONE, tk.FanIn(), None, marks=pytest.mark.slow),
         ("momentum", ONE, tk.NOfM(2, 4), None),
     ],
 )
