@@ -312,7 +312,7 @@ def test_members_of_an_ensemble_train_as_each_would_alone():
         alone = jax.tree.leaves((params, tk.forward_params(params, state), loss))
         for members, x in zip(jax.tree.leaves(found), alone, strict=True):
             # Under vmap sums have another order, so two entries that tie may change places.
-            assert np.mean(~np.isclose(members[i], x, 1e-3, 1e-4)) <= 0.01
+            assert np.mean(~np.isclose(members[i], x, 1e-3, 1e-3)) <= 0.01
     kept = found[1]["hidden"]["kernel"] != 0
     assert np.any(kept[0] != kept[1])
 
