@@ -309,10 +309,11 @@ def test_members_of_an_ensemble_train_as_each_would_alone():
         state = scope["tx"].init(params)
         for _ in range(3):
             params, state, loss = scope["train_step"](params, state, scope["batch"])
-        alone = jax.tree.leaves((params, tk.forward_params(params, state), loss))
-        for members, x in zip(jax.tree.leaves(found), alone, strict=True):
-            # Under vmap sums have another order, so two entries that tie may change places.
-            assert np.mean(~np.isclose(members[i], x, 1e-3, 1e-3)) <= 0.01
+        alone = (params, tk.forward_params(params, state), loss)
+        difference = jax.tree.map(lambda members, x, i=i: members[i] - x, found, alone)
+        # Under vmap sums have another order: Adam takes a step of another sign where a gradient is
+        # next to nothing, and two entries that tie may change places.
+        assert optax.tree.norm(difference) <= 0.03 * optax.tree.norm(alone)
     kept = found[1]["hidden"]["kernel"] != 0
     assert np.any(kept[0] != kept[1])
 
