@@ -38,7 +38,7 @@ SMALL = 2**14  # entries up to which plain bisection is used: few lines to compi
 _LARGE = 2**20  # entries from which float32 magnitudes often tie
 # Distances of the first probes from the start, log2 in units of float32's last place: a warm start
 # is about 2**9 to 2**13 off, that of a cold start on normal entries too.
-_FIRST = (9.0, 13.0, 18.0)
+_FIRST = (9.5, 12.0, 16.0)
 _FIRST_FEW = (13.0,)
 _NEAREST = 0.35  # distance of the probes next to a guess, in standard errors of the guess
 
@@ -47,8 +47,8 @@ class Thresholds(NamedTuple):
     """What separates kept entries from dropped ones, one element a count.
 
     Attributes:
-        key: Bit pattern of the smallest kept magnitude, as an integer; one more than infinity's
-            where only NaNs are kept.
+        key: Bit pattern of a magnitude, as an integer: that of the smallest kept entry, or a lower
+            one that separates as well. One more than infinity's where only NaNs are kept.
         index: Of the entries with exactly that key, those that come earlier in the order of ties
             than this are kept.
     """
@@ -471,11 +471,24 @@ def thresholds(
         salt: uint32 scalar that numbers the order in which ties are kept.
 
     Returns:
-        The thresholds, in the order of `counts`.
+        The thresholds, in the order of `counts`; their keys are those of the smallest kept entries.
 
     Raises:
         SparsityError: If the dtype, the size or a count is not one of those allowed.
     """
+    return _thresholds(x, counts, start, among, salt, smallest=True)
+
+
+def _thresholds(
+    x: jax.Array,
+    counts: Sequence[Count],
+    start: Thresholds | None,
+    among: jax.Array | None,
+    salt: jax.Array | None,
+    *,
+    smallest: bool,
+) -> Thresholds:
+    """See `thresholds`. Keys that only separate take a pass less."""
     _check(x, counts)
     x = lax.stop_gradient(x)
     wanted = jnp.stack([jnp.asarray(count, jnp.int32) for count in counts])
@@ -487,7 +500,8 @@ def thresholds(
     bracket = _search_keys(x, wanted, guess)
     edge = _search_index(x, wanted, bracket, _Order(x.size, salt))
     nothing = _largest(x.dtype) + np.int32(1)
-    return Thresholds(jnp.where(wanted > 0, _smallest_kept(x, bracket), nothing), edge)
+    key = _smallest_kept(x, bracket) if smallest else bracket.low
+    return Thresholds(jnp.where(wanted > 0, key, nothing), edge)
 
 
 def keep(
@@ -533,12 +547,12 @@ def top_k_masks(
         salt: uint32 scalar that numbers the order in which ties are kept; None: row-major.
 
     Returns:
-        The masks, each with exactly its count of True, and their thresholds.
+        The masks, each with exactly its count of True, and thresholds that separate them.
 
     Raises:
         SparsityError: If the dtype, the size or a count is not one of those allowed.
     """
-    found = thresholds(x, counts, start, among=among, salt=salt)
+    found = _thresholds(x, counts, start, among, salt, smallest=False)
     masks = tuple(keep(x, found, i, among=among, salt=salt) for i in range(len(counts)))
     return masks, found
 

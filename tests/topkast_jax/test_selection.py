@@ -44,14 +44,16 @@ def smallest_kept(x, mask):
 def select(x, counts, warm, small, start):
     """`small`: the number of entries up to which bisection is used in place of the search."""
     with mock.patch.object(selection, "SMALL", small):
-        return top_k_masks(x, (counts[0], counts[1]), start if warm else None)
+        counts, start = (counts[0], counts[1]), start if warm else None
+        masks, separating = top_k_masks(x, counts, start)
+        return masks, thresholds(x, counts, start), separating
 
 
 def check(x, counts, start=None):
     warm = start is not None
     start = start or Thresholds(jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32))
     bisected = select(x, jnp.asarray(counts, jnp.int32), False, 2**14, start)
-    masks, found = select(x, jnp.asarray(counts, jnp.int32), warm, 0, start)
+    masks, found, separating = select(x, jnp.asarray(counts, jnp.int32), warm, 0, start)
     for one, other in zip(
         jax.tree.leaves((masks, found.key)), jax.tree.leaves(bisected), strict=False
     ):
@@ -60,7 +62,9 @@ def check(x, counts, start=None):
         expected = oracle(x, count)
         assert np.asarray(masks[i]).sum() == count
         np.testing.assert_array_equal(np.asarray(masks[i]), expected)
-        np.testing.assert_array_equal(np.asarray(keep(x, found, i)), expected)
+        for kept in (keep(x, found, i), keep(x, separating, i)):
+            np.testing.assert_array_equal(kept, expected)
+        assert separating.key[i] <= found.key[i]
         assert int(found.key[i]) == smallest_kept(x, expected)
     return masks, found
 
