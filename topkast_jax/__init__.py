@@ -5,6 +5,7 @@ import importlib.metadata
 from topkast_jax import errors, methods, statistics, testing
 from topkast_jax.description import describe
 from topkast_jax.errors import SparsityError
+from topkast_jax.initialization import scale_to_fan_in
 from topkast_jax.method import Counts, Layer, Leaf, Method, Sets
 from topkast_jax.methods.static import static_random
 from topkast_jax.patterns import Block, Channel, FanIn, NOfM, Pattern, Unstructured
@@ -40,6 +41,7 @@ __all__ = [
     "keep_count",
     "keep_masks",
     "methods",
+    "scale_to_fan_in",
     "sparsify",
     "static_random",
     "statistics",

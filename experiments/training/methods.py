@@ -24,6 +24,8 @@ Tree = Any
 _DEFAULTS = {"forward_density": 0.1, "backward_density": 0.2, "pattern": "unstructured"}
 # The keys that only an always-sparse run reads, with their defaults.
 COMPACT = {"refresh_delay": 0, "backend": None}
+# The keys that every run with sets reads, with their defaults.
+_OF_A_RUN = {"always_sparse": False, "scale_to_fan_in": False}
 # Shares of the steps that stand for None, as in the papers of the methods.
 _SHARES: dict[str, dict[str, float]] = {
     "pruning": {"begin_at": 0.2, "end_at": 0.8},
@@ -36,7 +38,7 @@ _PATTERNS: dict[str, Callable[..., tk.Pattern]] = {
     "channel": tk.Channel,
     "fan_in": tk.FanIn,
 }
-_OWN = ("name", "distribution", "always_sparse", *COMPACT)  # These are no arguments of a factory.
+_OWN = ("name", "distribution", *_OF_A_RUN, *COMPACT)  # These are no arguments of a factory.
 
 
 class MethodSection(ConfigDict):
@@ -113,7 +115,7 @@ def method_keys(method: ConfigDict, held: str | None = None) -> tuple[str, ...]:
     if held == "dense":
         return ()
     arguments = _arguments(method.name)
-    keys = (*arguments, *(("distribution",) if "rules" in arguments else ()), "always_sparse")
+    keys = (*arguments, *(("distribution",) if "rules" in arguments else ()), *_OF_A_RUN)
     if held == "masked":
         return keys
     own = [key for key in COMPACT if key != "refresh_delay" or "refresh_every" in keys]
@@ -137,7 +139,7 @@ def method_defaults(name: str) -> dict[str, Any]:
         section["pattern"] = _DEFAULTS["pattern"]
     if "rules" in section:
         section["distribution"] = "uniform"
-    return section | {"always_sparse": False} | COMPACT
+    return section | _OF_A_RUN | COMPACT
 
 
 def _arguments(name: str) -> dict[str, inspect.Parameter]:

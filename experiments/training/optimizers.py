@@ -78,7 +78,7 @@ def make_masked(config: ConfigDict, params: Tree) -> tuple[SparseTransform, Tran
 
 def make_compact(
     config: ConfigDict, params: Tree, sharding: Callable[[tuple[int, ...]], jax.sharding.Sharding]
-) -> tuple[AlwaysSparse, Transform]:
+) -> tuple[AlwaysSparse, Transform, SparseTransform]:
     """The optimizer of a run that is always sparse, over the tree of values.
 
     Args:
@@ -87,12 +87,13 @@ def make_compact(
         sharding: the sharding of an array of a given shape.
 
     Returns:
-        The object that starts and refreshes the sets, and the optimizer.
+        The object that starts and refreshes the sets, the optimizer, and the sparsity method.
     """
     method = _method(config, params)
     delay = config.method.get("refresh_delay", 0)
     sparse = AlwaysSparse(method, params, delay=delay, place=sharding)
-    return sparse, _with_l2(config, sparse.transform, _dense_matrices(method, params))
+    optimizer = _with_l2(config, sparse.transform, _dense_matrices(method, params))
+    return sparse, optimizer, method
 
 
 def _method(config: ConfigDict, params: Tree) -> SparseTransform:

@@ -31,6 +31,7 @@ from topkast_jax.always_sparse import AlwaysSparse, is_compact
 from topkast_jax.always_sparse.host import host_device
 from topkast_jax.always_sparse.products import KERNELS
 from topkast_jax.patterns import Block
+from topkast_jax.sparsify import SparseTransform
 from topkast_jax.trees import flatten_with_names
 
 Tree = Any
@@ -143,6 +144,18 @@ class Masked(Representation):
 
     def _make_optimizer(self, config: ConfigDict, params: Tree) -> None:
         self._method, self.tx = optimizers.make_masked(config, params)
+        self._scales = _scales(config.method, self._method)
+
+    def init(self) -> TrainState:
+        """With `method.scale_to_fan_in`, kept entries are those of a sparse layer."""
+        state = super().init()
+        if not self._scales:
+            return state
+        scale = jax.jit(
+            lambda params, opt_state: tk.scale_to_fan_in(params, opt_state, self._method),
+            out_shardings=states.shardings_of(self._first).params,
+        )
+        return state._replace(params=scale(state.params, state.opt_state))
 
     def forward_view(self, params: Tree, opt_state: Tree) -> Tree:
         """The parameters on the forward set, and zero elsewhere."""
@@ -191,7 +204,8 @@ class Compact(Representation):
     """Always sparse: the devices hold the backward sets, and the host holds all else."""
 
     def _make_optimizer(self, config: ConfigDict, params: Tree) -> None:
-        self.sparse, self.tx = optimizers.make_compact(config, params, self._sharding)
+        self.sparse, self.tx, method = optimizers.make_compact(config, params, self._sharding)
+        self._method, self._scales = method, _scales(config.method, method)
         self._backend = config.method.get("backend")
         _check_backend(self._backend, self._mesh, self.sparse.abstract())
         dense = self.sparse.masks(self.sparse.abstract_reservoir())[0]
@@ -235,7 +249,14 @@ class Compact(Representation):
         step, model_state = jax.device_put(
             (np.int32(0), model_state), (shardings.step, shardings.model_state)
         )
-        return TrainState(step, values, opt_state, model_state, reservoir)
+        state = TrainState(step, values, opt_state, model_state, reservoir)
+        return self._scaled_to_fan_in(state) if self._scales else state
+
+    def _scaled_to_fan_in(self, state: TrainState) -> TrainState:
+        masked = self.to_masked(state)
+        with jax.default_device(host_device()):
+            params = tk.scale_to_fan_in(masked.params, masked.opt_state, self._method)
+        return self.from_masked(masked._replace(params=jax.device_get(params)))
 
     def between_steps(self, state: TrainState, step: int) -> TrainState:
         """Refreshes the sets when that is due."""
@@ -292,6 +313,16 @@ REPRESENTATIONS: dict[str, type[Representation]] = {
 def make_representation(config: ConfigDict, task: Task, mesh: Mesh) -> Representation:
     """The representation that a validated config asks for."""
     return REPRESENTATIONS[methods.representation(config.method)](config, task, mesh)
+
+
+def _scales(section: ConfigDict, method: SparseTransform) -> bool:
+    """Whether initial parameters are scaled; UserError where that is not possible."""
+    if section.scale_to_fan_in and method.plan.method.first_choice != "init":
+        raise UserError(
+            f"config.method.scale_to_fan_in: found True; must be False with {section.name}, whose "
+            "first sets are chosen from the first gradient"
+        )
+    return bool(section.scale_to_fan_in)
 
 
 def _check_backend(backend: str | None, mesh: Mesh, kernels: Tree) -> None:

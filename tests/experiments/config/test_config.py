@@ -121,7 +121,8 @@ def test_only_what_is_read_is_left():
     dense = as_json(config("dense"))
     assert dense["method"] == {"name": "dense"}
     assert set(as_json(config("static-90"))["method"]) == {
-        "name", "forward_density", "seed", "rules", "pattern", "distribution", "always_sparse"
+        "name", "forward_density", "seed", "rules", "pattern", "distribution", "always_sparse",
+        "scale_to_fan_in",
     }  # fmt: skip
     assert "b1" not in dense["optimizer"]
 
@@ -212,7 +213,7 @@ def test_l2_is_on_the_values_of_an_always_sparse_run():
     overrides = ("optimizer.l2=0.01", RULES, "method.always_sparse=True", "optimizer.momentum=0.0")
     made = config("static-75", *overrides, "optimizer.learning_rate=1.0")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    sparse, tx = make_compact(made, jax.eval_shape(lambda: PARAMS), lambda shape: device)
+    sparse, tx, _ = make_compact(made, jax.eval_shape(lambda: PARAMS), lambda shape: device)
     values, state, _ = sparse.start(PARAMS, tx)
     updates, _ = tx.update(jax.tree.map(np.zeros_like, values), state, values)
     assert {name: update.shape for name, update in updates.items()} == {
@@ -337,7 +338,8 @@ def test_random_masks_follow_the_seed():
 def section(name, *overrides, variant=""):
     """The section `method` that a config has of a method, without the trainer's own keys."""
     found = as_json(config(variant, f"method.name={name}", *overrides))["method"]
-    return {k: v for k, v in found.items() if k not in ("name", "always_sparse", "distribution")}
+    own = ("name", "always_sparse", "distribution", "scale_to_fan_in")
+    return {k: v for k, v in found.items() if k not in own}
 
 
 def test_a_method_has_its_own_arguments_with_its_own_defaults(monkeypatch):

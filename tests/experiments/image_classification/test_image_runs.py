@@ -140,6 +140,7 @@ def test_a_continued_run_equals_the_uninterrupted_one(tmp_path, stop_at):
     assert finals[0]["test"] == finals[1]["test"]
 
 
+@pytest.mark.slow  # test_image_folder.py reads one, and test_docs.py runs a data set of one's own
 def test_runs_on_an_image_folder(tmp_path):
     make_folder(tmp_path / "data")
     final = tmp_path / "run" / "final.json"

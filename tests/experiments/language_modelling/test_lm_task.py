@@ -118,7 +118,9 @@ def build_task(config):
     return make_task(resolve(config))
 
 
-@pytest.mark.parametrize("name", ["enwik8_small", "wikitext103_large"])
+@pytest.mark.parametrize(
+    "name", ["enwik8_small", pytest.param("wikitext103_large", marks=pytest.mark.slow)]
+)
 def test_small_dense_has_the_active_parameters(name):
     full = make_model(resolve(spec(name, "dense"))).config
     config = resolve(spec(name, "small-dense-90"))

@@ -124,7 +124,9 @@ def toy_configs(*overrides):
     ]
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "block:4x2"])
+@pytest.mark.parametrize(
+    "pattern", [pytest.param("unstructured", marks=pytest.mark.slow), "block:4x2"]
+)
 def test_sixty_steps_are_those_of_the_masked_run(pattern):
     """A network that compiles fast."""
     assert assert_same_run(*toy_configs(f"method.pattern={pattern}"), 60, 1e-5) == 3

@@ -43,6 +43,7 @@ def test_trains_resumes_exports_and_reports(tmp_path, capsys):
     assert method == {
         "name": "own_method:every_second", "forward_density": 0.2, "start": 0.5, "refresh_every": 3,
         "rules": None, "seed": None, "distribution": "uniform", "always_sparse": False,
+        "scale_to_fan_in": False,
     }  # fmt: skip
     states = [last_state(runs / name, "80/60", NAME, START)[0] for name in ("whole", "parts")]
     assert_same(*states)
