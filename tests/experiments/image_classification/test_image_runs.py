@@ -115,7 +115,7 @@ def test_eight_devices_give_the_same_sets_and_losses_as_one(mesh):
     for one, other in zip(jax.tree.leaves(end), jax.tree.leaves(other_masks[1]), strict=True):
         assert np.sum(one) == np.sum(other)
         assert np.mean(np.asarray(one) != np.asarray(other)) <= 1e-3
-    np.testing.assert_allclose(other_losses, losses, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(other_losses, losses, rtol=0, atol=1e-4)
     assert not jax.tree.all(jax.tree.map(np.array_equal, start, end))
 
 

@@ -74,46 +74,64 @@ def dense_of(run, state):
     return run.representation.sparse.to_masked(state.params, state.opt_state, state.reservoir)
 
 
-def assert_same_run(masked, compact, count, rtol, ties=0.0):
-    """Compares losses at each step, parameters and sets at each refresh.
-
-    With `ties` the masked run goes on from the compact one's state after each refresh, so that
-    rounding errors grow over 20 steps alone, and the sets may differ in units whose magnitudes are
-    within this share of the smallest that is kept.
-    """
-    one_run, other_run, refreshes, sent = steps(masked, count), steps(compact, count), 0, None
+def assert_same_run(masked, compact, count):
+    """Compares parameters after 20 steps each, and the sets chosen then; returns how often."""
+    one_run, other_run = steps(masked, count), steps(compact, count)
     for i in range(1, count + 1):
-        (run, loss, state), (held, other_loss, other) = one_run.send(sent), next(other_run)
-        sent = None
-        assert other_loss == pytest.approx(loss, rel=100 * rtol)
-        if i % 20:
-            continue
-        one, two = dense_of(run, state), dense_of(held, other)
-        for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(two[0]), strict=True):
-            difference = np.linalg.norm(np.ravel(np.asarray(a) - np.asarray(b)))
-            assert difference <= rtol * np.linalg.norm(np.ravel(a)), f"after step {i}"
-        leaves = held.representation.sparse.plan.leaves(one[0])
-        for masks, other_masks in zip(tk.keep_masks(*one), tk.keep_masks(*two), strict=True):
-            trees = (leaves.values(), *map(jax.tree.leaves, (one[0], masks, other_masks)))
-            for leaf, theta, mask, other_mask in zip(*trees, strict=True):
-                differs = np.asarray(mask != other_mask)
-                if differs.any():
-                    units = leaf.pattern.magnitudes(abs(theta))
-                    size = np.asarray(leaf.pattern.expand(units, leaf.shape))
-                    smallest = size[np.asarray(mask)].min()
-                    assert np.all(abs(size[differs] - smallest) <= ties * smallest), i
-        if ties:
-            sent = held.representation.to_masked(other)
-        refreshes += 1
+        (run, loss, state), (held, other_loss, other) = next(one_run), next(other_run)
+        assert other_loss == pytest.approx(loss, rel=1e-3)
+        if i % 20 == 0:
+            one, two = dense_of(run, state), dense_of(held, other)
+            for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(two[0]), strict=True):
+                assert norm(a, b) <= 1e-5 * norm(a), f"after step {i}"
+            jax.tree.map(np.testing.assert_array_equal, tk.keep_masks(*one), tk.keep_masks(*two))
+    return count // 20
+
+
+def norm(a, b=0.0):
+    return np.linalg.norm(np.ravel(np.asarray(a) - np.asarray(b)))
+
+
+def assert_same_steps(masked, compact, count):
+    """Compares each step of two runs that start it from the same state; returns the refreshes.
+
+    Networks multiply rounding errors from step to step, so the masked run takes over the state of
+    the compact one after each. Sets may differ in units that tie but for rounding.
+    """
+    one_run, other_run, before, refreshes = steps(masked, count), steps(compact, count), None, 0
+    for i in range(1, count + 1):
+        (run, loss, state), (held, other_loss, other) = one_run.send(before), next(other_run)
+        assert other_loss == pytest.approx(loss, rel=1e-4)
+        after = jax.tree.map(np.array, held.representation.to_masked(other))
+        if before is not None:
+            columns = before.params, state.params, after.params
+            for was, a, b in zip(*map(jax.tree.leaves, columns), strict=True):
+                assert norm(a, b) <= 1e-5 * norm(a) + 0.01 * norm(a, was), f"step {i}"
+        if i % 20 == 0:
+            leaves = held.representation.sparse.plan.leaves(state.params)
+            assert_same_sets(leaves.values(), dense_of(run, state), (after.params, after.opt_state))
+            refreshes += 1
+        before = after
     return refreshes
+
+
+def assert_same_sets(leaves, one, other):
+    for masks, others in zip(tk.keep_masks(*one), tk.keep_masks(*other), strict=True):
+        trees = (leaves, *map(jax.tree.leaves, (one[0], masks, others)))
+        for leaf, theta, mask, other_mask in zip(*trees, strict=True):
+            differs = np.asarray(mask != other_mask)
+            if differs.any():
+                size = np.asarray(
+                    leaf.pattern.expand(leaf.pattern.magnitudes(abs(theta)), leaf.shape)
+                )
+                smallest = size[np.asarray(mask)].min()
+                assert np.all(abs(size[differs] - smallest) <= 1e-4 * smallest)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_two_hundred_steps_are_those_of_the_masked_run(case):
-    # ResNet-20 is chaotic at this batch size: one bit at step 3 is a hundredth at step 20.
-    limits = (1e-3, 1e-2) if case[0] == "cifar10_resnet20" else (1e-5,)
-    assert assert_same_run(*configs(*case), 200, *limits) == 10
+    assert assert_same_steps(*configs(*case), 200) == 10
 
 
 def toy_configs(*overrides):
@@ -129,7 +147,7 @@ def toy_configs(*overrides):
 )
 def test_sixty_steps_are_those_of_the_masked_run(pattern):
     """A network that compiles fast."""
-    assert assert_same_run(*toy_configs(f"method.pattern={pattern}"), 60, 1e-5) == 3
+    assert assert_same_run(*toy_configs(f"method.pattern={pattern}"), 60) == 3
 
 
 def test_eight_devices_follow_one():
