@@ -20,6 +20,8 @@ from experiments.config import command_line, resolve
 from experiments.loop import train
 from experiments.records import summary
 from experiments.task import make_task
+from experiments.training import optimizers
+from experiments.training.state import abstract_params
 
 ENDS = {
     "finished": "finished: {0}/final.json",
@@ -42,8 +44,9 @@ def main(argv: list[str]) -> None:
 
 
 def describe(config: ConfigDict) -> None:
-    """Prints what a run of this config would be, from shapes alone."""
+    """Prints what a run of this config would be, from shapes alone; refuses what a run refuses."""
     task = make_task(config)
+    optimizers.check(config, abstract_params(task))
     print(summary.leaf_table(config, task))
     print(json.dumps(summary.description(config, task)))
 

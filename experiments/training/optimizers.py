@@ -9,7 +9,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from experiments.training.methods import make_method
+from experiments.training.methods import make_method, representation
 from topkast_jax.always_sparse import AlwaysSparse
 from topkast_jax.sparsify import SparseTransform, with_l2
 
@@ -94,6 +94,21 @@ def make_compact(
     sparse = AlwaysSparse(method, params, delay=delay, place=sharding)
     optimizer = _with_l2(config, sparse.transform, _dense_matrices(method, params))
     return sparse, optimizer, method
+
+
+def check(config: ConfigDict, params: Tree) -> None:
+    """Raises UserError or SparsityError unless the config's method can train these parameters.
+
+    Args:
+        config: a validated config.
+        params: the abstract parameters.
+    """
+    held = representation(config.method)
+    if held == "masked":
+        jax.eval_shape(make_masked(config, params)[1].init, params)
+    elif held == "always_sparse":
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        make_compact(config, params, lambda shape: host)
 
 
 def _method(config: ConfigDict, params: Tree) -> SparseTransform:

@@ -122,6 +122,19 @@ def test_describes_a_config(capsys):
     assert_refused(call(capsys, f"--config={CONFIG}:80/60"), "arguments are required: --workdir")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("method.name=snip", "method.pattern=fan_in"), "FanIn() fixes how many each group keeps"),
+        (("method.name=rigl", "method.always_sparse=True"), "RigL chooses by the dense gradient"),
+        (("method.name=pruning", "method.always_sparse=True"), "keeps other numbers of units"),
+    ],
+)
+def test_describe_refuses_what_a_run_refuses(capsys, overrides, message):
+    flags = [f"--config.{text}" for text in overrides]
+    assert_refused(call(capsys, f"--config={CONFIG}:80/60", "--describe", *flags), message)
+
+
 def test_a_run_shows_its_leaves_once(capsys, tmp_path):
     for stop in ("1", "2"):
         status, out, _ = call(capsys, *command(tmp_path / "run", f"--stop_at={stop}"))
