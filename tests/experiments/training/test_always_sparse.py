@@ -98,9 +98,10 @@ def assert_same_steps(masked, compact, count):
     Networks multiply rounding errors from step to step, so the masked run takes over the state of
     the compact one after each. Sets may differ in units that tie but for rounding.
     """
-    one_run, other_run, before, refreshes = steps(masked, count), steps(compact, count), None, 0
+    one_run, other_run, refreshes = steps(masked, count), steps(compact, count), 0
+    before = sent = None
     for i in range(1, count + 1):
-        (run, loss, state), (held, other_loss, other) = one_run.send(before), next(other_run)
+        (run, loss, state), (held, other_loss, other) = one_run.send(sent), next(other_run)
         assert other_loss == pytest.approx(loss, rel=1e-4)
         after = jax.tree.map(np.array, held.representation.to_masked(other))
         if before is not None:
@@ -112,6 +113,7 @@ def assert_same_steps(masked, compact, count):
             assert_same_sets(leaves.values(), dense_of(run, state), (after.params, after.opt_state))
             refreshes += 1
         before = after
+        sent = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), after, state)
     return refreshes
 
 
