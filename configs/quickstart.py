@@ -7,7 +7,9 @@ Hardware: two CPU cores, about half a minute a run.
 Command:
     python -m experiments.main --config=configs/quickstart.py:98/90 --workdir=runs/quickstart
 Variants: dense; F/B, for example 90/80 (Top-KAST; forward/backward sparsity in percent; the
-default is 90/80); static-F, for example static-90 (a fixed random mask); smoke.
+default is 90/80); METHOD-F, for example rigl-90 (another registered method); static-F (a fixed
+random mask); small-dense-F (dense, narrower, with as many parameters as a network of F % sparsity
+runs on); smoke.
 """
 
 from ml_collections import ConfigDict

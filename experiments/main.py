@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
 
 def describe(config: ConfigDict) -> None:
-    """Prints what a run of this config would be, from shapes alone; refuses what a run refuses."""
+    """Prints what a run of this config would be, from shapes alone, if its method can train it."""
     task = make_task(config)
     optimizers.check(config, abstract_params(task))
     print(summary.leaf_table(config, task))

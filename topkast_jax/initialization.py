@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +12,27 @@ import numpy as np
 from topkast_jax.choosing import over_stack
 from topkast_jax.errors import SparsityError
 from topkast_jax.sets import keep_masks
-from topkast_jax.sparsify import SparseTransform
+from topkast_jax.sparsify import Plan
 from topkast_jax.trees import flatten_with_names
 
 
-def scale_to_fan_in(params: Any, state: Any, tx: SparseTransform) -> Any:
+class Planned(Protocol):
+    """What carries the plan of a sparsity method: a transformation, or an `AlwaysSparse`."""
+
+    plan: Plan
+
+
+def scale_to_fan_in(params: Any, state: Any, tx: Planned) -> Any:
     r"""Parameters as they are initialised where every output has the inputs that are kept alone.
 
     The usual initialisations have a variance of c / n for an output of n inputs. Of an output that
     keeps k of them, the kept entries are multiplied by :math:`\sqrt{n / k}`, which gives them the
-    variance c / k (Evci et al., 2022, section 3.1). Call it once, after `init`.
+    variance c / k (Evci et al., 2022). Call it once, after `init`.
 
     Args:
       params: initial parameters; the last axis of a leaf numbers its outputs.
       state: the optimizer state that `tx.init(params)` returned, or one that holds it.
-      tx: the sparsity method.
+      tx: the sparsity method, as `top_kast(...)` and the others return it.
 
     Returns:
       A tree like `params`; dense leaves and entries that are not kept are the same.

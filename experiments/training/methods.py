@@ -238,6 +238,11 @@ def make_method(
             f"config.method.name: {config.method.name!r} makes a {type(tx).__name__}; its factory "
             "must return what topkast_jax.sparsify returns"
         )
+    if config.method.scale_to_fan_in and tx.plan.method.first_choice != "init":
+        raise UserError(
+            f"config.method.scale_to_fan_in: found True; must be False with {config.method.name}, "
+            "whose first sets are chosen from the first gradient"
+        )
     _check_patterns(tx, params)
     return tx
 

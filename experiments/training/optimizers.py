@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.training.methods import make_method, representation
 from topkast_jax.always_sparse import AlwaysSparse
+from topkast_jax.always_sparse.host import host_device
 from topkast_jax.sparsify import SparseTransform, with_l2
 
 Tree = Any
@@ -78,7 +79,7 @@ def make_masked(config: ConfigDict, params: Tree) -> tuple[SparseTransform, Tran
 
 def make_compact(
     config: ConfigDict, params: Tree, sharding: Callable[[tuple[int, ...]], jax.sharding.Sharding]
-) -> tuple[AlwaysSparse, Transform, SparseTransform]:
+) -> tuple[AlwaysSparse, Transform]:
     """The optimizer of a run that is always sparse, over the tree of values.
 
     Args:
@@ -87,13 +88,12 @@ def make_compact(
         sharding: the sharding of an array of a given shape.
 
     Returns:
-        The object that starts and refreshes the sets, the optimizer, and the sparsity method.
+        The object that starts and refreshes the sets, and the optimizer.
     """
     method = _method(config, params)
     delay = config.method.get("refresh_delay", 0)
     sparse = AlwaysSparse(method, params, delay=delay, place=sharding)
-    optimizer = _with_l2(config, sparse.transform, _dense_matrices(method, params))
-    return sparse, optimizer, method
+    return sparse, _with_l2(config, sparse.transform, _dense_matrices(method, params))
 
 
 def check(config: ConfigDict, params: Tree) -> None:
@@ -107,7 +107,7 @@ def check(config: ConfigDict, params: Tree) -> None:
     if held == "masked":
         jax.eval_shape(make_masked(config, params)[1].init, params)
     elif held == "always_sparse":
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        host = jax.sharding.SingleDeviceSharding(host_device())
         make_compact(config, params, lambda shape: host)
 
 

@@ -31,7 +31,6 @@ from topkast_jax.always_sparse import AlwaysSparse, is_compact
 from topkast_jax.always_sparse.host import host_device
 from topkast_jax.always_sparse.products import KERNELS
 from topkast_jax.patterns import Block
-from topkast_jax.sparsify import SparseTransform
 from topkast_jax.trees import flatten_with_names
 
 Tree = Any
@@ -144,7 +143,7 @@ class Masked(Representation):
 
     def _make_optimizer(self, config: ConfigDict, params: Tree) -> None:
         self._method, self.tx = optimizers.make_masked(config, params)
-        self._scales = _scales(config.method, self._method)
+        self._scales = config.method.scale_to_fan_in
 
     def init(self) -> TrainState:
         """With `method.scale_to_fan_in`, kept entries are those of a sparse layer."""
@@ -204,8 +203,8 @@ class Compact(Representation):
     """Always sparse: the devices hold the backward sets, and the host holds all else."""
 
     def _make_optimizer(self, config: ConfigDict, params: Tree) -> None:
-        self.sparse, self.tx, method = optimizers.make_compact(config, params, self._sharding)
-        self._method, self._scales = method, _scales(config.method, method)
+        self.sparse, self.tx = optimizers.make_compact(config, params, self._sharding)
+        self._scales = config.method.scale_to_fan_in
         self._backend = config.method.get("backend")
         _check_backend(self._backend, self._mesh, self.sparse.abstract())
         dense = self.sparse.masks(self.sparse.abstract_reservoir())[0]
@@ -255,7 +254,7 @@ class Compact(Representation):
     def _scaled_to_fan_in(self, state: TrainState) -> TrainState:
         masked = self.to_masked(state)
         with jax.default_device(host_device()):
-            params = tk.scale_to_fan_in(masked.params, masked.opt_state, self._method)
+            params = tk.scale_to_fan_in(masked.params, masked.opt_state, self.sparse)
         return self.from_masked(masked._replace(params=jax.device_get(params)))
 
     def between_steps(self, state: TrainState, step: int) -> TrainState:
@@ -313,16 +312,6 @@ REPRESENTATIONS: dict[str, type[Representation]] = {
 def make_representation(config: ConfigDict, task: Task, mesh: Mesh) -> Representation:
     """The representation that a validated config asks for."""
     return REPRESENTATIONS[methods.representation(config.method)](config, task, mesh)
-
-
-def _scales(section: ConfigDict, method: SparseTransform) -> bool:
-    """Whether initial parameters are scaled; UserError where that is not possible."""
-    if section.scale_to_fan_in and method.plan.method.first_choice != "init":
-        raise UserError(
-            f"config.method.scale_to_fan_in: found True; must be False with {section.name}, whose "
-            "first sets are chosen from the first gradient"
-        )
-    return bool(section.scale_to_fan_in)
 
 
 def _check_backend(backend: str | None, mesh: Mesh, kernels: Tree) -> None:

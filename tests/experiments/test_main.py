@@ -127,10 +127,11 @@ def test_describes_a_config(capsys):
     [
         (("method.name=snip", "method.pattern=fan_in"), "FanIn() fixes how many each group keeps"),
         (("method.name=rigl", "method.always_sparse=True"), "RigL chooses by the dense gradient"),
+        (("method.name=snip", "method.scale_to_fan_in=True"), "must be False with snip"),
         (("method.name=pruning", "method.always_sparse=True"), "keeps other numbers of units"),
     ],
 )
-def test_describe_refuses_what_a_run_refuses(capsys, overrides, message):
+def test_describe_refuses_a_method_that_cannot_train_it(capsys, overrides, message):
     flags = [f"--config.{text}" for text in overrides]
     assert_refused(call(capsys, f"--config={CONFIG}:80/60", "--describe", *flags), message)
 

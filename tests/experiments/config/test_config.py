@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import toy_config  # noqa: F401  # registers the task
 from toy_runs import config
 
 import topkast_jax as tk
@@ -213,7 +214,7 @@ def test_l2_is_on_the_values_of_an_always_sparse_run():
     overrides = ("optimizer.l2=0.01", RULES, "method.always_sparse=True", "optimizer.momentum=0.0")
     made = config("static-75", *overrides, "optimizer.learning_rate=1.0")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    sparse, tx, _ = make_compact(made, jax.eval_shape(lambda: PARAMS), lambda shape: device)
+    sparse, tx = make_compact(made, jax.eval_shape(lambda: PARAMS), lambda shape: device)
     values, state, _ = sparse.start(PARAMS, tx)
     updates, _ = tx.update(jax.tree.map(np.zeros_like, values), state, values)
     assert {name: update.shape for name, update in updates.items()} == {
