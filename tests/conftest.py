@@ -12,11 +12,13 @@ KNOWS_FUSION_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     " --xla_backend_optimization_level=0 "  # Most of the time of the tests goes into compiling.
+    "--xla_cpu_parallel_codegen_split_count=1 "  # Each worker has one core.
     + ("--xla_cpu_use_fusion_emitters=false " if KNOWS_FUSION_EMITTERS else "")
     + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # A tenth of a small program's compile time.
 # The same programs are compiled again and again, by many tests and in the processes they start.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")

@@ -78,6 +78,11 @@ class Leaf:
         return units * each * math.prod(self.stack)
 
     @property
+    def size(self) -> int:
+        """Entries of the whole leaf."""
+        return math.prod(self.shape) * math.prod(self.stack)
+
+    @property
     def full_shape(self) -> tuple[int, ...]:
         """Shape of the parameter, stacked axes included."""
         shape = list(self.shape)

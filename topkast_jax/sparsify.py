@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -64,6 +65,26 @@ class Plan:
     def sparse_leaves(self, params: Any) -> dict[str, Leaf]:
         """The sparse leaves of `params`, by path."""
         return {path: leaf for path, leaf in self.leaves(params).items() if leaf is not None}
+
+    def check(self, params: Any) -> None:
+        """Raises SparsityError unless the method can choose the first sets of these parameters.
+
+        It is quicker than tracing `init`: of the leaves of one pattern it takes the smallest alone.
+
+        Args:
+          params: the parameters, or their shapes and types.
+        """
+        _refuse_a_second_wrapper(jax.eval_shape(self.inner.init, params))
+        tried: dict[Pattern, tuple[str, Leaf]] = {}
+        for path, leaf in self.sparse_leaves(params).items():
+            if leaf.pattern not in tried or leaf.size < tried[leaf.pattern][1].size:
+                tried[leaf.pattern] = path, leaf
+        leaves = dict(tried.values())
+        theta = {n: jax.ShapeDtypeStruct(x.full_shape, x.dtype) for n, x in leaves.items()}
+        chooser = Chooser.of(self.method, leaves, self.seed, self.refresh_every is not None)
+        grads = theta if self.method.first_choice == "first_update" else None
+        choose = functools.partial(chooser.choose, True)
+        jax.eval_shape(choose, theta, grads, None, None, np.int32(0))
 
     @property
     def ever_chooses(self) -> bool:

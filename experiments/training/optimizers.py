@@ -105,7 +105,7 @@ def check(config: ConfigDict, params: Tree) -> None:
     """
     held = representation(config.method)
     if held == "masked":
-        jax.eval_shape(make_masked(config, params)[1].init, params)
+        _method(config, params).plan.check(params)
     elif held == "always_sparse":
         host = jax.sharding.SingleDeviceSharding(host_device())
         make_compact(config, params, lambda shape: host)

@@ -26,7 +26,7 @@ METHODS = {
 TELLING = {
     "top_kast_every_step": ("types",),
     "top_kast_stopping": ("types", "checkpoints"),
-    "top_kast_blocks": ("types", "sharding"),
+    "top_kast_blocks": ("types",),
     "static_random": ("types", "ensemble", "checkpoints"),
 }
 
