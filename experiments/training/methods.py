@@ -45,7 +45,9 @@ class MethodSection(ConfigDict):
     """The section `method` while a config file runs: the name, and what the file has set.
 
     What can be set are the arguments of the method that has been named and of registered ones.
-    `complete` drops those of other methods than the last, and adds the defaults.
+    `complete` drops those of other methods than the last, and adds the defaults. An interval that
+    was set for another method is forgotten where a method is named that chooses in every step: an
+    interval is no default for it (DNW moves all entries as if they were in use).
     """
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -63,10 +65,17 @@ class MethodSection(ConfigDict):
                 )
             super().__setitem__(key, known[key])
         super().__setitem__(key, value)
+        if key == "name" and "refresh_every" in self and _chooses_in_every_step(value):
+            del self["refresh_every"]
 
     def lock(self) -> MethodSection:
         """Does nothing: `__setitem__` says which keys may be added."""
         return self
+
+
+def _chooses_in_every_step(name: str) -> bool:
+    known = name in tk.methods.names()
+    return known and method_defaults(name).get("refresh_every") == 1
 
 
 def complete(config: ConfigDict) -> None:

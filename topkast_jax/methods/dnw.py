@@ -27,7 +27,8 @@ def dnw(
     Args:
       inner: any optax optimizer.
       forward_density: share of a leaf's units the network runs on, in (0, 1].
-      refresh_every: steps between two choices.
+      refresh_every: steps between two choices; above 1, units move for several steps as if they
+        were in use, and the network learns much less.
       rules: see `topkast_jax.top_kast`.
       pattern: what is kept together, `Unstructured()` if None.
 

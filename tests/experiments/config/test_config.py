@@ -355,7 +355,9 @@ def test_a_method_has_its_own_arguments_with_its_own_defaults(monkeypatch):
     assert section("static_random") == {
         "forward_density": 0.1, "seed": None, "rules": None, "pattern": "unstructured"
     }  # fmt: skip
-    assert section("dnw")["refresh_every"] == 3  # The config file sets it.
+    assert section("rigl")["refresh_every"] == 3  # The config file sets it, for Top-KAST.
+    assert section("dnw")["refresh_every"] == 1
+    assert section("dnw", "method.refresh_every=4")["refresh_every"] == 4
     assert methods.method_defaults("dnw")["refresh_every"] == 1
     assert {"backward_density", "inner_state", "seed"}.isdisjoint(section("dnw"))
 
