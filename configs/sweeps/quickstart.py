@@ -1,6 +1,6 @@
 """The five runs of scripts/quickstart: dense, Top-KAST and a fixed random mask at 90 % and 98 %.
 
-It reproduces no row of the paper. Hardware: two CPU cores, three to four minutes in all.
+It reproduces no row of the paper. Hardware: two CPU cores, three to five minutes in all.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/quickstart.py --workdir=runs/quickstart
