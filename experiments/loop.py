@@ -167,10 +167,12 @@ def _loop(
     end = config.steps if stop_at is None else min(config.steps, stop_at)
     step, stopping = int(state.step), False
     while step < end and not stopping:
-        state, sums = program.step(state, batches.next())
+        batch = batches.next()
+        gradients = program.step.gradients(state, batch, step + 1)
+        state, sums = program.step(state, batch)
         step += 1
         window.add(step, sums)
-        state = program.representation.between_steps(state, step)
+        state = program.representation.between_steps(state, step, gradients)
         session.counts.add(state, step)
         session.metrics.tick(step)
         if step % config.log_every == 0 or step == config.steps:

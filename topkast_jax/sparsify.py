@@ -310,10 +310,7 @@ def _update(
     memory = now.memory
     if plan.method.observes_gradient:
         memory = _observed(plan, leaves, gradients, now)
-    if plan.method.skips_update and plan.refresh_every is not None:
-        chooses = step % jnp.asarray(plan.refresh_every, jnp.int32) == 0
-        held = jax.tree.map(jnp.zeros_like, updates), state.inner_state
-        updates, inner_state = jax.lax.cond(chooses, lambda: held, lambda: (updates, inner_state))
+    updates, inner_state = held_where_skipped(plan, step, updates, inner_state, state.inner_state)
     flags, due, inner_state = _after(plan, step, now.flags, inner_state, theta)
     sets = treedef.unflatten([flags.get(name, optax.MaskedNode()) for name in names])
     gradient: Any = ()
@@ -339,6 +336,18 @@ def _restricted(
             of_leaf = jnp.where(sets.backward, of_leaf, jnp.zeros_like(of_leaf))
         shaped[path] = of_leaf
     return shaped
+
+
+def held_where_skipped(
+    plan: Plan, step: jax.Array, updates: Any, inner_state: Any, before: Any
+) -> tuple[Any, Any]:
+    """Updates and inner state; no update, and the state before, where a method skips a step."""
+    if not plan.method.skips_update or plan.refresh_every is None:
+        return updates, inner_state
+    chooses = step % jnp.asarray(plan.refresh_every, jnp.int32) == 0
+    held = jax.tree.map(jnp.zeros_like, updates), before
+    kept: tuple[Any, Any] = jax.lax.cond(chooses, lambda: held, lambda: (updates, inner_state))
+    return kept
 
 
 def shape_gradient(

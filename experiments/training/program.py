@@ -111,6 +111,10 @@ class Step:
         new, sums = self._jitted(state)(state._replace(reservoir=()), batch)
         return new._replace(reservoir=state.reservoir), sums
 
+    def gradients(self, state: TrainState, batch: Any, step: int) -> Any:
+        """What `Representation.between_steps` needs of the gradients of the next step."""
+        return self._held.gradients(state, step, self._loss, state.model_state, batch, state.step)
+
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """The step for an abstract state and batch."""
         lowered: jax.stages.Lowered = self._jitted(state).lower(state._replace(reservoir=()), batch)
@@ -127,16 +131,21 @@ class Step:
         return self._compiled[key]
 
     def _step(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
-        rng = jax.random.fold_in(jax.random.key(self._seed), state.step)
         # The view and the update are in one program: what they share is computed once.
         alpha = self._held.forward_view(state.params, state.opt_state)
         # The indices of compact kernels are integers; their gradients are empty and are dropped.
-        gradient = jax.value_and_grad(self._task.loss, has_aux=True, allow_int=True)
+        gradient = jax.value_and_grad(self._loss, has_aux=True, allow_int=True)
         with self._held.products():
-            (loss, (model_state, sums)), grads = gradient(alpha, state.model_state, batch, rng)
+            (loss, (model_state, sums)), grads = gradient(
+                alpha, state.model_state, batch, state.step
+            )
         updates, opt_state = self._held.tx.update(values_of(grads), state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, model_state), {**sums, LOSS: loss}
+
+    def _loss(self, alpha: Tree, model_state: Tree, batch: Any, step: jax.Array) -> Any:
+        rng = jax.random.fold_in(jax.random.key(self._seed), step)
+        return self._task.loss(alpha, model_state, batch, rng)
 
 
 def _all_finite(params: Tree) -> jax.Array:

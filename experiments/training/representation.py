@@ -79,9 +79,25 @@ class Representation(abc.ABC):
         """The state before the first step, initialised directly into its shards."""
         return states.init_state(self._task, self.tx, self._seed, self._first)
 
-    def between_steps(self, state: TrainState, step: int) -> TrainState:
+    def gradients(
+        self, state: TrainState, step: int, loss: Callable[..., Any], *args: Any
+    ) -> dict[str, np.ndarray] | None:
+        """What `between_steps` needs of the gradients of a step that is about to be made.
+
+        Args:
+            state: the state before the step.
+            step: the number of the step; the first is 1.
+            loss: a function of the forward view and `args`, which returns the loss and more.
+            *args: what the step computes its loss from.
+        """
+        del state, step, loss, args
+        return None
+
+    def between_steps(
+        self, state: TrainState, step: int, gradients: dict[str, np.ndarray] | None = None
+    ) -> TrainState:
         """Does what happens outside the compiled step, after `step` finished steps."""
-        del step
+        del step, gradients
         return state
 
     def settled(self, state: TrainState) -> TrainState:
@@ -257,10 +273,25 @@ class Compact(Representation):
             params = tk.scale_to_fan_in(masked.params, masked.opt_state, self.sparse)
         return self.from_masked(masked._replace(params=jax.device_get(params)))
 
-    def between_steps(self, state: TrainState, step: int) -> TrainState:
+    def gradients(
+        self, state: TrainState, step: int, loss: Callable[..., Any], *args: Any
+    ) -> dict[str, np.ndarray] | None:
+        """Dense ones, a few leaves at a time, where the method chooses by them."""
+        if not self.sparse.needs_gradients(step):
+            return None
+        with self.products():
+            return self.sparse.gradients(loss, state.params, state.opt_state, *args, has_aux=True)
+
+    def needs_dense_gradient(self, step: int) -> bool:
+        """As the method says."""
+        return self.sparse.needs_gradients(step)
+
+    def between_steps(
+        self, state: TrainState, step: int, gradients: dict[str, np.ndarray] | None = None
+    ) -> TrainState:
         """Refreshes the sets when that is due."""
         params, opt_state, reservoir = self.sparse.refresh(
-            step, state.params, state.opt_state, state.reservoir
+            step, state.params, state.opt_state, state.reservoir, gradients
         )
         return state._replace(params=params, opt_state=opt_state, reservoir=reservoir)
 

@@ -126,7 +126,7 @@ def test_describes_a_config(capsys):
     ("overrides", "message"),
     [
         (("method.name=snip", "method.pattern=fan_in"), "FanIn() fixes how many each group keeps"),
-        (("method.name=rigl", "method.always_sparse=True"), "RigL chooses by the dense gradient"),
+        (("method.name=snfs", "method.always_sparse=True"), "SNFS observes the dense gradient"),
         (("method.name=snip", "method.scale_to_fan_in=True"), "must be False with snip"),
         (("method.name=pruning", "method.always_sparse=True"), "keeps other numbers of units"),
     ],

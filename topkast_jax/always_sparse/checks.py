@@ -21,10 +21,10 @@ from topkast_jax.sparsify import Plan
 def check_plan(plan: Plan, leaves: dict[str, HostLeaf], delay: int) -> None:
     """Raises SparsityError unless the method and its leaves have an always-sparse form."""
     method = type(plan.method).__name__
-    if plan.method.needs_gradient or plan.method.first_choice == "first_update":
+    if plan.method.first_choice == "first_update":
         raise SparsityError(
-            f"{method} chooses by the dense gradient, which always sparse never makes: use it on "
-            "dense arrays"
+            f"{method} makes its first step with whole leaves, which always sparse never holds: "
+            "use it on dense arrays"
         )
     if plan.method.observes_gradient:
         raise SparsityError(

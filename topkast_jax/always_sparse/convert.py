@@ -15,6 +15,7 @@ from topkast_jax.always_sparse.layout import Layout, on_host, places_of
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.sets import NOT_DUE, CompactState, SparsifyState, presents
+from topkast_jax.sparsify import Plan
 
 Tree = Any
 T = TypeVar("T")
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 def to_masked(
     layout: Layout,
-    inner: optax.GradientTransformation,
+    plan: Plan,
     params: Tree,
     state: T,
     reservoir: Reservoir,
@@ -46,10 +47,16 @@ def to_masked(
 
     def masked(compact: CompactState) -> SparsifyState:
         dense = layout.unflatten(layout.dense)
-        _check("to_masked", compact.inner_state, inner, dense)
+        _check("to_masked", compact.inner_state, plan.inner, dense)
+        # No choice is due, so that the gradient of the last step is not read any more.
+        unread = [
+            optax.MaskedNode() if leaf is None else np.zeros(like.shape, like.dtype)
+            for leaf, like in zip(layout.leaves, layout.dense, strict=True)
+        ]
         return SparsifyState(
             compact.step, sets, dict(reservoir.memory), compact.inner_state,
             due=np.int8(NOT_DUE), chooser=chooser,
+            gradient=layout.unflatten(unread) if plan.method.needs_gradient else (),
         )  # fmt: skip
 
     bare = replace_nodes(state, CompactState, lambda c: c._replace(kernels=None))

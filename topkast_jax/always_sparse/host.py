@@ -221,7 +221,9 @@ class Choice:
         keys = jax.eval_shape(lambda: layer_keys(0, [host.path], host.leaf, 0)[0])
         count: Any = jax.ShapeDtypeStruct(host.leaf.stack, np.int32)
         counts = Counts(count, count)
-        return jax.eval_shape(one, self.chooser.numbers, theta, None, None, counts, keys, 0)[1]
+        return jax.eval_shape(one, self.chooser.numbers, theta, None, None, None, counts, keys, 0)[
+            1
+        ]
 
     def __call__(
         self,
@@ -229,20 +231,28 @@ class Choice:
         theta: dict[str, np.ndarray],
         sets: dict[str, np.ndarray] | None = None,
         memory: dict[str, Any] | None = None,
+        gradients: dict[str, np.ndarray] | None = None,
     ) -> dict[str, tuple[np.ndarray, Any]]:
-        """Flags and memory of each leaf after `step` finished steps; without sets, the first."""
+        """Flags and memory of each leaf after `step` finished steps; without sets, the first.
+
+        `gradients`: dense ones, for a method that chooses by them.
+        """
+        if not self._method.needs_gradient:
+            gradients = None
         with jax.default_device(host_device()):
             counts = self._counts(np.int32(step), theta, sets, memory)
         empty = dict.fromkeys(theta)
-        columns = theta, sets or empty, memory or empty, counts
+        columns = theta, gradients or empty, sets or empty, memory or empty, counts
 
-        def choose(host: HostLeaf, theta: Any, flags: Any, memory: Any, counts: Counts) -> Any:
+        def choose(
+            host: HostLeaf, theta: Any, grad: Any, flags: Any, memory: Any, counts: Counts
+        ) -> Any:
             chooser = self.chooser
             with jax.default_device(host_device()):
                 keys = layer_keys(chooser.seed, [host.path], host.leaf, step)[0]
                 new, remembered = _choose(
                     chooser.frame, Static(kind_of(host.leaf)), sets is None, chooser.numbers,
-                    theta, flags, memory, counts, keys, np.int32(step),
+                    theta, grad, flags, memory, counts, keys, np.int32(step),
                 )  # fmt: skip
                 return np.asarray(new), jax.device_get(remembered)
 
@@ -277,6 +287,7 @@ def _choose(
     first: bool,
     numbers: Any,
     theta: Any,
+    grad: Any,
     flags: Any,
     memory: Any,
     counts: Any,
@@ -284,7 +295,7 @@ def _choose(
     step: Any,
 ) -> Any:
     leaf = leaf_of(kind.value, counts)
-    return choose_leaf(frame, leaf, first, theta, None, flags, memory, counts, keys, step, numbers)
+    return choose_leaf(frame, leaf, first, theta, grad, flags, memory, counts, keys, step, numbers)
 
 
 def freeze(flags: np.ndarray) -> np.ndarray:

@@ -29,6 +29,7 @@ from topkast_jax.always_sparse.checks import (
     whole_number,
 )
 from topkast_jax.always_sparse.convert import replace_nodes
+from topkast_jax.always_sparse.gradients import DenseGradients
 from topkast_jax.always_sparse.host import HostLeaf, Reservoir
 from topkast_jax.always_sparse.kernel import CompactKernel, values_of
 from topkast_jax.always_sparse.layout import Layout, is_here, on_host, places_of
@@ -37,8 +38,8 @@ from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.method import Sets
 from topkast_jax.serialization import register_with_flax
-from topkast_jax.sets import CompactState, SparsifyState, find_compact
-from topkast_jax.sparsify import Plan, SparseTransform, shape_gradient
+from topkast_jax.sets import CompactState, SparsifyState, find_compact, forward_params
+from topkast_jax.sparsify import Plan, SparseTransform, held_where_skipped, shape_gradient
 from topkast_jax.trees import flatten
 
 Tree = Any
@@ -93,6 +94,7 @@ class AlwaysSparse:
         layout = self._layout = Layout(self.plan, params)
         check_plan(self.plan, layout.sparse, self.delay)
         self._choose = hosts.Choice(self.plan, layout.sparse)
+        self._gradients = DenseGradients(layout, place)
         check_inner_state(self.plan, layout.unflatten(layout.dense), values_of(self.abstract()))
         init, leaves = self.plan.inner.init, self.plan.leaves(params)
         self._axes = unit_axes(init, values_of(self.abstract()), leaves)
@@ -214,10 +216,56 @@ class AlwaysSparse:
             self._layout.unflatten(shaped), state.inner_state, params, **extra
         )
         step = optax.safe_increment(state.step)
+        updates, inner_state = held_where_skipped(
+            self.plan, step, updates, inner_state, state.inner_state
+        )
         return updates, CompactState(step, state.kernels, inner_state)
 
+    def needs_gradients(self, step: int) -> bool:
+        """Whether the refresh after a step chooses by that step's dense gradient (RigL).
+
+        Args:
+          step: the number of the step that is about to be made; the first is 1.
+        """
+        return self.plan.needs_dense_gradient(step)
+
+    def gradients(
+        self,
+        loss: Callable[..., Any],
+        params: Tree,
+        state: Any,
+        *args: Any,
+        has_aux: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """The dense gradients of the sparse leaves, on the host, by name.
+
+        Call it before a step for which `needs_gradients`, with what the step computes its loss
+        from, and hand the result to `refresh` after the step. The loss is differentiated once for
+        each group of leaves that together have at most as many entries as the largest one; the
+        device holds nothing dense but one group.
+
+        Args:
+          loss: a function of ``forward_params(params, state)`` and `args`. It is compiled once for
+            each group as long as it is the same object, and must take a dense array in place of a
+            compact kernel, as `matmul` does.
+          params: the tree of values.
+          state: the optimizer state, which holds `transform`'s.
+          *args: batch, random key, ….
+          has_aux: whether `loss` returns a pair whose first member is the loss.
+
+        Raises:
+          SparsityError: values or state of another run.
+        """
+        self._layout.values("gradients", params, state)
+        return self._gradients(loss, has_aux, forward_params(params, state), args)
+
     def refresh(
-        self, step: int, params: Tree, state: T, reservoir: Reservoir
+        self,
+        step: int,
+        params: Tree,
+        state: T,
+        reservoir: Reservoir,
+        gradients: dict[str, np.ndarray] | None = None,
     ) -> tuple[Tree, T, Reservoir]:
         """What happens between steps; call it after each.
 
@@ -229,21 +277,25 @@ class AlwaysSparse:
           params: the tree of values.
           state: the optimizer state, which holds `transform`'s.
           reservoir: written to.
+          gradients: what `gradients` returned before this step, if it was called.
 
         Returns:
           The three as they are for the next step; the ones before are gone unless the same.
 
         Raises:
           SparsityError: a state that `start` did not return, another step than that of the state,
-            or sets of another size than the densities say.
+            sets of another size than the densities say, or no gradients where the method chooses
+            by them.
         """
         step = whole_number("step", step)
         chooses = self.plan.chooses_after(step)
+        if chooses and self.needs_gradients(step):
+            self._check_gradients(gradients)
         if chooses or self.changes_after(step) or step != self._refreshed + 1:
             self._check_step(step, params, state)
         self._refreshed = step
         if self.delay and chooses:
-            reservoir = self._choose_ahead(step, params, state, reservoir)
+            reservoir = self._choose_ahead(step, params, state, reservoir, gradients)
         if not self.changes_after(step):
             return params, state, reservoir
         reservoir = self._current("refresh", params, state, reservoir)
@@ -253,7 +305,7 @@ class AlwaysSparse:
                 for name, flags in reservoir.sets.items()
             }
         else:
-            new = self._chosen(step, reservoir)
+            new = self._chosen(step, reservoir, gradients)
         return self._apply(params, state, reservoir, self._reservoir(reservoir.theta, new))
 
     def changes_after(self, step: int) -> bool:
@@ -272,15 +324,31 @@ class AlwaysSparse:
                 "the state: call it once after each update"
             )
 
+    def _check_gradients(self, gradients: dict[str, np.ndarray] | None) -> None:
+        method = type(self.plan.method).__name__
+        if gradients is None:
+            raise SparsityError(
+                f"refresh: {method} chooses by the dense gradient: where needs_gradients(step), "
+                "call gradients(loss, params, state, ...) before the step and hand it on"
+            )
+        expected = self._layout.of_sparse(self._layout.dense)
+        found = {name: np.shape(x) for name, x in gradients.items()}
+        for name, like in expected.items():
+            if found.get(name) != like.shape:
+                raise SparsityError(
+                    f"refresh: gradients: {name} must be of shape {like.shape}, found "
+                    f"{found.get(name, 'nothing')}"
+                )
+
     def settled(self, reservoir: Reservoir) -> Reservoir:
         """The reservoir with what is being chosen ahead in it: what a checkpoint must hold."""
         if self._ahead is not None:
             reservoir = reservoir._replace(chosen=self._ahead.result())
         return reservoir
 
-    def _chosen(self, step: int, reservoir: Reservoir) -> dict[str, Any]:
+    def _chosen(self, step: int, reservoir: Reservoir, gradients: Any) -> dict[str, Any]:
         if not self.delay:
-            return self._choose(step, reservoir.theta, reservoir.sets, reservoir.memory)
+            return self._choose(step, reservoir.theta, reservoir.sets, reservoir.memory, gradients)
         if not reservoir.chosen:
             raise SparsityError(
                 f"refresh: the choice made at step {step - self.delay} is not in this reservoir: "
@@ -288,7 +356,9 @@ class AlwaysSparse:
             )
         return reservoir.chosen
 
-    def _choose_ahead(self, step: int, params: Tree, state: Any, reservoir: Reservoir) -> Reservoir:
+    def _choose_ahead(
+        self, step: int, params: Tree, state: Any, reservoir: Reservoir, gradients: Any
+    ) -> Reservoir:
         """Chooses in a thread, from a copy of the values that the next steps cannot take away.
 
         The reservoir that comes back holds no choice until the thread is done.
@@ -299,7 +369,7 @@ class AlwaysSparse:
 
         def choose() -> dict[str, Any]:
             self._scatter(copies, reservoir)
-            return self._choose(step, reservoir.theta, reservoir.sets, reservoir.memory)
+            return self._choose(step, reservoir.theta, reservoir.sets, reservoir.memory, gradients)
 
         self._ahead = self._chooser.submit(hosts.as_precise_as_here(choose))
         return reservoir
@@ -402,7 +472,7 @@ class AlwaysSparse:
         """
         reservoir = self._current("to_masked", params, state, reservoir)
         chooser = self._choose.chooser if self.plan.ever_chooses else ()
-        return convert.to_masked(self._layout, self.plan.inner, params, state, reservoir, chooser)
+        return convert.to_masked(self._layout, self.plan, params, state, reservoir, chooser)
 
     def from_masked(self, params: Tree, state: T) -> tuple[Tree, T, Reservoir]:
         """The inverse of `to_masked`: values, optimizer state and reservoir.

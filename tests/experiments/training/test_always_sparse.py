@@ -61,8 +61,10 @@ def steps(config, count, devices=None):
     run = build(config, devices)
     state, data = run.representation.init(), run.task.train_data()
     for step in range(1, count + 1):
-        state, sums = run.step(state, run.put(next(data)))
-        state = run.representation.between_steps(state, step)
+        batch = run.put(next(data))
+        gradients = run.step.gradients(state, batch, step)
+        state, sums = run.step(state, batch)
+        state = run.representation.between_steps(state, step, gradients)
         other = yield run, float(sums["loss"][0] / sums["loss"][1]), state
         state = state if other is None else other  # what `send` gave
 
@@ -150,6 +152,33 @@ def toy_configs(*overrides):
 def test_sixty_steps_are_those_of_the_masked_run(pattern):
     """A network that compiles fast."""
     assert assert_same_run(*toy_configs(f"method.pattern={pattern}"), 60) == 3
+
+
+def rigl_configs(*overrides):
+    common = ("method.refresh_every=10", "steps=60", *SGD, *overrides)
+    return [
+        toy_runs.config("rigl-80", *common, f"method.always_sparse={held}")
+        for held in (False, True)
+    ]
+
+
+def test_rigl_chooses_by_the_dense_gradient_of_leaves_that_no_device_holds():
+    """Alone, and on eight devices, where the gradient is a sum over the parts of a batch."""
+    masked, compact = rigl_configs("method.pattern=block:4x2")
+    assert assert_same_run(masked, compact, 40) == 2
+    together = rigl_configs("method.pattern=block:4x2", "mesh.data=4", "mesh.fsdp=2")[1]
+    assert_followed(list(steps(compact, 31, jax.devices()[:1])), list(steps(together, 31)))
+
+
+def test_rigl_always_sparse_stopped_and_continued(tmp_path):
+    overrides = ("method.name=rigl", "method.always_sparse=True", "method.refresh_every=3")
+    assert toy_runs.run(tmp_path / "whole", "80/60", *overrides) == "finished"
+    assert toy_runs.run(tmp_path / "parts", "80/60", *overrides, stop_at=9) == "stopped"
+    assert toy_runs.run(tmp_path / "parts", "80/60", *overrides) == "finished"
+    one, other = (
+        toy_runs.last_state(tmp_path / n, "80/60", *overrides) for n in ("whole", "parts")
+    )
+    toy_runs.assert_same(one[0], other[0])
 
 
 def test_eight_devices_follow_one():
