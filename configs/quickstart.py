@@ -19,7 +19,7 @@ from experiments.config import apply_variant, base_config
 
 def get_config(variant: str = "") -> ConfigDict:
     config = base_config("image_classification")
-    config.steps = 500
+    config.steps = 300
     config.batch_size = 100
     config.log_every = 50
     config.optimizer.learning_rate = 0.2

@@ -505,14 +505,6 @@ def test_what_a_first_loop_gets_wrong():
         np.testing.assert_array_equal(found, expected)
 
 
-class ByGradient(tk.Method):
-    needs_gradient = True
-
-    def choose(self, layer, leaf, counts):
-        everything = jnp.ones(leaf.grid, bool)
-        return tk.Sets(everything, everything), ()
-
-
 class Uneven(tk.Method):
     def choose(self, layer, leaf, counts):
         mask = jnp.arange(layer.theta.size).reshape(layer.theta.shape) < 5
@@ -532,7 +524,8 @@ class Uneven(tk.Method):
         (lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2), {"delay": 100}, "below refresh_every"),
         (lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2), {"delay": -1}, "delay=-1"),
         (lambda: tk.static_random(optax.sgd(0.1), 0.1, seed=0), {"delay": 3}, "sets never change"),
-        (lambda: tk.sparsify(optax.sgd(0.1), ByGradient(), forward_density=0.5), {}, "gradient"),
+        (lambda: tk.methods.snip(optax.sgd(0.1), 0.5), {}, "SNIP makes its first step with whole"),
+        (lambda: tk.methods.snfs(optax.sgd(0.1), 0.5), {}, "SNFS observes the dense gradient"),
         (
             lambda: tk.top_kast(optax.sgd(0.1), 0.1, 0.2, pattern=tk.Block(5, 5)),
             {},
