@@ -85,8 +85,8 @@ def _check_shapes(abstract: TrainState, state: TrainState) -> None:
 
 def _parser() -> command_line.Parser:
     parser = command_line.Parser(prog="experiments.convert", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="the run's folder")
-    parser.add_argument("--out", required=True, help="a new folder")
+    parser.add_argument("--workdir", type=command_line.path, required=True, help="the run's folder")
+    parser.add_argument("--out", type=command_line.path, required=True, help="a new folder")
     parser.add_argument("--to", required=True, choices=("masked", "always_sparse"))
     return parser
 

@@ -43,8 +43,8 @@ def write(directory: Path, out: Path, form: str) -> tuple[str, int]:
 
 def _parser() -> command_line.Parser:
     parser = command_line.Parser(prog="experiments.export", description=__doc__)
-    parser.add_argument("--workdir", required=True, help="the run's folder")
-    parser.add_argument("--out", required=True, help="a new file")
+    parser.add_argument("--workdir", type=command_line.path, required=True, help="the run's folder")
+    parser.add_argument("--out", type=command_line.path, required=True, help="a new file")
     parser.add_argument("--form", default="compact", choices=FORMS)
     return parser
 

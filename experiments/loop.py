@@ -106,12 +106,13 @@ def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Ou
     program = build(config)  # Most mistakes show here, before the folder is touched.
     data = program.task.train_data()
     check_data(program)
-    workdir.claim(directory, config)
-    checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
-    try:
-        return _train_from(program, data, directory, checkpoints, stop_at)
-    finally:
-        checkpoints.close()
+    with workdir.held(directory):
+        workdir.claim(directory, config)
+        checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
+        try:
+            return _train_from(program, data, directory, checkpoints, stop_at)
+        finally:
+            checkpoints.close()
 
 
 def _train_from(

@@ -54,7 +54,9 @@ def describe(config: ConfigDict) -> None:
 def _parser(describes: bool) -> command_line.Parser:
     parser = command_line.Parser(prog="experiments.main", description=__doc__)
     parser.add_argument("--config", required=True, help="path/to/NAME.py:VARIANT")
-    parser.add_argument("--workdir", required=not describes, help="the run's own folder")
+    parser.add_argument(
+        "--workdir", type=command_line.path, required=not describes, help="the run's own folder"
+    )
     parser.add_argument(
         "--describe", action="store_true", help="print which leaves are sparse, and train nothing"
     )

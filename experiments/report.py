@@ -20,7 +20,9 @@ def main(argv: list[str]) -> None:
     """Runs the command line."""
     parser = command_line.Parser(prog="experiments.report", description=__doc__)
     parser.add_argument("dirs", nargs="+", metavar="DIR", help="folders with runs, at any depth")
-    parser.add_argument("--out", required=True, help="folder for the table and the figures")
+    parser.add_argument(
+        "--out", type=command_line.path, required=True, help="folder for the table and the figures"
+    )
     args = parser.parse_args(argv)
     print(report([Path(d) for d in args.dirs], Path(args.out)))
 

@@ -135,7 +135,7 @@ def _texts(overrides: dict[str, Any]) -> tuple[str, ...]:
 def _choose(only: str | None, runs: int) -> list[int]:
     if only is None:
         return list(range(runs))
-    chosen = [int(part) if part.isdigit() else -1 for part in only.split(",")]
+    chosen = [int(part) if part.isascii() and part.isdigit() else -1 for part in only.split(",")]
     if not all(0 <= i < runs for i in chosen):
         raise UserError(f"--only={only}: must be numbers from 0 to {runs - 1}, joined by commas")
     return chosen
@@ -158,7 +158,9 @@ exec {command} --only="$SLURM_ARRAY_TASK_ID\""""
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.Parser(prog="experiments.sweep", description=__doc__)
     parser.add_argument("--config", required=True, help="configs/sweeps/NAME.py")
-    parser.add_argument("--workdir", required=True, help="folder of all runs")
+    parser.add_argument(
+        "--workdir", type=command_line.path, required=True, help="folder of all runs"
+    )
     parser.add_argument("--list", action="store_true", help="print the numbered runs")
     parser.add_argument("--only", help="numbers of the runs to do, like 0,3; no report")
     parser.add_argument("--slurm", action="store_true", help="print an sbatch array script")

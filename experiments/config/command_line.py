@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, Protocol
@@ -64,9 +65,16 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
 
 def positive(text: str) -> int:
     """An integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
+    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; must be an integer of at least 1")
     return int(text)
+
+
+def path(text: str) -> str:
+    """A path; an unset shell variable leaves it empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"found {text!r}; must be a path")
+    return text
 
 
 def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:

@@ -160,7 +160,7 @@ def _parser() -> command_line.Parser:
     parser = command_line.Parser(
         prog="experiments.language_modelling.generate", description=__doc__
     )
-    parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument("--workdir", type=command_line.path, required=True, help="the run's folder")
     parser.add_argument("--prompt", required=True, help="what the text begins with")
     parser.add_argument(
         "--tokens", required=True, type=command_line.positive, help="how many to add"

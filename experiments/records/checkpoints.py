@@ -127,7 +127,7 @@ def _restore(manager: Any, step: int, abstract: Tree) -> tuple[Tree, list[dict[s
 
 
 def _steps(directory: Path) -> list[int]:
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isascii() and p.name.isdigit())
 
 
 def _set_damaged_aside(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from experiments.errors import warn
-from experiments.records.workdir import METRICS
+from experiments.records.workdir import METRICS, TENSORBOARD, replace_text
 
 
 class Metrics:
@@ -37,7 +38,7 @@ class Metrics:
             return
         _drop_after(workdir / METRICS, start)
         self._file = open(workdir / METRICS, "a")  # noqa: SIM115
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, unit="step") if on_terminal else None
         self._steps = steps
@@ -90,15 +91,21 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Lines that are no records are passed over, with a warning unless it is the last line, which may
     have been cut off.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The records, and whether lines were passed over with a warning."""
     lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    records = []
+    records, damaged = [], False
     for number, line in enumerate(lines, start=1):
         record = _record(line)
         if record is not None:
             records.append(record)
         elif number < len(lines):
+            damaged = True
             warn(f"{path}, line {number}: not used, because it is no record: {line[:60]!r}")
-    return records
+    return records, damaged
 
 
 def _record(line: str) -> dict[str, Any] | None:
@@ -111,7 +118,11 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    kept = [r for r in read_records(path) if r["step"] <= step and not r.get("final")]
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    unfinished.rename(path)
+    """Leaves the records up to a step; a file with damaged lines is kept beside as it was."""
+    records, damaged = _read(path)
+    if step and not records:
+        warn(f"{path}: holds no record of the {step} steps that are finished")
+    if damaged:
+        shutil.copyfile(path, path.with_name(f"{path.name}.damaged.{step}"))
+    kept = [r for r in records if r["step"] <= step and not r.get("final")]
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from ml_collections import ConfigDict
 from experiments.errors import UserError
 
 CONFIG, METRICS, FINAL, CHECKPOINTS = "config.json", "metrics.jsonl", "final.json", "checkpoints"
+TENSORBOARD, LOCK = "tensorboard", ".lock"
 # Keys that may change when a run continues, because they do not change what it computes.
 FREE = ("name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints")
 
@@ -26,6 +30,38 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
     return plain
 
 
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Makes the folder, and keeps every other process from training in it meanwhile.
+
+    The operating system gives the lock back when the process ends, however it ends. A file system
+    without locks is used without one.
+
+    Raises:
+        UserError: another process trains in it, or it is no folder that can be written.
+    """
+    check_no_address("--workdir", workdir)
+    _check_folder(workdir)
+    _check_writable(workdir)
+    if jax.process_index():
+        yield
+        return
+    with open(workdir / LOCK, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.seek(0)
+                raise UserError(
+                    f"--workdir={workdir}: {file.read() or 'another process'} trains in it; wait "
+                    "for it, or choose another folder"
+                ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
 def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes the config to the folder, or checks that the folder belongs to this config.
 
@@ -33,8 +69,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         UserError: it is a file or an address, cannot be written, or belongs to another config.
     """
     check_no_address("--workdir", workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir}: is a file; must be a folder, or a new name")
+    _check_folder(workdir)
     saved = workdir / CONFIG
     old = read_json(saved) if saved.exists() else None
     if old is not None and _holds_results(workdir):
@@ -47,6 +82,17 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     _check_writable(workdir)
     if jax.process_index() == 0:
         write_json(saved, as_json(config))
+
+
+def _check_folder(workdir: Path) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: is a file; must be a folder, or a new name")
+    for name in (CHECKPOINTS, TENSORBOARD):
+        if (workdir / name).exists() and not (workdir / name).is_dir():
+            raise UserError(f"{workdir / name}: is a file; must be a folder")
+    for name in (CONFIG, METRICS, LOCK):
+        if (workdir / name).is_dir():
+            raise UserError(f"{workdir / name}: is a folder; must be a file")
 
 
 def check_no_address(flag: str, path: Path) -> None:
@@ -66,8 +112,8 @@ def _holds_results(workdir: Path) -> bool:
 
 
 def finished(workdir: Path) -> bool:
-    """Whether the run in this folder is finished."""
-    return (workdir / FINAL).exists()
+    """Whether the run in this folder is finished; UserError if what says so cannot be read."""
+    return (workdir / FINAL).exists() and bool(read_json(workdir / FINAL))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -83,8 +129,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a JSON file completely or not at all."""
+    replace_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file completely or not at all."""
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    unfinished.unlink(missing_ok=True)  # a link would be followed
+    unfinished.write_text(text)
     unfinished.rename(path)
 
 

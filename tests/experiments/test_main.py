@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -46,7 +47,7 @@ def snapshot(directory):
 
 def test_trains(finished):
     assert {p.name for p in finished.iterdir()} == {
-        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "final.json"
+        "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "final.json", ".lock"
     }  # fmt: skip
     config = json.loads((finished / "config.json").read_text())
     assert config["name"] == "toy_config:80/60"
@@ -97,11 +98,73 @@ def test_unwritable_workdir(capsys, tmp_path):
     assert_refused(call(capsys, *command("/proc/run")), "/proc/run: cannot be written")
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "final.json", "checkpoints"])
-def test_workdir_of_something_else(capsys, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("metrics.jsonl", "holds metrics.jsonl but no config.json"),
+        ("final.json", "final.json: cannot be read as JSON"),
+        ("checkpoints", "checkpoints: is a file; must be a folder"),
+        ("tensorboard", "tensorboard: is a file; must be a folder"),
+    ],
+)
+def test_workdir_of_something_else(capsys, tmp_path, name, told):
     (tmp_path / name).write_text("precious")
-    assert_refused(call(capsys, *command(tmp_path)), f"holds {name} but no config.json")
+    assert_refused(call(capsys, *command(tmp_path)), told)
     assert (tmp_path / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("config.json", "config.json: is a folder; must be a file"),
+        ("metrics.jsonl", "metrics.jsonl: is a folder; must be a file"),
+        ("final.json", "final.json: cannot be read as JSON"),
+    ],
+)
+def test_a_folder_where_a_file_should_be(capsys, tmp_path, name, told):
+    (tmp_path / name / "precious").mkdir(parents=True)
+    assert_refused(call(capsys, *command(tmp_path)), told)
+    assert (tmp_path / name / "precious").is_dir()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_final_json_that_was_cut_is_no_finished_run(capsys, finished, tmp_path, text):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "final.json").write_text(text)
+    assert_refused(call(capsys, *command(tmp_path / "run")), "final.json: ")
+
+
+def test_an_empty_path_is_refused(capsys, tmp_path, monkeypatch):
+    """As an unset shell variable makes it: the current folder is not meant."""
+    monkeypatch.chdir(tmp_path)
+    for path in ("", " "):
+        assert_refused(call(capsys, f"--config={CONFIG}", f"--workdir={path}"), "must be a path")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_in_the_way_is_not_followed(capsys, tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.tmp").symlink_to(tmp_path / "precious")
+    status, _, _ = call(capsys, *command(tmp_path / "run", "--stop_at=1"))
+    assert status == 0
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_two_processes_on_one_workdir(capsys, tmp_path):
+    """The second is refused while the first lives; one that was killed holds nothing."""
+    program = (
+        "import pathlib, sys, time; from experiments.records import workdir\n"
+        "with workdir.held(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    arguments = [sys.executable, "-c", program, str(tmp_path / "run")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        refused = call(capsys, *command(tmp_path / "run", "--stop_at=1"))
+        assert_refused(refused, f"process {other.pid} on ", "trains in it")
+        assert not (tmp_path / "run" / "config.json").exists()
+        other.kill()
+    assert call(capsys, *command(tmp_path / "run", "--stop_at=1"))[0] == 0
 
 
 def test_unreadable_config_json(capsys, tmp_path):

@@ -77,6 +77,16 @@ def test_records_after_an_unreadable_line_are_kept(tmp_path, whole, capsys):
     assert [w.partition("metrics.jsonl, ")[2].partition(":")[0] for w in warnings] == (
         ["line 2", "line 3", "line 4"]
     )
+    kept = (directory / "metrics.jsonl.damaged.10").read_bytes()
+    assert kept.startswith(first + b'{"step": 7, "spl\xff\n')
+
+
+def test_records_that_are_gone_are_told(tmp_path, capsys):
+    run(tmp_path / "run", "80/60", *EVERY, stop_at=6)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert run(tmp_path / "run", "80/60", *EVERY, stop_at=7) == "stopped"
+    told = capsys.readouterr().err
+    assert "metrics.jsonl: holds no record of the 6 steps that are finished" in told
 
 
 def test_other_optimizer(tmp_path):
