@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -72,8 +73,12 @@ class FolderSource:
         self._files: list[str] = []  # Every worker process gets a copy of the names.
         self._labels: list[int] = []
         for label, name in enumerate(classes):
-            paths = (folder / name).iterdir()
-            files = sorted(str(p) for p in paths if p.suffix.lower() in SUFFIXES)
+            with os.scandir(folder / name) as entries:
+                found = [e for e in entries if e.name.lower().endswith(SUFFIXES)]
+            files = sorted(entry.path for entry in found)
+            for entry in found:
+                if not entry.is_file():
+                    raise UserError(f"cannot read image {entry.path}: is no file")
             if not files:
                 raise UserError(f"class folder {folder / name} holds no {', '.join(SUFFIXES)} file")
             self._files += files
@@ -95,14 +100,33 @@ class FolderSource:
 
 
 def decode(encoded: bytes, channels: int, name: str) -> np.ndarray:
-    """Decodes JPEG or PNG bytes. The name of the image is for the error message."""
+    """Decodes JPEG or PNG bytes, whatever the name of the file says.
+
+    Images of 16 bits are scaled to 8. An alpha channel is dropped, as torchvision does.
+
+    Args:
+        encoded: the content of the file.
+        channels: 1 for grey images, 3 for colour images.
+        name: the name of the image, for the error message.
+    """
     try:
-        with Image.open(io.BytesIO(encoded)) as picture:
-            pixels = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+        with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as picture:
+            pixels = np.asarray(_in_8_bits(picture).convert("L" if channels == 1 else "RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = (
+            "no JPEG or PNG image"
+            if isinstance(error, Image.UnidentifiedImageError)
+            else str(error)
+        )
         raise UserError(f"cannot decode image {name}: {reason}") from None
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _in_8_bits(picture: Image.Image) -> Image.Image:
+    if not picture.mode.startswith("I"):
+        return picture
+    wide = np.asarray(picture).astype(np.uint32)
+    return Image.fromarray(((wide * 255 + 32_767) // 65_535).astype(np.uint8))
 
 
 def folder_classes(directory: str) -> list[str]:

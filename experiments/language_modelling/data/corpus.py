@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -77,8 +78,10 @@ class ArrayTokens:
 def text_file(file: str, level: str, min_count: int) -> Corpus:
     """A file of raw text, divided by bytes into 90 % for training, 5 % and 5 %.
 
+    Characters and words are those of UTF-8 text; a byte-order mark before it is left out.
+
     Raises:
-      UserError: there is no such file, or it is damaged.
+      UserError: there is no such file, or it is damaged or, but for bytes, no UTF-8.
     """
     if not file:
         raise UserError("config.data.file is empty; text_file needs a file of raw text")
@@ -96,6 +99,16 @@ def _text_file(path: Path, changed: int, level: str, min_count: int) -> Corpus:
     text = read_text(path)
     if not text:
         raise UserError(f"config.data.file: {path} holds no text")
+    if level != "byte":
+        text = text.removeprefix(codecs.BOM_UTF8)
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"config.data.file: {path} is no UTF-8 text: found "
+                f"{error.object[error.start]:#04x} at byte {error.start}; "
+                "config.data.level='byte' takes any"
+            ) from None
     return from_text(str(path), text, level, min_count)
 
 

@@ -90,6 +90,8 @@ def prepare(name: str, data_dir: str, manual_dir: str) -> Path:
 
     if manual_dir and not Path(manual_dir).is_dir():
         raise UserError(f"--manual_dir={manual_dir}: no such folder")
+    if manual_dir and not any(Path(manual_dir).iterdir()):
+        raise UserError(f"--manual_dir={manual_dir}: is empty; must hold the file, or leave it out")
     builder = _builder(name, data_dir)
     options = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
     try:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.errors import UserError
-from experiments.language_modelling.data.archives import read_text
+from experiments.language_modelling.data.archives import MOST_BYTES, read_text
 from experiments.language_modelling.data.vocabulary import Vocabulary
 
 CHUNK = 65_536  # The number of tokens in a record.
@@ -39,7 +39,7 @@ class Source:
         Raises:
           UserError: the file holds another text.
         """
-        text = read_text(path, self.name)
+        text = read_text(path, self.name, self.size or MOST_BYTES)
         if self.size is not None and len(text) < self.size:
             raise UserError(f"{path}: truncated: {len(text)} bytes of {self.name}'s {self.size}")
         found = hashlib.sha1(text).hexdigest()

@@ -1,5 +1,7 @@
 """Image folders: what they give, and one line for each thing that can be wrong with them."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,6 +47,36 @@ def test_png_pixels_are_exact(root):
     pixels = np.asarray(Image.open(root / "train/cat/1.png"))
     data = source(root)
     assert any(np.array_equal(data[i]["image"], pixels) for i in range(len(data)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bits_are_scaled_to_eight(root, channels):
+    ramp = np.linspace(0, 65_535, 256 * 20).astype(np.uint16).reshape(20, 256)
+    Image.fromarray(ramp).save(root / "train" / "cat" / "0.0.png")
+    image = source(root, channels=channels)[0]["image"]
+    assert image.shape == (20, 256, channels)
+    np.testing.assert_allclose(image[..., 0], ramp / 257.0, atol=0.51)
+
+
+def test_an_alpha_channel_is_dropped(root):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 4), np.uint8)
+    Image.fromarray(pixels).save(root / "train" / "cat" / "0.0.png")
+    np.testing.assert_array_equal(source(root)[0]["image"], pixels[..., :3])
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "BMP", "TIFF", "EPS"])
+def test_another_kind_of_image_under_the_name_of_a_jpeg(root, kind):
+    path = root / "train" / "cat" / "0.JPEG"
+    Image.new("RGB", (8, 8)).save(path, kind)
+    with pytest.raises(UserError) as error:
+        source(root)[0]
+    assert f"{path}: no JPEG or PNG image" in one_line(error)
+
+
+def test_a_fifo_is_no_image(root):
+    os.mkfifo(root / "train" / "dog" / "9.png")
+    with pytest.raises(UserError, match="9.png: is no file"):
+        source(root)
 
 
 def test_val_is_read_where_there_is_no_test(root):

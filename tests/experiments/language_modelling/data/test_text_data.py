@@ -1,6 +1,9 @@
 """Vocabularies, raw text files, and what is wrong with them."""
 
+import gzip
 import lzma
+import os
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -104,6 +107,56 @@ def test_archives_hold_the_same_text(tmp_path):
         read_text(tmp_path / "none")
 
 
+def test_what_is_unpacked_is_bounded(tmp_path):
+    """A small archive of a large text is refused before the text is in memory."""
+    size = 5_000_000
+    (tmp_path / "t.gz").write_bytes(gzip.compress(bytes(size)))
+    (tmp_path / "t.xz").write_bytes(lzma.compress(bytes(size), preset=0))
+    with zipfile.ZipFile(tmp_path / "t.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("t", bytes(size))
+    for name in ("t.gz", "t.xz", "t.zip"):
+        assert len(read_text(tmp_path / name)) == size
+        tracemalloc.start()
+        with pytest.raises(UserError, match=f"{name}: holds more than the 1000 bytes"):
+            read_text(tmp_path / name, most=1000)
+        assert tracemalloc.get_traced_memory()[1] < size / 4
+        tracemalloc.stop()
+
+
+def test_an_archive_that_cannot_be_unpacked_is_one_line(tmp_path):
+    path = tmp_path / "t.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("t", b"text")
+    packed = bytearray(path.read_bytes())
+    for at in (packed.index(b"PK\3\4") + 6, packed.index(b"PK\1\2") + 8):
+        packed[at] |= 1  # says that it is encrypted
+    path.write_bytes(packed)
+    with pytest.raises(UserError, match="t.zip: cannot be unpacked: .*encrypted"):
+        read_text(path)
+
+
+def test_a_fifo_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "t")
+    with pytest.raises(UserError, match="is no file"):
+        read_text(tmp_path / "t")
+
+
+@pytest.mark.parametrize("level", ["character", "word"])
+def test_text_that_is_no_utf_8(tmp_path, level):
+    text = "größer als\n" * 50
+    path = tmp_path / "text"
+    for encoding, byte in (("latin-1", 2), ("utf-16", 0)):
+        path.write_bytes(text.encode(encoding))
+        os.utime(path, ns=(byte + 1, byte + 1))
+        with pytest.raises(UserError, match=f"is no UTF-8 text: found 0x.. at byte {byte}; "):
+            text_file(str(path), level, 1)
+        assert len(text_file(str(path), "byte", 1).splits["train"]) > 400
+    path.write_bytes(text.encode("utf-8-sig"))
+    symbols = text_file(str(path), level, 1).vocabulary.symbols
+    assert "größer" in symbols if level == "word" else "ö" in symbols
+    assert not any("\ufeff" in symbol for symbol in symbols)
+
+
 def test_a_changed_file_is_read_anew(tmp_path):
     path = tmp_path / "text"
     path.write_bytes(b"ab" * 50)
@@ -181,7 +234,7 @@ def test_stacked_layers_need_rules():
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "data.file: .* holds no text"), (b"a b", "train part of .* has 3 tokens"),
-     (None, "cannot read .*: Is a directory")],
+     (None, "cannot read .*: is no file")],
 )  # fmt: skip
 def test_a_file_of_no_use_is_one_line(tmp_path, content, message):
     path = tmp_path / "text"
