@@ -247,6 +247,7 @@ def _leaf(
     layer = tuple(size for axis, size in enumerate(shape) if axis not in axes)
     if spec.forward_density is not None:
         forward = spec.forward_density
+        check_densities(forward, 1.0, f"{name}: ")
         if spec.backward_density is None and isinstance(backward, jax.Array):
             backward = jnp.maximum(backward, jnp.asarray(forward, backward.dtype))
         elif spec.backward_density is None:

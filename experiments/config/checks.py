@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.errors import UserError
@@ -28,9 +28,12 @@ def number(
     return fits, text
 
 
-def integer(low: int) -> Check:
-    """An integer with a lower bound."""
-    return (lambda v: type(v) is int and v >= low), f"an integer of at least {low}"
+def integer(low: int, below: int = 2**31) -> Check:
+    """An integer between two bounds."""
+    power = f"2**{below.bit_length() - 1}"
+    return (
+        lambda v: type(v) is int and low <= v < below
+    ), f"an integer of at least {low} and below {power}"
 
 
 def optional(check: Check) -> Check:
@@ -61,3 +64,22 @@ def check_values(section: Any, checks: Mapping[str, Check], prefix: str = "confi
             parent = parent.get(name, {})
         if last in parent and not fits(parent[last]):
             raise UserError(f"{prefix}.{key}: found {parent[last]!r}; must be {rule}")
+
+
+def check_unread(data: Any, reads: Mapping[str, Sequence[str]], keys: Sequence[str]) -> None:
+    """Checks that the data set reads each of the keys that is set.
+
+    Args:
+        data: the section `data`.
+        reads: the keys that data sets read, by name; one that is not there may read all.
+        keys: the keys to check.
+
+    Raises:
+        UserError: a key has a value, and nothing reads it.
+    """
+    for key in keys:
+        if data.get(key) and key not in reads.get(data.name, keys):
+            raise UserError(
+                f"config.data.{key}: found {data[key]!r}; must be empty, {data.name} does not read "
+                "it"
+            )

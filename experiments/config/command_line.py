@@ -14,6 +14,7 @@ from experiments.errors import UserError
 from topkast_jax.errors import SparsityError
 
 _OVERRIDE = "--config."
+_LONGEST = 2000  # characters of a refusal: it holds what was found, of whatever length
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,6 +24,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses the flags; one that is given twice is a mistake."""
+        flags = [arg.partition("=")[0] for arg in args or () if arg.startswith("--")]
+        for flag in flags:
+            if flags.count(flag) > 1:
+                self.error(f"argument {flag}: found {flags.count(flag)} times; must be given once")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
@@ -34,6 +43,10 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parses the flags, and returns the overrides `--config.KEY=VALUE` as `KEY=VALUE`."""
     overrides = [arg.removeprefix(_OVERRIDE) for arg in argv if arg.startswith(_OVERRIDE)]
+    keys = [text.partition("=")[0] for text in overrides]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"{_OVERRIDE}{key}: found {keys.count(key)} times; must be given once")
     return parser.parse_args([arg for arg in argv if not arg.startswith(_OVERRIDE)]), overrides
 
 
@@ -94,5 +107,8 @@ def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:
 
 def fail(error: Exception) -> int:
     """Prints a user's mistake as one line; returns the exit status."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    text = " ".join(str(error).split())
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
+    print("error:", text, file=sys.stderr)
     return 2

@@ -82,12 +82,15 @@ def apply_variant(config: ConfigDict, variant: str, flags: Sequence[str] = ("smo
     Returns:
         The flags that the variant contains.
     """
-    found = set()
+    found, named = set(), ""
     for word in filter(None, (word.strip() for word in variant.split(","))):
         if word in flags:
             found.add(word)
-        else:
-            _apply_method(config, word, flags)
+            continue
+        if named:
+            raise UserError(f"variant {variant!r}: {named!r} and {word!r} both name a method")
+        _apply_method(config, word, flags)
+        named = word
     return found
 
 
@@ -122,7 +125,7 @@ def _apply_method(config: ConfigDict, word: str, flags: Sequence[str]) -> None:
 
 
 def _density(percent: str) -> float:
-    density = round(1 - float(percent) / 100, 9)
+    density = round(1 - float(percent) / 100, 9) if percent.isascii() else 0.0
     if not 0 < density <= 1:
         raise ValueError
     return density

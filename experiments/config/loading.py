@@ -30,7 +30,10 @@ def load(spec: str, function: str = "get_config") -> Any:
     path, _, variant = spec.partition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         raise UserError(f"--config={spec}: no such file {path!r}; expected path/to/NAME.py:VARIANT")
-    found = runpy.run_path(path).get(function)
+    try:
+        found = runpy.run_path(path).get(function)
+    except SystemExit as error:
+        raise UserError(f"--config={spec}: {path} ends the process: {error!r}") from error
     if found is None:
         raise UserError(f"--config={spec}: {path} defines no {function}()")
     if variant and not inspect.signature(found).parameters:
@@ -48,7 +51,18 @@ def resolve(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
         overrides: texts `KEY=VALUE`, with dots between the levels of KEY.
     """
     config, overrides = load(spec), list(overrides)
+    if not isinstance(config, ConfigDict) or not {"task", "method", "name"} <= set(config):
+        raise UserError(
+            f"--config={spec}: get_config() returned a {type(config).__name__}; must be what "
+            "experiments.config.base_config() returns"
+        )
     for text in overrides:
+        key = text.partition("=")[0]
+        if key in ("task", "name"):
+            raise UserError(
+                f"--config.{key}: cannot be overridden: the {key} of a run is that of its config "
+                "file"
+            )
         if text.startswith("method.name="):
             override(config, text)
     methods.complete(config)

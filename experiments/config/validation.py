@@ -21,9 +21,10 @@ _BOUNDARIES: Check = (
 # The arguments of a method are missing here, because its factory checks them.
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("steps", "batch_size", "log_every", "keep_checkpoints"), integer(1)),
-    **dict.fromkeys(("seed", "eval_every", "checkpoint_every"), integer(0)),
+    **dict.fromkeys(("eval_every", "checkpoint_every"), integer(0)),
+    "seed": integer(0, 2**32),
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor"), _MESH),
-    "method.seed": optional(integer(0)),
+    "method.seed": optional(integer(0, 2**32)),
     "method.refresh_delay": integer(0),
     "method.backend": one_of(None, *BACKENDS),
     "optimizer.learning_rate": number(0, above=True),

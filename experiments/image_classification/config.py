@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from experiments.config.checks import check_values, integer, number, one_of
+from experiments.config.checks import check_unread, check_values, integer, number, one_of
 from experiments.errors import UserError
 from experiments.image_classification.data import DATA_SETS
 from experiments.image_classification.data.preprocessing import RECIPES
@@ -55,6 +55,7 @@ def validate(config: ConfigDict) -> None:
     """
     data = config.data
     check_values(config, _CHECKS)
+    check_unread(data, {"embedded_mnist": ()}, ("dir",))
     MODELS.get(config.model.name)(config.model)
     data_set, recipe = DATA_SETS.get(data.name)(data), RECIPES.get(data.recipe)
     if len(recipe.mean) not in (1, data.channels):

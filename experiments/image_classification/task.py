@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
+from experiments.errors import UserError
 from experiments.image_classification.config import default_config, validate
 from experiments.image_classification.data import DATA_SETS, pipeline
 from experiments.image_classification.data.preprocessing import RECIPES, Recipe
@@ -77,8 +78,18 @@ class ImageClassification:
         return eval_state, _sums(losses, logits, batch["label"], batch["weight"])
 
     def train_data(self) -> pipeline.TrainBatches:
-        """The part of this host of endless shuffled epochs."""
-        return pipeline.TrainBatches(self._source("train"), self._options())
+        """The part of this host of endless shuffled epochs.
+
+        Raises:
+            UserError: a batch is larger than the data set.
+        """
+        source = self._source("train")
+        if self.units_per_step > len(source):
+            raise UserError(
+                f"config.batch_size: found {self.units_per_step}; must be at most the "
+                f"{len(source)} images to train on"
+            )
+        return pipeline.TrainBatches(source, self._options())
 
     def eval_data(self, split: str) -> Iterable[Batch]:
         """Every image of a split once."""

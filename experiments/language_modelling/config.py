@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.config.checks import check_values, integer, one_of
+from experiments.config.checks import check_unread, check_values, integer, one_of, optional
 from experiments.errors import UserError
 from experiments.language_modelling.data import TEXTS
 from experiments.language_modelling.data.corpus import SPLITS, Corpus
@@ -21,7 +21,11 @@ _CHECKS = {
     "data.eval_split": one_of(*SPLITS[1:]),
     "data.min_count": integer(1),
     "data.eval_batch_size": integer(1),
+    **{f"model.{key}": integer(1) for key in ("n_layer", "n_head", "d_model", "d_head", "d_inner")},
+    "model.d_embed": optional(integer(1)),
 }
+# The keys of the section `data` that name files, by the texts that read them.
+_FILES = {"python_docs": (), "text_file": ("file",), "enwik8": ("dir",), "wikitext103": ("dir",)}
 
 
 def default_config() -> ConfigDict:
@@ -79,6 +83,7 @@ def validate(config: ConfigDict) -> None:
       UserError: names the key, what was found and what is allowed.
     """
     check_values(config, _CHECKS)
+    check_unread(config.data, _FILES, ("file", "dir"))
     lengths(config, "train")
     lengths(config, "evaluation")
     text = TEXTS.get(config.data.name)(config.data)
