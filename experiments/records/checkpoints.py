@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from experiments.errors import UserError, warn
 
 MANIFEST = "MANIFEST.json"
 ASIDE = "damaged"
+DELETED = ".deleted"  # ends the name of a checkpoint that is being deleted
 Tree = Any
 
 
@@ -38,6 +40,7 @@ class Checkpoints:
         self._keep = keep
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
+            _remove_deleted(self.directory)
             _set_damaged_aside(self.directory)
         _sync("damaged checkpoints moved")
         options = ocp.CheckpointManagerOptions(
@@ -55,8 +58,14 @@ class Checkpoints:
         if jax.process_index() == 0:
             _write_manifest(self.directory / str(step))
         _sync("manifest written")
-        for old in sorted(self._manager.all_steps())[: -self._keep]:
-            self._manager.delete(old)
+        old = sorted(self._manager.all_steps())[: -self._keep]
+        if old and jax.process_index() == 0:
+            for step in old:
+                (self.directory / str(step)).rename(self.directory / f"{step}{DELETED}")
+            _remove_deleted(self.directory)
+        if old:
+            _sync("old checkpoints deleted")
+            self._manager.reload()
 
     def restore(self, abstract: Callable[[int], Tree]) -> tuple[Tree, dict[str, Any]] | None:
         """Reads the newest state directly into its shards, and the meta of this host.
@@ -101,8 +110,13 @@ def damage(checkpoint: Path) -> str | None:
     """A description of what is wrong with a checkpoint; None if nothing is."""
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError):
+        listed = {
+            str(name): (int(size), str(checksum)) for name, (size, checksum) in listed.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
         return f"no readable {MANIFEST}"
+    if not {"state", "meta"} <= {name.partition("/")[0] for name in listed}:
+        return f"{MANIFEST} lists no state or no meta"
     for name, (size, checksum) in listed.items():
         path = checkpoint / name
         if not path.is_file():
@@ -133,7 +147,8 @@ def _steps(directory: Path) -> list[int]:
 def _set_damaged_aside(directory: Path) -> None:
     steps = _steps(directory)
     damaged = {step: why for step in steps if (why := damage(directory / str(step)))}
-    unfinished = all(not (directory / str(step) / MANIFEST).exists() for step in damaged)
+    # The first save of a run may have been cut off; a later one leaves those before it whole.
+    unfinished = len(steps) == 1 and not (directory / str(steps[0]) / MANIFEST).exists()
     if damaged and len(damaged) == len(steps) and not unfinished:
         each = "; ".join(f"{step}: {why}" for step, why in damaged.items())
         raise UserError(
@@ -146,6 +161,12 @@ def _set_damaged_aside(directory: Path) -> None:
         target = aside / (f"{step}.{taken}" if taken else str(step))
         (directory / str(step)).rename(target)
         warn(f"checkpoint {directory / str(step)} is not used and moved to {target}: {why}")
+
+
+def _remove_deleted(directory: Path) -> None:
+    """Ends deletions, also those of a process that was killed meanwhile."""
+    for path in directory.glob(f"*{DELETED}"):
+        shutil.rmtree(path)
 
 
 def _write_manifest(checkpoint: Path) -> None:

@@ -47,7 +47,22 @@ def cut_off(checkpoint):
     (checkpoint / MANIFEST).unlink()
 
 
-DAMAGES = {"checksum": flip, "bytes instead of": truncate, "missing": remove, MANIFEST: cut_off}
+def empty_manifest(checkpoint):
+    (checkpoint / MANIFEST).write_text("{}")
+
+
+def manifest_of_another_kind(checkpoint):
+    (checkpoint / MANIFEST).write_text('{"state/x": 3}')
+
+
+DAMAGES = {
+    "checksum": flip,
+    "bytes instead of": truncate,
+    "missing": remove,
+    "no readable MANIFEST": cut_off,
+    "lists no state or no meta": empty_manifest,
+    "no readable MANIFEST.json": manifest_of_another_kind,
+}
 
 
 def test_keeps_as_many_as_asked(tmp_path, saved):
@@ -88,6 +103,35 @@ def test_every_one_damaged(copy):
     with pytest.raises(UserError, match=r"every checkpoint is damaged \(5: .*; 10: .*; 15: "):
         run(copy, "80/60", *OPTIONS)
     assert (copy / "checkpoints" / "15").is_dir()
+
+
+def test_every_manifest_is_gone(copy):
+    """No run is cut off like that: it is refused, and does not begin anew over its records."""
+    for step in (5, 10, 15):
+        cut_off(copy / "checkpoints" / str(step))
+    before = (copy / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"every checkpoint is damaged \(5: no readable MANIFEST"):
+        run(copy, "80/60", *OPTIONS)
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_deletion_that_was_cut_off_is_ended(copy, capsys, monkeypatch):
+    """Killed while an old checkpoint is deleted: half of it is no damaged one."""
+
+    def killed(path):
+        largest(path).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.records.checkpoints.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(copy, "80/60", *OPTIONS)
+    names = {p.name for p in (copy / "checkpoints").iterdir()}
+    assert names == {"5.deleted", "10", "15", "20"}
+    capsys.readouterr()
+    assert run(copy, "80/60", *OPTIONS) == "finished"
+    assert "damaged" not in capsys.readouterr().err
+    assert {p.name for p in (copy / "checkpoints").iterdir()} == {"10", "15", "20"}
 
 
 def test_first_save_cut_off_begins_anew(tmp_path, capsys):
