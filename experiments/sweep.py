@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import shlex
 import sys
 import traceback
@@ -76,11 +77,23 @@ def plan(spec: str, seeds: int, overrides: Sequence[str] = ()) -> list[Planned]:
         raise UserError(
             f"--config={spec}: {f'two runs named {twice[0]!r}' if twice else 'no runs'}"
         )
+    for name in names:
+        # Anything else could name a folder outside the sweep's, or one folder in two ways.
+        if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+            raise UserError(
+                f"--config={spec}: found a run named {name!r}; a name must be letters, digits and "
+                "'_-+.', without a point in front"
+            )
     return [
-        Planned(f"{name}/seed-{seed}", config, (*_texts(own), *overrides, f"seed={seed}"))
+        Planned(f"{name}/seed-{seed}", config, (*_merged(_texts(own), overrides), f"seed={seed}"))
         for seed in range(seeds)
         for name, config, own in entries
     ]
+
+
+def _merged(own: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Overrides of a run and of the command line, which come later and win."""
+    return list({text.partition("=")[0]: text for text in (*own, *overrides)}.values())
 
 
 def run_all(runs: Sequence[Planned], workdir: Path) -> int:

@@ -26,6 +26,10 @@ def test_list(tmp_path, capsys):
     assert [line.split()[0] for line in lines] == [str(i) for i in range(10)]
     assert lines[1].split()[1] == "80-60/seed-0"
     assert lines[6].endswith(":80/60 --config.steps=10 --config.log_every=2 --config.seed=1")
+    assert sweep(tmp_path / "s", "--list", "--config.steps=9") == 0
+    assert (
+        capsys.readouterr().out.splitlines()[0].endswith(":dense --config.steps=9 --config.seed=0")
+    )
     assert not (tmp_path / "s").exists()
 
 
@@ -104,6 +108,7 @@ def test_slurm_of_some(tmp_path, capsys, only):
     [
         (None, ["--only=9"], "must be numbers from 0 to 4"),
         (None, ["--only=x"], "must be numbers from 0 to 4"),
+        (None, ["--only=\N{SUPERSCRIPT TWO}"], "must be numbers from 0 to 4"),
         (None, ["--seeds=0"], "must be an integer of at least 1"),
         (None, ["--config.seed=3"], "--config.seed=3: a sweep sets the seeds itself; use --seeds"),
         (None, ["--config.stepz=1"], "no key 'stepz'"),
@@ -113,6 +118,10 @@ def test_slurm_of_some(tmp_path, capsys, only):
         ("def get_sweep(): return [('a', 'nowhere.py', {})]", [], "no such file 'nowhere.py'"),
         ("def get_sweep(): return [('a', 'b.py', {}), ('a', 'b.py', {})]", [], "named 'a'"),
         ("def get_sweep(): return [('a', 'b.py', {'seed': 1})]", [], "use --seeds=N"),
+        *(
+            (f"def get_sweep(): return [({name!r}, 'b.py', {{}})]", [], f"a run named {name!r}")
+            for name in ("", ".", "..", "../../x", "/abs", "./a", "a/b", "a b", "a\\n")
+        ),
     ],
 )
 def test_bad_input(tmp_path, capsys, text, args, message):
