@@ -344,8 +344,9 @@ def test_generation_runs_on_the_forward_set(runs, capsys, monkeypatch):
     ],
 )
 def test_bad_flags_of_generation_are_one_line(runs, flags, message, capsys):
-    given = [f"--workdir={runs[0]}", "--prompt=so", "--tokens=3"]
-    assert generate.main([*given, *flags]) == 2
+    given = {"--workdir": f"{runs[0]}", "--prompt": "so", "--tokens": "3"}
+    given |= dict(flag.split("=", 1) for flag in flags)
+    assert generate.main([f"{name}={value}" for name, value in given.items()]) == 2
     out, error = capsys.readouterr()
     assert not out
     assert len(error.splitlines()) == 1
