@@ -45,7 +45,7 @@ def finish(config: ConfigDict, overridden: Iterable[str] = ()) -> None:
         overridden: the keys that the user set; it is an error if nothing reads one of them.
     """
     with config.unlocked():
-        _drop_unread(config, frozenset(overridden))
+        drop_unread(config, frozenset(overridden))
         check_values(config, _CHECKS)
         methods.follow_steps(config)
         methods.check(config)
@@ -55,8 +55,19 @@ def finish(config: ConfigDict, overridden: Iterable[str] = ()) -> None:
     config.lock()
 
 
-def _drop_unread(config: ConfigDict, overridden: frozenset[str]) -> None:
-    """Drops the keys that the chosen method, optimizer and schedule do not read."""
+def check(config: ConfigDict) -> None:
+    """Raises UserError for what no run of any task can have; each task has rules of its own."""
+    check_values(config, _CHECKS)
+    methods.check(config)
+    _check_together(config)
+
+
+def drop_unread(config: ConfigDict, overridden: frozenset[str] = frozenset()) -> None:
+    """Drops the keys that the chosen method, optimizer and schedule do not read.
+
+    Raises:
+        UserError: there is no such choice, or nothing reads a key that was overridden.
+    """
     for section, known, read in (
         ("method", (config.method.name,), methods.method_keys),
         ("optimizer", optimizers.OPTIMIZERS, optimizers.optimizer_keys),

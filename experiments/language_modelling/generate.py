@@ -10,12 +10,14 @@ evaluation. With `--params=FILE`, it runs on a file from `experiments.export` of
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.config import command_line
@@ -87,15 +89,20 @@ def read_params(path: Path, config: ConfigDict, like: Any) -> Any:
       UserError: the file cannot be read, has another form, or belongs to another model.
     """
     try:
-        tree, metadata = exported.load(path)
+        # An entry of a leaf takes at most a value and an index of 8 bytes each.
+        entries = sum(math.prod(shape) for shape in _shapes(like).values())
+        tree, metadata = exported.load(path, at_most=16 * entries + 2**20)
+        theirs = _what_fits(metadata["config"])
     except UserError as error:
         raise UserError(f"--params={error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--params={path}: its config is of no run: {error!r}") from error
     if metadata["form"] not in ("dense", "compact"):
         raise UserError(
             f"--params={path}: holds form {metadata['form']!r}; must be 'dense' or 'compact'"
         )
     for found, needed in (
-        (_what_fits(metadata["config"]), _what_fits(workdir.as_json(config))),
+        (theirs, _what_fits(workdir.as_json(config))),
         (_shapes(tree), _shapes(like)),
     ):
         different = [k for k in needed | found if found.get(k) != needed.get(k)]
@@ -105,6 +112,9 @@ def read_params(path: Path, config: ConfigDict, like: Any) -> Any:
                 f"--params={path}: of another model: {key} is {found.get(key)!r} there and "
                 f"{needed.get(key)!r} in the run"
             )
+    for name, leaf in zip(*flatten_with_names(tree)[:2], strict=True):
+        if leaf.dtype.kind not in "fiu" or not np.isfinite(leaf).all():
+            raise UserError(f"--params={path}: {name} holds what is no finite number")
     return jax.tree.map(jnp.asarray, tree)
 
 

@@ -10,9 +10,12 @@ as JSON, holds the form, the config, and the shape and the pattern of each spars
 from __future__ import annotations
 
 import json
+import math
+import zipfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import safetensors
@@ -56,11 +59,12 @@ def save(out: Path, tree: Any, form: str, config: dict[str, Any], model_state: A
     _save(out, arrays, json.dumps({"form": form, "leaves": leaves, "config": config}))
 
 
-def load(path: Path) -> tuple[Any, dict[str, Any]]:
+def load(path: Path, at_most: int | None = None) -> tuple[Any, dict[str, Any]]:
     """Reads an exported file.
 
     Args:
         path: a file that `save` wrote.
+        at_most: how many bytes its arrays may take in memory, looked at before they are read.
 
     Returns:
         The tree of parameters as exported (nested dicts), and the metadata; the model state is in
@@ -69,49 +73,84 @@ def load(path: Path) -> tuple[Any, dict[str, Any]]:
     Raises:
         UserError: it cannot be read, or is no such file.
     """
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; must be a file from experiments.export")
-    arrays, text = _read(path)
-    if text is None:
-        raise UserError(f"{path}: was not written by experiments.export: no {METADATA!r} in it")
-    metadata = json.loads(text)
-    read = {"compact": _compact, "bcoo": _bcoo, "bsr": _bsr}.get(metadata["form"])
-    for name, about in metadata["leaves"].items():
-        assert read is not None, "dense files have no sparse leaves"
-        prefix = f"{name}."
-        parts = {
-            k.removeprefix(prefix): arrays.pop(k) for k in list(arrays) if k.startswith(prefix)
-        }
-        arrays[name] = read(parts, about)
-    return _nested(arrays), metadata
-
-
-def _read(path: Path) -> tuple[dict[str, Any], str | None]:
+    if not path.is_file():
+        reason = "is no file" if path.exists() else "no such file"
+        raise UserError(f"{path}: {reason}; must be a file from experiments.export")
     try:
-        if path.suffix == ".npz":
-            with open(path, "rb") as opened, np.load(opened) as file:
-                arrays = dict(file)
-            text = arrays.pop(METADATA, None)
-            return arrays, None if text is None else str(text)
+        arrays, text = _read(path, math.inf if at_most is None else at_most)
+        if text is None:
+            raise ValueError(f"no {METADATA!r} in it")
+        metadata = json.loads(text)
+        read = _SPARSE[metadata["form"]]
+        for name, about in metadata["leaves"].items():
+            parts = {k: arrays.pop(f"{name}.{k}") for k in _PARTS[metadata["form"]]}
+            arrays[name] = read(parts, about)
+        dict(metadata["config"])
+        return _nested(arrays), metadata
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (
+        ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError,
+        RuntimeError, zipfile.BadZipFile, zlib.error, safetensors.SafetensorError, UserError,
+    ) as error:  # fmt: skip
+        told = f"lacks {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(f"{path}: was not written by experiments.export: {told}") from error
+
+
+def _read(path: Path, at_most: float) -> tuple[dict[str, Any], str | None]:
+    if path.suffix != ".npz":
         with safetensors.safe_open(path, "numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, (file.metadata() or {}).get(METADATA)
-    except (OSError, ValueError, EOFError, BadZipFile, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > at_most:
+        raise ValueError(f"it unpacks to {size} bytes; must be at most {at_most}")
+    with np.load(path) as file:
+        arrays = dict(file)
+    text = arrays.pop(METADATA, None)
+    return arrays, None if text is None else str(text)
 
 
 def _compact(parts: dict[str, Any], about: dict[str, Any]) -> CompactKernel:
-    index = parts["index"]
+    values, index, shape = parts["values"], parts["index"], tuple(about["shape"])
     pattern: Any = read_pattern(about["pattern"])
-    return CompactKernel(parts["values"], index, tuple(about["shape"]), pattern, index.shape[-1])
+    if values.shape != (*index.shape, *pattern.unit_shape):
+        raise ValueError(f"values {values.shape} for an index {index.shape} of {pattern}")
+    _check_within(index, math.prod(pattern.grid(shape)))
+    return CompactKernel(values, index, shape, pattern, index.shape[-1])
 
 
 def _bcoo(parts: dict[str, Any], about: dict[str, Any]) -> BCOO:
-    return BCOO((parts["data"], parts["indices"]), shape=tuple(about["shape"]))
+    shape, indices = tuple(about["shape"]), parts["indices"]
+    _check_within(indices, np.array(shape[len(shape) - indices.shape[-1] :]))
+    return BCOO((parts["data"], indices), shape=shape)
 
 
 def _bsr(parts: dict[str, Any], about: dict[str, Any]) -> BCSR:
-    return BCSR(tuple(parts[k] for k in ("data", "indices", "indptr")), shape=tuple(about["shape"]))
+    shape, stacked = tuple(about["shape"]), parts["indptr"].ndim - 1
+    _check_within(parts["indices"], shape[stacked + 1])
+    _check_within(parts["indptr"], parts["indices"].shape[-1] + 1)
+    return BCSR(tuple(parts[k] for k in ("data", "indices", "indptr")), shape=shape)
+
+
+def _check_within(index: Any, below: Any) -> None:
+    if index.dtype.kind not in "iu" or (index < 0).any() or (index >= below).any():
+        raise ValueError(f"an index outside its leaf, or of type {index.dtype}")
+
+
+_SPARSE: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
+    "dense": lambda parts, about: None,
+    "compact": _compact,
+    "bcoo": _bcoo,
+    "bsr": _bsr,
+}
+_PARTS = {
+    "dense": (),
+    "compact": ("values", "index"),
+    "bcoo": ("data", "indices"),
+    "bsr": ("data", "indices", "indptr"),
+}
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:

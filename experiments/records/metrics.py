@@ -113,8 +113,11 @@ def _record(line: str) -> dict[str, Any] | None:
         found = json.loads(line)
     except ValueError:
         return None
-    is_record = isinstance(found, dict) and isinstance(found.get("step"), int) and "split" in found
-    return found if is_record else None
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        return None
+    kinds = {"split": str, "context": dict, "timing": dict}
+    fits = all(isinstance(v, kinds.get(k, int | float)) for k, v in found.items())
+    return found if fits and "split" in found else None
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.config import base_config
+from experiments.config.validation import check, drop_unread
 from experiments.errors import UserError
 from experiments.records import checkpoints, workdir
 from experiments.training import methods
@@ -46,6 +48,40 @@ def read_config(directory: Path, task: str | None = None) -> ConfigDict:
     config = ConfigDict(workdir.read_json(directory / workdir.CONFIG))
     if task is not None and config.get("task") != task:
         raise UserError(f"--workdir={directory}: holds a run of task {config.get('task')!r}")
+    try:
+        _check(config)
+    except UserError as error:
+        raise UserError(f"{directory / workdir.CONFIG}: {error}") from error
+    return config
+
+
+def _check(config: ConfigDict) -> None:
+    """Checks a config that another version of this code may have written."""
+    saved = workdir.flat(config.to_dict())
+    for key, like in workdir.flat(_needed(saved).to_dict()).items():
+        kinds = {float: (int, float), tuple: (list,), type(None): (object,)}
+        may_be_none = key.startswith("method.") and key != "method.always_sparse"
+        if key not in saved:
+            raise UserError(f"config.{key}: is missing; a run of this version has it")
+        if saved[key] is None and may_be_none:
+            continue
+        if not isinstance(saved[key], kinds.get(type(like), (type(like),))):
+            raise UserError(f"config.{key}: found {saved[key]!r}; must be like {like!r}")
+    check(config)
+
+
+def _needed(saved: dict[str, Any]) -> ConfigDict:
+    """The default config, with the keys that a saved config's choices read."""
+    config = base_config(str(saved.get("task")))
+    config.method.name = str(saved.get("method.name"))
+    methods.complete(config)
+    if "always_sparse" in config.method:
+        config.method.always_sparse = saved.get("method.always_sparse") is True
+    config.optimizer.name = str(saved.get("optimizer.name"))
+    config.optimizer.schedule.name = str(saved.get("optimizer.schedule.name"))
+    with config.unlocked():
+        drop_unread(config)
+        config.derived = {"learning_rate": 0.0, "warmup_steps": 0, "boundaries": ()}
     return config
 
 

@@ -120,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file that holds an object."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}; must hold a JSON object")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -15,12 +16,30 @@ from experiments.records.metrics import read_records
 from experiments.records.workdir import CONFIG, FINAL, METRICS, flat, read_json
 
 Summary = dict[str, Any]
-# What a report reads of every `final.json`.
-NEEDED = (
-    "name", "config.method.name", "test", "densities.forward", "densities_over_run.backward",
-    "parameters", "active_parameters", "flops.training_fraction", "flops.inference_fraction",
-    "seconds",
-)  # fmt: skip
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+_TEXT = lambda v: isinstance(v, str), "a text"
+_AMOUNT = lambda v: _number(v) and 0 <= v < math.inf, "a finite number of at least 0"
+_OBJECT = lambda v: isinstance(v, dict), "an object"
+_METRICS = lambda v: isinstance(v, dict) and all(map(_number, v.values())), "an object of numbers"
+# What a report reads of every `final.json`, and what it must be.
+NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": _TEXT,
+    "config.method.name": _TEXT,
+    "test": _METRICS,
+    "test_context": _OBJECT,
+    "densities.forward": _AMOUNT,
+    "densities_over_run.backward": _AMOUNT,
+    "parameters": _AMOUNT,
+    "active_parameters": _AMOUNT,
+    "flops.training_fraction": _AMOUNT,
+    "flops.inference_fraction": _AMOUNT,
+    "seconds": _AMOUNT,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +141,14 @@ def _order(group: Group) -> tuple[Any, ...]:
 
 def _read_final(path: Path) -> Summary:
     run = read_json(path)
-    for key in NEEDED:
+    for key, (fits, kind) in NEEDED.items():
         found: Any = run
         for part in key.split("."):
             found = found.get(part) if isinstance(found, dict) else None
         if found is None:
             raise UserError(f"{path}: has no {key!r}; must be written by experiments.main")
+        if not fits(found):
+            raise UserError(f"{path}: {key} is {str(found)[:100]!r}; must be {kind}")
     return run
 
 

@@ -132,6 +132,44 @@ def test_final_that_lacks_something_the_report_reads(runs, tmp_path, capsys, key
     assert len(err.splitlines()) == 1
 
 
+WRONG = {
+    "name": (3, [], {}),
+    "config.method.name": (3, True),
+    "test": ("x", [1], {"accuracy": "x"}, {"accuracy": None}, {"accuracy": [1]}),
+    "test_context": ("x", [1]),
+    "parameters": ("x", [1], {}, True, -1, float("nan"), float("inf")),
+    "densities_over_run.backward": ("x", {}, -0.5),
+    "flops.inference_fraction": ("x", [0.5]),
+    "seconds": ("10",),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in WRONG.items() for v in values])
+def test_final_that_holds_another_type(runs, tmp_path, capsys, key, value):
+    run = final("c:dense", "dense", 0, 0.95)
+    *parents, last = key.split(".")
+    inner = run
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = value
+    spoil(runs, json.dumps(run))
+    assert main([str(runs), f"--out={tmp_path}/out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {runs}/dense/final.json: {key} is ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["x", [1], None, {}])
+def test_a_record_that_holds_another_type_is_named_and_passed_over(runs, tmp_path, capsys, value):
+    path = runs / "deep" / "er" / "kast-0" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    damaged = json.loads(lines[1]) | {"churn_since_start": value}
+    path.write_text("\n".join([lines[0], json.dumps(damaged), *lines[2:], ""]))
+    assert main([str(runs), f"--out={tmp_path}/out"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {path}, line 2: not used, because it is no record")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"name": "x"}'])
 def test_unreadable_final(runs, tmp_path, capsys, text):
     spoil(runs, text)

@@ -1,7 +1,9 @@
 """The language task in the one loop: evaluation, resume, devices, configs."""
 
 import json
+import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import jax
@@ -404,8 +406,80 @@ def test_parameters_of_another_model_are_one_line(runs, exported, tmp_path, chan
     assert told in str(error.value)
 
 
+def not_an_export(path, change, exported):
+    """Files that are no export; `change` says in which way."""
+    with np.load(exported) as file:
+        arrays = dict(file)
+    metadata = json.loads(str(arrays[METADATA]))
+    kernel = next(name for name in metadata["leaves"])
+    if change == "archive":
+        with zipfile.ZipFile(path, "w"):
+            return
+    if change == "single array":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+        return
+    if change == "large":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("large.npy", bytes(2**24))
+        return
+    if change in ("text", "list", "no form", "form", "no config"):
+        kept = {k: v for k, v in metadata.items() if k != change.removeprefix("no ")}
+        text = {"text": "{", "list": "[1]", "form": json.dumps(metadata | {"form": "x"})}
+        arrays[METADATA] = np.array(text.get(change, json.dumps(kept)))
+    elif change == "config":
+        arrays[METADATA] = np.array(
+            json.dumps(metadata | {"config": {"task": "language_modelling"}})
+        )
+    elif change == "pattern":
+        metadata["leaves"][kernel]["pattern"] = "block:3x"
+        arrays[METADATA] = np.array(json.dumps(metadata))
+    elif change == "part":
+        del arrays[f"{kernel}.index"]
+    elif change == "index":
+        arrays[f"{kernel}.index"] = arrays[f"{kernel}.index"] + 10**6
+    elif change == "values":
+        arrays[f"{kernel}.values"] = arrays[f"{kernel}.values"][..., :-1]
+    elif change == "nan":
+        arrays[f"{kernel}.values"] = np.full_like(arrays[f"{kernel}.values"], np.nan)
+    elif change == "strings":
+        name = next(n for n in arrays if n.endswith("bias"))
+        arrays[name] = arrays[name].astype(str)
+    np.savez(path, **arrays)
+
+
+NO_EXPORTS = {
+    "archive": "no 'topkast' in it",
+    "single array": "File is not a zip file",
+    "large": "unpacks to 16777216 bytes; must be at most",
+    "text": "Expecting property name",
+    "list": "list indices must be",
+    "form": "lacks 'x'",
+    "no form": "lacks 'form'",
+    "no config": "lacks 'config'",
+    "config": "its config is of no run",
+    "pattern": "'block:3x'; must be",
+    "part": "lacks 'layers/",
+    "index": "an index outside its leaf",
+    "values": "values (",
+    "nan": "holds what is no finite number",
+    "strings": "holds what is no finite number",
+}
+
+
+@pytest.mark.parametrize(("change", "told"), NO_EXPORTS.items(), ids=NO_EXPORTS.keys())
+def test_files_that_are_no_export_are_one_line(runs, exported, tmp_path, change, told):
+    path = tmp_path / "file.npz"
+    not_an_export(path, change, exported)
+    config = config_of(runs[2])
+    with pytest.raises(UserError, match=f"^--params={re.escape(str(path))}: ") as error:
+        generate.read_params(path, config, make_task(config).model.abstract_params)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_parameters_that_cannot_be_read_are_one_line(runs, tmp_path, capsys):
-    for path, told in ((tmp_path, "is a folder"), (tmp_path / "no.npz", "cannot be read")):
+    for path, told in ((tmp_path, "is no file"), (tmp_path / "no.npz", "no such file")):
         flags = [f"--workdir={runs[0]}", "--prompt=so", "--tokens=3", f"--params={path}"]
         assert generate.main(flags) == 2
         (line,) = capsys.readouterr().err.splitlines()
