@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 
 from experiments.config import apply_variant, base_config
 
+FLAGS = ("smoke", "2x", "5x", "all-sparse", "last-sparse")
+
 
 def get_config(variant: str = "") -> ConfigDict:
     config = base_config("image_classification")
@@ -40,8 +42,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.method.backward_density = 0.2
     config.method.refresh_every = 50
     config.method.exploration_weight = 1e-4
-    config.method.rules = (("stem/kernel", "dense"), (".*/kernel", "sparse"), (".*", "dense"))
-    if "smoke" in apply_variant(config, variant):
+    dense = "stem/kernel" if "last-sparse" in variant else "(stem|head)/kernel"
+    ends = () if "all-sparse" in variant else ((dense, "dense"),)
+    config.method.rules = (*ends, (".*/kernel", "sparse"), (".*", "dense"))
+    flags = apply_variant(config, variant, FLAGS)
+    config.steps *= 5 if "5x" in flags else 2 if "2x" in flags else 1
+    if "smoke" in flags:
         config.steps = 3
         config.batch_size = 16
         config.log_every = 1

@@ -1,43 +1,44 @@
 """Does the runs that one file describes, and then their report.
 
-    python -m experiments.sweep --config=configs/sweeps/NAME.py --workdir=DIR [--list]
-        [--only=i,j] [--slurm] [--seeds=N] [--config.KEY=VALUE …]
+python -m experiments.sweep --config=configs/sweeps/NAME.py:VARIANT --workdir=DIR [--list]
+    [--only=i,j] [--jobs=N] [--slurm] [--seeds=N] [--config.KEY=VALUE …]
 
-The file defines `get_sweep()`, which yields (run name, config file:variant, overrides as a dict).
-The folder of a run is DIR/NAME/seed-K. Overrides on the command line apply to all runs and take
-precedence over those of the file.
+The file defines `get_sweep()` or `get_sweep(variant)`, which yields (run name, config
+file:variant, overrides as a dict), and as a fourth item what the paper reports, if there is
+something. Where the name is None, it is made of the variant and the overrides: sweeps that share
+such a row and DIR share its runs. The folder of a run is DIR/NAME/seed-K. Overrides on the command
+line apply to all runs and take precedence over those of the file.
+
+A finished run is not done again, and an interrupted one goes on. With `--jobs=N`, N runs are done
+at a time, each by a process of its own on its share of the CPU cores, which writes what it prints
+to DIR/NAME/seed-K.log.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import re
+import os
 import shlex
+import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from types import FrameType
+from typing import BinaryIO
 
-from experiments.config import command_line, load, resolve
+from experiments.config import command_line, resolve
+from experiments.config.planned import Planned, plan
 from experiments.errors import UserError
 from experiments.loop import Outcome, train
+from experiments.records import workdir
 from experiments.report import report
 from topkast_jax import SparsityError
 
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """One run of a sweep: its folder in that of the sweep, its config file and its overrides."""
-
-    name: str
-    config: str
-    overrides: tuple[str, ...]
-
-    def line(self) -> str:
-        """The line that `--list` prints."""
-        return " ".join([self.name, self.config, *(f"--config.{o}" for o in self.overrides)])
+STOPPED = -1
 
 
 @command_line.command
@@ -47,65 +48,37 @@ def main(argv: list[str]) -> int:
     for text in overrides:
         if text.partition("=")[0] == "seed":
             raise UserError(f"--config.{text}: a sweep sets the seeds itself; use --seeds=N")
-    runs = plan(args.config, args.seeds, overrides)
+    runs, directory = plan(args.config, args.seeds, overrides), Path(args.workdir)
     chosen = _choose(args.only, len(runs))
     if args.list:
-        print("\n".join(f"{i}  {runs[i].line()}" for i in chosen))
+        print("\n".join(f"{i}  {_listed(runs[i])}" for i in chosen))
         return 0
     if args.slurm:
         print(_slurm(args, overrides, chosen))
         return 0
     for i in chosen:
-        resolve(
-            runs[i].config, runs[i].overrides
-        )  # A mistake in any config is found before the first run.
-    status = run_all([runs[i] for i in chosen], Path(args.workdir))
+        # A mistake in any config is found before the first run.
+        resolve(runs[i].config, runs[i].overrides)
+    status = run_all([runs[i] for i in chosen], directory, args.jobs)
     if args.only is None and status != STOPPED:
-        print(report([Path(args.workdir)], Path(args.workdir) / "report"))
+        print(report([directory], directory / "report"))
     return 0 if status == STOPPED else status
 
 
-STOPPED = -1
+def run_all(runs: Sequence[Planned], directory: Path, jobs: int = 1) -> int:
+    """Does all runs; a failure is printed, and the others are still done.
 
-
-def plan(spec: str, seeds: int, overrides: Sequence[str] = ()) -> list[Planned]:
-    """The runs of a sweep file, first all with seed 0, then all with seed 1, and so on."""
-    entries = list(_entries(spec))
-    names = [name for name, _, _ in entries]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not entries:
-        raise UserError(
-            f"--config={spec}: {f'two runs named {twice[0]!r}' if twice else 'no runs'}"
-        )
-    for name in names:
-        # Anything else could name a folder outside the sweep's, or one folder in two ways.
-        if not re.fullmatch(r"[\w+-][\w.+-]*", name):
-            raise UserError(
-                f"--config={spec}: found a run named {name!r}; a name must be letters, digits and "
-                "'_-+.', without a point in front"
-            )
-    return [
-        Planned(f"{name}/seed-{seed}", config, (*_merged(_texts(own), overrides), f"seed={seed}"))
-        for seed in range(seeds)
-        for name, config, own in entries
-    ]
-
-
-def _merged(own: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Overrides of a run and of the command line, which come later and win."""
-    return list({text.partition("=")[0]: text for text in (*own, *overrides)}.values())
-
-
-def run_all(runs: Sequence[Planned], workdir: Path) -> int:
-    """Does one run after another; a failure is printed, and the others are still done.
+    Args:
+        runs: the runs.
+        directory: the folder of the sweep.
+        jobs: how many runs at a time. Several are done by processes of their own.
 
     Returns:
         0, or 1 if a run failed, or STOPPED.
     """
     failed = []
-    for i, run in enumerate(runs):
-        print(f"run {i + 1}/{len(runs)}: {run.name}", flush=True)
-        outcome = _run(run, workdir)
+    outcomes = _one_by_one(runs, directory) if jobs == 1 else _Processes(jobs).do(runs, directory)
+    for run, outcome in outcomes:
         if outcome == "stopped":
             print(f"stopped in {run.name}; the same command goes on")
             return STOPPED
@@ -116,33 +89,88 @@ def run_all(runs: Sequence[Planned], workdir: Path) -> int:
     return int(bool(failed))
 
 
-def _run(run: Planned, workdir: Path) -> Outcome | None:
-    try:
-        return train(resolve(run.config, run.overrides), workdir / run.name)
-    except (UserError, SparsityError) as error:
-        command_line.fail(UserError(f"{run.name}: {error}"))
-    except Exception:
-        print(f"error: {run.name}:", file=sys.stderr)
-        traceback.print_exc()
-    return None
+# Runs and how they ended; None stands for a failure that has been printed.
+Outcomes = Iterator[tuple[Planned, Outcome | None]]
 
 
-def _entries(spec: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for entry in load(spec, "get_sweep"):
+def _one_by_one(runs: Sequence[Planned], directory: Path) -> Outcomes:
+    for i, run in enumerate(runs):
+        print(f"run {i + 1}/{len(runs)}: {run.name}", flush=True)
         try:
-            name, config, overrides = entry
-            yield str(name), str(config), dict(overrides)
-        except (TypeError, ValueError):
-            raise UserError(
-                f"--config={spec}: found {entry!r}; get_sweep() must yield "
-                "(name, config, overrides)"
-            ) from None
+            yield run, train(resolve(run.config, run.overrides), directory / run.name)
+            continue
+        except (UserError, SparsityError) as error:
+            command_line.fail(UserError(f"{run.name}: {error}"))
+        except Exception:
+            print(f"error: {run.name}:", file=sys.stderr)
+            traceback.print_exc()
+        yield run, None
 
 
-def _texts(overrides: dict[str, Any]) -> tuple[str, ...]:
-    if "seed" in overrides:
-        raise UserError("sweep: an override sets 'seed'; use --seeds=N")
-    return tuple(f"{k}={v if isinstance(v, str) else repr(v)}" for k, v in overrides.items())
+class _Processes:
+    """Does several runs at a time, each in a process on its own share of the cores."""
+
+    def __init__(self, jobs: int):
+        self._jobs = jobs
+        self._shares: SimpleQueue[list[int]] = SimpleQueue()
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        for i in range(jobs):
+            self._shares.put(cores[i::jobs] or cores)
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._stopping = False
+
+    def do(self, runs: Sequence[Planned], directory: Path) -> Outcomes:
+        """Does the runs, in their order; SIGTERM or SIGINT stops all of them with checkpoints."""
+        before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with ThreadPoolExecutor(self._jobs) as pool:
+                ends = pool.map(lambda run: self._do(run, directory / run.name), runs)
+                yield from zip(runs, ends, strict=True)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _do(self, run: Planned, directory: Path) -> Outcome | None:
+        share, log = self._shares.get(), directory.with_name(f"{directory.name}.log")
+        try:
+            if self._stopping:
+                return "stopped"
+            print(f"run {run.name}: {log}", flush=True)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "ab") as file:
+                status = self._wait([*run.arguments, f"--workdir={directory}"], file, share)
+        finally:
+            self._shares.put(share)
+        if status:
+            *_, last = [f"status {status}", *log.read_text(errors="replace").splitlines()]
+            print(f"error: {run.name}: {last.removeprefix('error: ')}", file=sys.stderr)
+            return None
+        return "finished" if workdir.finished(directory) else "stopped"
+
+    def _wait(self, arguments: list[str], log: BinaryIO, share: list[int]) -> int:
+        command = [sys.executable, "-m", "experiments.main", *arguments]
+        # In a session of its own, a process gets the signals of the terminal through this one.
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        if share:
+            os.sched_setaffinity(process.pid, share)
+        self._running.append(process)
+        if self._stopping:
+            process.terminate()
+        try:
+            return process.wait()
+        finally:
+            self._running.remove(process)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self._stopping = True
+        for process in list(self._running):
+            process.terminate()
+
+
+def _listed(run: Planned) -> str:
+    paper = f"  # paper: {run.paper}" if run.paper else ""
+    return " ".join([run.name, *run.arguments]).replace("--config=", "", 1) + paper
 
 
 def _choose(only: str | None, runs: int) -> list[int]:
@@ -154,11 +182,15 @@ def _choose(only: str | None, runs: int) -> list[int]:
     return chosen
 
 
+def _same(args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
+    """The arguments of Python that make the same plan."""
+    flags = [f"--{name}={getattr(args, name)}" for name in ("config", "workdir", "seeds")]
+    return ["-m", "experiments.sweep", *flags, *(f"--config.{text}" for text in overrides)]
+
+
 def _slurm(args: argparse.Namespace, overrides: Sequence[str], chosen: Sequence[int]) -> str:
     workdir = Path(args.workdir)
-    flags = [f"--{name}={getattr(args, name)}" for name in ("config", "workdir", "seeds")]
-    flags += [f"--config.{text}" for text in overrides]
-    command = " ".join(["python -m experiments.sweep", *map(shlex.quote, flags)])
+    command = " ".join(["python", *map(shlex.quote, _same(args, overrides))])
     return f"""#!/bin/bash
 #SBATCH --job-name={shlex.quote(workdir.name)}
 #SBATCH --array={",".join(map(str, chosen))}
@@ -170,12 +202,15 @@ exec {command} --only="$SLURM_ARRAY_TASK_ID\""""
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.Parser(prog="experiments.sweep", description=__doc__)
-    parser.add_argument("--config", required=True, help="configs/sweeps/NAME.py")
+    parser.add_argument("--config", required=True, help="configs/sweeps/NAME.py:VARIANT")
     parser.add_argument(
         "--workdir", type=command_line.path, required=True, help="folder of all runs"
     )
     parser.add_argument("--list", action="store_true", help="print the numbered runs")
     parser.add_argument("--only", help="numbers of the runs to do, like 0,3; no report")
+    parser.add_argument(
+        "--jobs", type=command_line.positive, default=1, help="how many runs at a time"
+    )
     parser.add_argument("--slurm", action="store_true", help="print an sbatch array script")
     parser.add_argument(
         "--seeds", type=command_line.positive, default=1, help="runs of each, by seed"

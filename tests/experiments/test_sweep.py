@@ -1,7 +1,11 @@
 """Many runs from one file."""
 
+import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +92,80 @@ def test_slurm(tmp_path, capsys):
     (tmp_path / "script").write_text(script)
     bash = shutil.which("bash")
     assert subprocess.run([bash, "-n", tmp_path / "script"]).returncode == 0
+
+
+SEVERAL = """
+import json, os, signal, sys, time
+from pathlib import Path
+flags = dict(flag.split("=", 1) for flag in sys.argv[3:])
+directory, name = Path(flags["--workdir"]), flags["--config"].partition(":")[2]
+directory.mkdir(parents=True)
+time.sleep(0.2)
+(directory / "cores.json").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
+if name == "50/50":
+    sys.exit("error: it does not work")
+if name == "static-50":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+(directory / "final.json").write_text('{"finished": true}')
+"""
+
+
+@pytest.fixture
+def processes(tmp_path, monkeypatch):
+    """A stand-in for `python -m experiments.main`, which says on which cores it runs."""
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\n{SEVERAL}")
+    script.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no affinity on this system")
+def test_several_at_a_time_share_the_cores(tmp_path, processes, capsys):
+    directory, cores = tmp_path / "s", sorted(os.sched_getaffinity(0))
+    assert sweep(directory, "--only=0,1,2,3", "--jobs=2") == 1
+    assert finals(directory) == ["80-60/seed-0", "dense/seed-0", "static-80/seed-0"]
+    used = [json.loads(p.read_text()) for p in directory.rglob("cores.json")]
+    assert len(used) == 4
+    assert all(own in (cores[::2], cores[1::2] or cores) for own in used)
+    out, err = capsys.readouterr()
+    assert f"run dense/seed-0: {directory}/dense/seed-0.log" in out
+    assert err.splitlines()[0] == "error: 50-50/seed-0: it does not work"
+    assert err.splitlines()[1] == "1 of 4 runs failed: 50-50/seed-0"
+
+
+def test_a_signal_stops_all_that_run_at_a_time(tmp_path, processes, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert sweep(tmp_path / "s", "--only=0,4,1,3", "--jobs=2") == 0
+    assert "stopped in static-50/seed-0; the same command goes on" in capsys.readouterr().out
+    assert "static-50/seed-0" not in finals(tmp_path / "s")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_several_at_a_time_are_the_same_runs(tmp_path):
+    sweep(tmp_path / "one", "--only=0,1")
+    assert sweep(tmp_path / "two", "--only=0,1", "--jobs=2") == 0
+    for name in ("dense/seed-0", "80-60/seed-0"):
+        one, two = (records(tmp_path / d / name) for d in ("one", "two"))
+        assert [r | {"timing": 0} for r in one] == [r | {"timing": 0} for r in two]
+
+
+def test_rows_without_a_name_are_named_by_what_they_are(tmp_path, capsys):
+    path = tmp_path / "s.py"
+    path.write_text(
+        "def get_sweep(variant=''):\n"
+        "    config = 'configs/cifar10_small.py'\n"
+        "    yield None, config + ':80/50,2x', {}\n"
+        "    own = {'method.refresh_every': 1, 'method.pattern': 'block:4x4'}\n"
+        "    yield None, config + ':90/80', own, '73.03 % (table 6)'\n"
+    )
+    assert main([f"--config={path}:small", f"--workdir={tmp_path}", "--list"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split()[1] == "80-50+2x/seed-0"
+    assert second.split()[1] == "90-80+refresh_every-1+pattern-block-4x4/seed-0"
+    assert second.endswith("  # paper: 73.03 % (table 6)")
 
 
 @pytest.mark.parametrize("only", [["--only", "0,3"], ["--only=0,3"]])
