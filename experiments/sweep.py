@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
     for i in chosen:
         # A mistake in any config is found before the first run.
         resolve(runs[i].config, runs[i].overrides)
+    _record(args.config, args.seeds, runs, directory)
     status = run_all([runs[i] for i in chosen], directory, args.jobs)
     if args.only is None and status != STOPPED:
         print(report([directory], directory / "report"))
@@ -166,6 +167,19 @@ class _Processes:
         self._stopping = True
         for process in list(self._running):
             process.terminate()
+
+
+def _record(spec: str, seeds: int, runs: Sequence[Planned], directory: Path) -> None:
+    """Writes the plan to the folder, from which a report knows which runs are missing."""
+    rows = {
+        run.row: {"config": run.config, "overrides": run.overrides[:-1], "paper": run.paper}
+        for run in runs
+    }
+    name = Path(spec.partition(":")[0]).stem
+    directory.mkdir(parents=True, exist_ok=True)
+    workdir.write_json(
+        directory / f"{name}{workdir.SWEEP}", {"config": spec, "seeds": seeds, "rows": rows}
+    )
 
 
 def _listed(run: Planned) -> str:

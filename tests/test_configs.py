@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import config as configs
+from experiments.config.planned import plan
 from experiments.errors import UserError
 from experiments.image_classification.data import sources
 from experiments.main import main
@@ -17,7 +18,12 @@ from experiments.training import optimizers, state
 ROOT = pathlib.Path(__file__).parent.parent / "configs"
 IMAGE_CONFIGS = ("quickstart", "cifar10_small", "cifar10_resnet20", "imagenet_resnet50")
 VARIANTS = ("dense", "80/50", "80/80", "90/80", "95/90", "98/90", "static-90", "rigl-90")
-SWEEPS = ("quickstart", "cifar10_methods", "imagenet_resnet50", "enwik8_small_blocks")
+FIGURES = ("figure_2a", "figure_2b", "figure_2c", "table_1", "table_6", "appendix_b")
+SWEEPS = (
+    *("quickstart", "cifar10_methods", "enwik8_small_blocks", "study_images"),
+    *FIGURES,
+    *(f"{name}:small" for name in FIGURES),
+)
 
 
 def resolve(name, variant, *overrides):
@@ -59,11 +65,11 @@ def test_a_bad_variant_names_what_is_allowed(name, variant):
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_sweeps_name_configs_that_validate(name):
-    entries = list(configs.load(f"{ROOT / 'sweeps' / name}.py", "get_sweep"))
-    assert len({entry[0] for entry in entries}) == len(entries)
-    for _, spec, overrides in entries:
-        path, _, variant = spec.partition(":")
-        resolve(pathlib.Path(path).stem, variant, *(f"{k}={v}" for k, v in overrides.items()))
+    file, _, variant = name.partition(":")
+    runs = plan(f"{ROOT / 'sweeps' / file}.py" + (f":{variant}" if variant else ""), 1)
+    for run in runs:
+        path, _, variant = run.config.partition(":")
+        resolve(pathlib.Path(path).stem, variant, *run.overrides)
 
 
 def test_the_quickstart_compares_methods_at_the_same_densities():
@@ -132,6 +138,16 @@ def test_imagenet_recipe_follows_batch_size_and_steps():
     assert schedule(round(31 * epoch)) == pytest.approx(0.04)
 
 
+@pytest.mark.parametrize("times", [2, 5, 10])
+def test_a_longer_run_stretches_the_schedule(times):
+    config = resolve("imagenet_resnet50", f"80/50,{times}x")
+    schedule = optimizers.make_schedule(config)
+    assert config.steps == times * 32_000
+    epoch = 1_281_167 / 4_096 * times
+    assert schedule(round(2.5 * epoch)) == pytest.approx(0.8, rel=0.01)
+    assert schedule(round(71 * epoch)) == pytest.approx(0.016)
+
+
 def test_momentum_is_one_line():
     config = resolve("imagenet_resnet50", "dense", "optimizer.momentum=0.0")
     tx = optimizers.make_dense(config, {"w": jax.ShapeDtypeStruct((2, 2), np.float32)})
@@ -141,15 +157,26 @@ def test_momentum_is_one_line():
     assert shapes == {()}
 
 
+DENSE_KERNELS = {
+    "quickstart:90/80": {"stem/kernel"},
+    "cifar10_resnet20:90/80": {"stem/kernel"},
+    "cifar10_small:90/80": {"stem/kernel", "head/kernel"},
+    "cifar10_small:rigl-90,last-sparse": {"stem/kernel"},
+    "cifar10_small:90/80,all-sparse": set(),
+    "imagenet_resnet50:90/80": {"stem/kernel", "head/kernel"},
+}
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("spec", "dense"),
     [
-        pytest.param(n, marks=[pytest.mark.slow] if n == "imagenet_resnet50" else [])
-        for n in IMAGE_CONFIGS
+        pytest.param(spec, dense, marks=[pytest.mark.slow] if "imagenet" in spec else [], id=spec)
+        for spec, dense in DENSE_KERNELS.items()
     ],
 )
-def test_the_first_convolution_is_dense_and_every_other_kernel_sparse(name):
-    config = resolve(name, "90/80")
+def test_the_ends_are_dense_and_every_other_kernel_sparse(spec, dense):
+    name, _, variant = spec.partition(":")
+    config = resolve(name, variant)
     params = state.abstract_params(make_task(config))
     sets = jax.eval_shape(optimizers.make_masked(config, params)[1].init, params)
     found = {
@@ -162,7 +189,7 @@ def test_the_first_convolution_is_dense_and_every_other_kernel_sparse(name):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if leaf.ndim >= 2
     }
-    assert found == kernels - {"stem/kernel"}
+    assert found == kernels - dense
     assert "head/kernel" in found
 
 

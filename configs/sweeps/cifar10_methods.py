@@ -15,11 +15,19 @@ BACKWARD = {"90": "80", "95": "90"}  # In percent, of Top-KAST.
 def get_sweep() -> Iterator[tuple[str, str, dict[str, object]]]:
     yield "dense", "configs/cifar10_small.py:dense", {}
     for sparsity, backward in BACKWARD.items():
-        top_kast = f"configs/cifar10_small.py:{sparsity}/{backward}"
+        top_kast = f"configs/cifar10_small.py:{sparsity}/{backward},last-sparse"
         yield f"top_kast_{sparsity}", top_kast, {}
         yield f"top_kast_random_{sparsity}", top_kast, {"method.exploration_set": "random"}
         for method in METHODS:
-            yield f"{method}_{sparsity}", f"configs/cifar10_small.py:{method}-{sparsity}", {}
-        pruning = f"configs/cifar10_small.py:pruning-{sparsity}"
+            yield (
+                f"{method}_{sparsity}",
+                f"configs/cifar10_small.py:{method}-{sparsity},last-sparse",
+                {},
+            )
+        pruning = f"configs/cifar10_small.py:pruning-{sparsity},last-sparse"
         yield f"pruning_global_{sparsity}", pruning, {"method.ranking": "global"}
-        yield f"small_dense_{sparsity}", f"configs/cifar10_small.py:small-dense-{sparsity}", {}
+        yield (
+            f"small_dense_{sparsity}",
+            f"configs/cifar10_small.py:small-dense-{sparsity},last-sparse",
+            {},
+        )

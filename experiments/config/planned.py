@@ -88,7 +88,8 @@ def _entry(spec: str, entry: Any) -> tuple[str, str, tuple[str, ...], str]:
 def row_name(config: str, overrides: Sequence[str]) -> str:
     """The name of a row that has none: its variant, and the last part of each override."""
     variant = config.partition(":")[2] or "default"
-    parts = [variant, *(text.rpartition(".")[2] for text in overrides)]
+    split = [text.partition("=") for text in overrides]
+    parts = [variant, *(f"{key.rpartition('.')[2]}-{value}" for key, _, value in split)]
     return "+".join(re.sub(r"[^\w.+-]+", "-", part.replace(",", "+")) for part in parts)
 
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from experiments.errors import UserError
 
 CONFIG, METRICS, FINAL, CHECKPOINTS = "config.json", "metrics.jsonl", "final.json", "checkpoints"
-TENSORBOARD, LOCK = "tensorboard", ".lock"
+TENSORBOARD, LOCK, SWEEP = "tensorboard", ".lock", ".sweep.json"
 # Keys that may change when a run continues, because they do not change what it computes.
 FREE = ("name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints")
 

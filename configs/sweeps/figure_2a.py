@@ -1,0 +1,61 @@
+"""Figure 2a: accuracy against training FLOPs at 80 % sparsity, trained up to five times as long.
+
+The numbers are top-1 % on ImageNet, read off the vector figure [F] or in the RigL paper's table
+[V]. The backward densities of the points at 2x follow from their FLOPs [C]. RigL's table has the
+last layer sparse, and with ERK all layers. `:small` is CIFAR-10 with the small ResNet, where each
+method has the first and the last layer dense.
+
+Hardware: a TPU slice or a machine of 8 GPUs for each run; `:small` one CPU core, 6 to 10 minutes
+for 5,000 steps.
+
+Command:
+    python -m experiments.sweep --config=configs/sweeps/figure_2a.py:small --workdir=runs/images
+"""
+
+from collections.abc import Iterator
+
+CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
+
+TOP_KAST = {
+    "80/80": 72.50,
+    "80/75": 73.98,
+    "80/70": 74.09,
+    "80/60": 74.59,
+    "80/50": 75.03,
+    "80/0": 75.59,
+    "80/78,2x": 74.18,
+    "80/79,2x": 74.21,
+    "80/75,2x": 74.61,
+    "80/60,2x": 75.29,
+    "80/50,2x": 75.43,
+    "80/0,2x": 76.11,
+    "80/80,5x": 74.58,
+    "80/50,5x": 75.28,
+    "80/0,5x": 75.75,
+}
+OTHERS = {
+    "dense": "76.8 ± .09",
+    "static-80": "70.6 ± .06",
+    "snip-80": "72.0 ± .10",
+    "small-dense-80": "72.1 ± .12",
+    "set-80": "72.9 ± .39",
+    "rigl-80": "74.6 ± .06",
+    "rigl-80,5x": "76.6 ± .06",
+    "pruning-80": "75.6",
+    "dnw-80": "76",
+}
+DENSE = ("dense", "small-dense")
+ERK = {"static-80": "72.1 ± .04", "rigl-80": "75.1 ± .05", "snfs-80": "75.2 ± .11"}
+
+
+def get_sweep(variant: str = "") -> Iterator[tuple[None, str, dict[str, object], str]]:
+    config = CONFIGS[variant]
+    for row, accuracy in TOP_KAST.items():
+        yield None, f"{config}:{row}", {}, f"{accuracy:.2f} % (figure 2a)"
+    for row, reported in OTHERS.items():
+        sparse = "" if variant or row.startswith(DENSE) else ",last-sparse"
+        yield None, f"{config}:{row}{sparse}", {}, f"{reported} % (RigL, table 1)"
+    for row, reported in ERK.items():
+        own: dict[str, object] = {"method.distribution": "erk"}
+        sparse = "" if variant else ",all-sparse"
+        yield None, f"{config}:{row}{sparse}", own, f"{reported} % (RigL, table 1)"

@@ -1,0 +1,60 @@
+"""Figure 2b: accuracy by forward and backward sparsity, beside other methods at 90 %.
+
+The numbers are top-1 % on ImageNet, read in tables [V] or off the vector figure [F], and in the
+RigL paper's table [V], where the last layer is sparse, and with ERK all layers. `:small` is
+CIFAR-10 with the small ResNet, where each method has the first and the last layer dense.
+
+Hardware: a TPU slice or a machine of 8 GPUs for each run; `:small` one CPU core, 6 to 10 minutes
+for 5,000 steps.
+
+Command:
+    python -m experiments.sweep --config=configs/sweeps/figure_2b.py:small --workdir=runs/images
+"""
+
+from collections.abc import Iterator
+
+CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
+
+TOP_KAST = {
+    "80/0": 75.59,
+    "80/50": 75.03,
+    "80/60": 74.59,
+    "80/70": 74.09,
+    "80/75": 73.98,
+    "80/80": 72.50,
+    "90/0": 74.65,
+    "90/50": 73.99,
+    "90/80": 73.03,
+    "90/85": 72.44,
+    "90/90": 69.67,
+    "95/0": 71.83,
+    "95/50": 71.96,
+    "95/80": 71.30,
+    "95/90": 70.42,
+}
+OTHERS = {
+    "dense": "76.8 ± .09",
+    "static-90": "65.8 ± .04",
+    "snip-90": "67.2 ± .12",
+    "small-dense-90": "68.9 ± .10",
+    "set-90": "69.6 ± .23",
+    "rigl-90": "72.0 ± .05",
+    "rigl-90,5x": "75.7 ± .06",
+    "pruning-90": "73.9",
+    "dnw-90": "74",
+}
+DENSE = ("dense", "small-dense")
+ERK = {"static-90": "67.7 ± .12", "rigl-90": "73.0 ± .04", "snfs-90": "72.9 ± .06"}
+
+
+def get_sweep(variant: str = "") -> Iterator[tuple[None, str, dict[str, object], str]]:
+    config = CONFIGS[variant]
+    for row, accuracy in TOP_KAST.items():
+        yield None, f"{config}:{row}", {}, f"{accuracy:.2f} % (figure 2b)"
+    for row, reported in OTHERS.items():
+        sparse = "" if variant or row.startswith(DENSE) else ",last-sparse"
+        yield None, f"{config}:{row}{sparse}", {}, f"{reported} % (RigL, table 1)"
+    for row, reported in ERK.items():
+        own: dict[str, object] = {"method.distribution": "erk"}
+        sparse = "" if variant else ",all-sparse"
+        yield None, f"{config}:{row}{sparse}", own, f"{reported} % (RigL, table 1)"

@@ -1,0 +1,30 @@
+"""Table 1: which units of B∖A are explored, and when exploration stops.
+
+The numbers are top-1 % on ImageNet [V]. `:small` is CIFAR-10 with the small ResNet, where
+exploration stops at the same shares of the run.
+
+Hardware: a TPU slice or a machine of 8 GPUs for each run; `:small` one CPU core, 6 to 10 minutes
+for 5,000 steps.
+
+Command:
+    python -m experiments.sweep --config=configs/sweeps/table_1.py:small --workdir=runs/images
+"""
+
+from collections.abc import Iterator
+
+CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
+
+EXPLORED = {"90/80": (73.03, 74.76), "95/90": (70.42, 68.48), "98/90": (None, None)}
+STEPS = {"": 32_000, "small": 5_000}
+# By the step of 32,000 at which exploration stops.
+STOPPED = {0: 68.26, 5_000: 72.05, 16_000: 74.14, None: 74.65}
+
+
+def get_sweep(variant: str = "") -> Iterator[tuple[None, str, dict[str, object], str]]:
+    config = CONFIGS[variant]
+    for row, reported in EXPLORED.items():
+        for own, accuracy in zip(({}, {"method.exploration_set": "random"}), reported, strict=True):
+            yield None, f"{config}:{row}", own, f"{accuracy} % (table 1)" if accuracy else ""
+    for step, accuracy in STOPPED.items():
+        stop = {} if step is None else {"method.stop_exploring_at": step * STEPS[variant] // 32_000}
+        yield None, f"{config}:90/0", stop, f"{accuracy} % (table 1)"
