@@ -10,7 +10,7 @@ Command:
     python -m experiments.sweep --config=configs/sweeps/appendix_b.py:small --workdir=runs/images
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 
@@ -25,6 +25,6 @@ REPORTED = {
 }
 
 
-def get_sweep(variant: str = "") -> Iterator[tuple[None, str, dict[str, object], str]]:
+def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
     for row, accuracy in REPORTED.items():
         yield None, f"{CONFIGS[variant]}:{row},all-sparse", {}, f"{accuracy:.2f} % (appendix B)"

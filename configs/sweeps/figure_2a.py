@@ -12,7 +12,7 @@ Command:
     python -m experiments.sweep --config=configs/sweeps/figure_2a.py:small --workdir=runs/images
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 
@@ -48,7 +48,7 @@ DENSE = ("dense", "small-dense")
 ERK = {"static-80": "72.1 ± .04", "rigl-80": "75.1 ± .05", "snfs-80": "75.2 ± .11"}
 
 
-def get_sweep(variant: str = "") -> Iterator[tuple[None, str, dict[str, object], str]]:
+def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
     config = CONFIGS[variant]
     for row, accuracy in TOP_KAST.items():
         yield None, f"{config}:{row}", {}, f"{accuracy:.2f} % (figure 2a)"
@@ -56,6 +56,6 @@ def get_sweep(variant: str = "") -> Iterator[tuple[None, str, dict[str, object],
         sparse = "" if variant or row.startswith(DENSE) else ",last-sparse"
         yield None, f"{config}:{row}{sparse}", {}, f"{reported} % (RigL, table 1)"
     for row, reported in ERK.items():
-        own: dict[str, object] = {"method.distribution": "erk"}
+        own = {"method.distribution": "erk"}
         sparse = "" if variant else ",all-sparse"
         yield None, f"{config}:{row}{sparse}", own, f"{reported} % (RigL, table 1)"

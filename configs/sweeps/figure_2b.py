@@ -11,7 +11,7 @@ Command:
     python -m experiments.sweep --config=configs/sweeps/figure_2b.py:small --workdir=runs/images
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 
@@ -47,7 +47,7 @@ DENSE = ("dense", "small-dense")
 ERK = {"static-90": "67.7 ± .12", "rigl-90": "73.0 ± .04", "snfs-90": "72.9 ± .06"}
 
 
-def get_sweep(variant: str = "") -> Iterator[tuple[None, str, dict[str, object], str]]:
+def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
     config = CONFIGS[variant]
     for row, accuracy in TOP_KAST.items():
         yield None, f"{config}:{row}", {}, f"{accuracy:.2f} % (figure 2b)"
@@ -55,6 +55,6 @@ def get_sweep(variant: str = "") -> Iterator[tuple[None, str, dict[str, object],
         sparse = "" if variant or row.startswith(DENSE) else ",last-sparse"
         yield None, f"{config}:{row}{sparse}", {}, f"{reported} % (RigL, table 1)"
     for row, reported in ERK.items():
-        own: dict[str, object] = {"method.distribution": "erk"}
+        own = {"method.distribution": "erk"}
         sparse = "" if variant else ",all-sparse"
         yield None, f"{config}:{row}{sparse}", own, f"{reported} % (RigL, table 1)"

@@ -11,7 +11,7 @@ Command:
     python -m experiments.sweep --config=configs/sweeps/figure_2c.py:small --workdir=runs/images
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 
@@ -31,7 +31,7 @@ REPORTED = {
 }
 
 
-def get_sweep(variant: str = "") -> Iterator[tuple[None, str, dict[str, object], str]]:
+def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
     config = CONFIGS[variant]
     for row, accuracy in REPORTED.items():
         yield None, f"{config}:{row}", {}, f"{accuracy:.2f} % (figure 2c)"

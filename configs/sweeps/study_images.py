@@ -12,7 +12,7 @@ Command:
         --seeds=3 --jobs=2
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 CONFIG = "configs/cifar10_small.py"
 TOP_KAST = (
@@ -20,7 +20,7 @@ TOP_KAST = (
     "99/95",
 )  # fmt: skip
 METHODS = ("static", "set", "rigl", "snip", "snfs", "pruning", "dnw", "srigl", "small-dense")
-OWN: dict[str, tuple[dict[str, object], ...]] = {
+OWN: dict[str, tuple[Mapping[str, object], ...]] = {
     "90/80": (
         {"method.exploration_set": "random"},
         *({"method.refresh_every": every} for every in (1, 10, 100)),
@@ -40,7 +40,7 @@ OWN: dict[str, tuple[dict[str, object], ...]] = {
 }
 
 
-def get_sweep() -> Iterator[tuple[None, str, dict[str, object]]]:
+def get_sweep() -> Iterator[tuple[None, str, Mapping[str, object]]]:
     methods = [f"{method}-{sparsity}" for sparsity in (90, 95) for method in METHODS]
     extreme = [f"{method}-{sparsity}" for sparsity in (98, 99) for method in ("static", "rigl")]
     for row in ("dense", *TOP_KAST, *methods, *extreme):

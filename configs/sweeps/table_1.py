@@ -10,7 +10,7 @@ Command:
     python -m experiments.sweep --config=configs/sweeps/table_1.py:small --workdir=runs/images
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 
@@ -20,7 +20,7 @@ STEPS = {"": 32_000, "small": 5_000}
 STOPPED = {0: 68.26, 5_000: 72.05, 16_000: 74.14, None: 74.65}
 
 
-def get_sweep(variant: str = "") -> Iterator[tuple[None, str, dict[str, object], str]]:
+def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
     config = CONFIGS[variant]
     for row, reported in EXPLORED.items():
         for own, accuracy in zip(({}, {"method.exploration_set": "random"}), reported, strict=True):

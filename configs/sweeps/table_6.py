@@ -10,21 +10,21 @@ Command:
     python -m experiments.sweep --config=configs/sweeps/table_6.py:small --workdir=runs/images
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 
 REPORTED = {"80/50": (75.03, 75.14), "90/80": (73.03, 73.18), "95/90": (70.42, 70.38)}
 
 
-def get_sweep(variant: str = "") -> Iterator[tuple[None, str, dict[str, object], str]]:
+def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
     config = CONFIGS[variant]
     for row, (always, every_100) in REPORTED.items():
         yield None, f"{config}:{row}", {"method.refresh_every": 1}, f"{always} % (table 6)"
         if variant == "small":
             yield None, f"{config}:{row}", {"method.refresh_every": 10}, ""
             yield None, f"{config}:{row}", {}, ""
-            own: dict[str, object] = {"method.refresh_every": 100}
+            own = {"method.refresh_every": 100}
             yield None, f"{config}:{row}", own, f"{every_100} % (table 6)"
         else:
             yield None, f"{config}:{row}", {}, f"{every_100} % (table 6)"
