@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 import topkast_jax as tk
 from experiments.records import workdir
-from experiments.task import Task
-from experiments.training import methods
+from experiments.task import Task, make_task
+from experiments.training import methods, small_dense
 from experiments.training.program import Program
 from experiments.training.state import TrainState, abstract_params
 from topkast_jax.description import table
@@ -58,7 +58,7 @@ def summary(
         "densities": _densities(counts)
         | {"leaves": {name: leaf._asdict() for name, leaf in counts.items()}},
         "densities_over_run": _densities(over_run),
-        "flops": _flops(program.task, counts, over_run),
+        "flops": _flops(config, program.task, counts, over_run),
         "seconds": seconds,
         "device": jax.devices()[0].device_kind,
         "platform": jax.default_backend(),
@@ -84,7 +84,7 @@ def description(config: ConfigDict, task: Task) -> dict[str, Any]:
     params = abstract_params(task)
     plan = methods.sparsity_plan(config, params)
     final, over_run = tk.statistics.planned_counts(plan, params, config.steps)
-    flops = _flops(task, final, over_run)
+    flops = _flops(config, task, final, over_run)
     return {
         "parameters": sum(leaf.entries for leaf in final.values()),
         "active_parameters": sum(leaf.forward for leaf in final.values()),
@@ -116,20 +116,29 @@ def _densities(counts: Counts) -> dict[str, Any]:
     }
 
 
-def _flops(task: Task, counts: Counts, over_run: Counts) -> dict[str, float]:
-    """The FLOPs of the forward pass on one training batch, from shapes alone."""
+def _flops(config: ConfigDict, task: Task, counts: Counts, over_run: Counts) -> dict[str, float]:
+    """The FLOPs of the forward pass on one training batch, from shapes alone.
 
+    Fractions are of the dense network; of the one of full width, if this is a narrower one.
+    """
+    by_leaf = _leaf_flops(task)
+    found = tk.statistics.flops(by_leaf, counts)
+    of_full = 1.0
+    if (full := small_dense.full_width(config)) is not None:
+        of_full = found.dense / tk.statistics.flops(_leaf_flops(make_task(full)), {}).dense
+    return {
+        "dense_forward_per_step": found.dense,
+        "inference_fraction": of_full * found.inference_fraction,
+        "training_fraction": of_full * tk.statistics.flops(by_leaf, over_run).training_fraction,
+    }
+
+
+def _leaf_flops(task: Task) -> Any:
     def forward(params: Any, model_state: Any, batch: Any) -> Any:
         return task.loss(params, model_state, batch, jax.random.key(0))[0]
 
     shapes = jax.eval_shape(task.init, jax.random.key(0))
-    by_leaf = tk.statistics.leaf_flops(forward, *shapes, task.example_batch())
-    found = tk.statistics.flops(by_leaf, counts)
-    return {
-        "dense_forward_per_step": found.dense,
-        "inference_fraction": found.inference_fraction,
-        "training_fraction": tk.statistics.flops(by_leaf, over_run).training_fraction,
-    }
+    return tk.statistics.leaf_flops(forward, *shapes, task.example_batch())
 
 
 def _versions() -> dict[str, str]:

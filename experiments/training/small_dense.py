@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ml_collections import ConfigDict
+
 import topkast_jax as tk
 from experiments.errors import UserError
 from experiments.training.methods import read_rules
@@ -13,6 +15,16 @@ from topkast_jax import rules as tk_rules
 from topkast_jax.trees import flatten_with_names
 
 Tree = Any
+
+
+def full_width(config: ConfigDict) -> ConfigDict | None:
+    """The config of the dense network of full width; None if the config's own is not narrower."""
+    small = config.model.get("small_dense")
+    if small is None or small.forward_density == 1:
+        return None
+    full = config.copy_and_resolve_references()
+    full.model.small_dense.forward_density = 1.0
+    return full
 
 
 def parameters(params: Tree) -> int:

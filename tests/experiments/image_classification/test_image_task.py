@@ -7,6 +7,7 @@ import pytest
 
 from experiments.config import resolve
 from experiments.image_classification.data.preprocessing import RECIPES
+from experiments.records.summary import description
 from experiments.task import make_task
 
 
@@ -126,11 +127,29 @@ def test_training_moves_the_statistics_and_evaluation_of_them():
 def test_small_dense_has_the_parameters_that_a_sparse_network_runs_on(sparsity):
     full = task_shapes("dense")
     small = task_shapes(f"small-dense-{sparsity}")
-    kernels = [size(x) for path, x in full.items() if "kernel" in path and "stem" not in path]
+    ends = ("stem", "head")
+    kernels = [size(x) for p, x in full.items() if "kernel" in p and not any(e in p for e in ends)]
     kept = sum(kernels) * (1 - sparsity / 100)
     budget = sum(map(size, full.values())) - sum(kernels) + kept
     assert small.keys() == full.keys()
     assert 0.9 * budget < sum(map(size, small.values())) <= budget + len(kernels)
+
+
+def test_the_flops_of_small_dense_are_fractions_of_the_full_network():
+    config = resolve("configs/cifar10_small.py:small-dense-90", TFDS_STAND_IN)
+
+    def multiplications(variant):
+        pixels = {"stem": 32, "stage1": 32, "stage2": 16, "stage3": 8, "head": 1}
+        kernels = {p: x for p, x in task_shapes(variant).items() if "kernel" in p}
+        return sum(
+            size(x) * next(n for place, n in pixels.items() if place in path) ** 2
+            for path, x in kernels.items()
+        )
+
+    found = description(config, make_task(config))
+    expected = multiplications("small-dense-90") / multiplications("dense")
+    assert found["training_flops_fraction"] == pytest.approx(expected, rel=1e-3)
+    assert found["inference_flops_fraction"] == pytest.approx(expected, rel=1e-3)
 
 
 def task_shapes(variant):
