@@ -13,6 +13,7 @@ from experiments.errors import UserError
 from experiments.records import summary, workdir
 from experiments.records.checkpoints import Checkpoints
 from experiments.records.metrics import Metrics
+from experiments.records.set_files import SetFiles
 from experiments.task import DataIterator
 from experiments.training.evaluation import check_data, evaluate, evaluated_splits
 from experiments.training.metric_sums import NonFiniteError, Window
@@ -35,6 +36,7 @@ class Session:
     metrics: Metrics
     window: Window
     counts: SetCounts
+    sets: SetFiles
     began: float
     saved: int | None
 
@@ -54,6 +56,13 @@ class Session:
                 self.metrics.write(step, "masks", masks)
             self.window.next(step + 1)
             batches.waited = 0.0
+
+    def write_sets(self, state: TrainState, step: int) -> None:
+        """Writes the sets after this step, and a record of how far they moved."""
+        with self.window.paused():
+            moved = self.sets.write(step, self.program.representation.flags(state))
+            if moved:
+                self.metrics.write(step, "sets", moved)
 
     def save(self, state: TrainState, step: int, position: Any) -> None:
         """Saves a checkpoint from which the run continues as if it had not been interrupted."""
@@ -137,8 +146,9 @@ def _train_from(
     window = Window(meta.get("first", start + 1), meta.get("sums"))
     began = time.time() - meta.get("seconds", 0.0)
     counts = SetCounts(program.representation, state, meta.get("set_counts"))
+    sets = SetFiles(directory, program.config.write_sets_every)
     saved = start if restored else None
-    session = Session(program, directory, checkpoints, metrics, window, counts, began, saved)
+    session = Session(program, directory, checkpoints, metrics, window, counts, sets, began, saved)
     try:
         with Prefetcher(data, program.put) as batches, StopRequest() as stop:
             state, stopped = _loop(session, state, batches, stop, stop_at)
@@ -167,6 +177,8 @@ def _loop(
     program, window, config = session.program, session.window, session.program.config
     end = config.steps if stop_at is None else min(config.steps, stop_at)
     step, stopping = int(state.step), False
+    if step == 0 and session.sets.due(step):
+        session.write_sets(state, step)
     while step < end and not stopping:
         batch = batches.next()
         gradients = program.step.gradients(state, batch, step + 1)
@@ -176,6 +188,8 @@ def _loop(
         state = program.representation.between_steps(state, step, gradients)
         session.counts.add(state, step)
         session.metrics.tick(step)
+        if session.sets.due(step):
+            session.write_sets(state, step)
         if step % config.log_every == 0 or step == config.steps:
             session.log(state, step, batches)
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:

@@ -19,8 +19,8 @@ ROOT = pathlib.Path(__file__).parent.parent / "configs"
 IMAGE_CONFIGS = ("quickstart", "cifar10_small", "cifar10_resnet20", "imagenet_resnet50")
 VARIANTS = ("dense", "80/50", "80/80", "90/80", "95/90", "98/90", "static-90", "rigl-90")
 FIGURES = (
-    "figure_2a", "figure_2b", "figure_2c", "table_1", "table_2", "table_3", "table_5", "table_6",
-    "appendix_b",
+    "figure_2a", "figure_2b", "figure_2c", "figure_3", "table_1", "table_2", "table_3", "table_5",
+    "table_6", "appendix_b",
 )  # fmt: skip
 SWEEPS = (
     *("quickstart", "cifar10_methods", "enwik8_small_blocks", "study_images"),

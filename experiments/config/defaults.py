@@ -34,6 +34,7 @@ def base_config(task: str) -> ConfigDict:
             "eval_at_end": True,
             "checkpoint_every": 0,  # 0 saves only at the end.
             "keep_checkpoints": 2,
+            "write_sets_every": 0,  # 0 never writes them; see `experiments.records.set_files`.
             "model": own.model,
             "data": own.data,
             "optimizer": {

@@ -19,9 +19,11 @@ from ml_collections import ConfigDict
 from experiments.errors import UserError
 
 CONFIG, METRICS, FINAL, CHECKPOINTS = "config.json", "metrics.jsonl", "final.json", "checkpoints"
-TENSORBOARD, LOCK, SWEEP = "tensorboard", ".lock", ".sweep.json"
+TENSORBOARD, LOCK, SWEEP, SETS = "tensorboard", ".lock", ".sweep.json", "sets"
 # Keys that may change when a run continues, because they do not change what it computes.
-FREE = ("name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints")
+FREE = (
+    "name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints", "write_sets_every",
+)  # fmt: skip
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
 def _check_folder(workdir: Path) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; must be a folder, or a new name")
-    for name in (CHECKPOINTS, TENSORBOARD):
+    for name in (CHECKPOINTS, TENSORBOARD, SETS):
         if (workdir / name).exists() and not (workdir / name).is_dir():
             raise UserError(f"{workdir / name}: is a file; must be a folder")
     for name in (CONFIG, METRICS, LOCK):

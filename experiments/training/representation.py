@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -31,12 +32,14 @@ from topkast_jax.always_sparse import AlwaysSparse, is_compact
 from topkast_jax.always_sparse.host import host_device
 from topkast_jax.always_sparse.products import KERNELS
 from topkast_jax.patterns import Block
+from topkast_jax.sets import presents
 from topkast_jax.trees import flatten_with_names
 
 Tree = Any
 LeafCounts = tk.statistics.LeafCounts
 Counting = Callable[[], dict[str, LeafCounts]]
 _statistics = jax.jit(tk.statistics.mask_statistics)
+_flags = jax.jit(lambda params, state: presents(params, state).flags)
 _DEVICES = {"tpu": "tpu", "cuda": "gpu"}  # JAX names the platforms for lowering differently
 
 
@@ -106,6 +109,11 @@ class Representation(abc.ABC):
 
     def mask_statistics(self, state: TrainState) -> dict[str, float]:
         """`topkast_jax.statistics.mask_statistics`; empty without sets."""
+        del state
+        return {}
+
+    def flags(self, state: TrainState) -> dict[str, np.ndarray]:
+        """The flags (`topkast_jax.flags`) of each sparse leaf on every host; empty without sets."""
         del state
         return {}
 
@@ -179,6 +187,14 @@ class Masked(Representation):
     def mask_statistics(self, state: TrainState) -> dict[str, float]:
         """Computed on the devices."""
         return jax.tree.map(float, _statistics(state.params, state.opt_state))
+
+    def flags(self, state: TrainState) -> dict[str, np.ndarray]:
+        """Gathered from the devices, one leaf at a time."""
+        found = _flags(state.params, state.opt_state)
+        return {
+            name: multihost_utils.process_allgather(leaf, tiled=True)
+            for name, leaf in found.items()
+        }
 
     def leaf_counts(self, state: TrainState) -> dict[str, LeafCounts]:
         """Counted on the devices."""
@@ -303,6 +319,10 @@ class Compact(Representation):
         """Computed on the host, which holds the sets."""
         with jax.default_device(host_device()):
             return jax.tree.map(float, self._statistics(self.sparse.masks(state.reservoir)[1]))
+
+    def flags(self, state: TrainState) -> dict[str, np.ndarray]:
+        """Those of the host."""
+        return {name: np.asarray(leaf) for name, leaf in state.reservoir.sets.items()}
 
     def leaf_counts(self, state: TrainState) -> dict[str, LeafCounts]:
         """Counted on the host."""
