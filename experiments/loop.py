@@ -138,7 +138,7 @@ def _train_from(
             raise UserError(f"{directory}: its checkpoints are of an earlier version, without sums")
         data.set_state(meta["data"])
     start = int(state.step)
-    metrics = Metrics(directory, start, program.config.steps)
+    metrics = Metrics(directory, start, program.config.steps, program.config.log_every)
     if restored:
         metrics.say(f"going on from the checkpoint of step {start}")
     else:

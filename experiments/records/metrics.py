@@ -25,18 +25,19 @@ class Metrics:
     under `timing`.
     """
 
-    def __init__(self, workdir: Path, start: int, steps: int):
+    def __init__(self, workdir: Path, start: int, steps: int, every: int):
         """Continues after a step; records of later steps are dropped.
 
         Args:
             workdir: the folder of `metrics.jsonl`.
             start: the number of finished steps.
             steps: the number of steps of the whole run.
+            every: after how many steps there is a record.
         """
         self._main = jax.process_index() == 0
         if not self._main:
             return
-        _drop_after(workdir / METRICS, start)
+        _drop_after(workdir / METRICS, start, every)
         self._file = open(workdir / METRICS, "a")  # noqa: SIM115
         self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1)
         on_terminal = sys.stderr.isatty()
@@ -120,10 +121,10 @@ def _record(line: str) -> dict[str, Any] | None:
     return found if fits and "split" in found else None
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int, every: int) -> None:
     """Leaves the records up to a step; a file with damaged lines is kept beside as it was."""
     records, damaged = _read(path)
-    if step and not records:
+    if step >= every and not records:
         warn(f"{path}: holds no record of the {step} steps that are finished")
     if damaged:
         shutil.copyfile(path, path.with_name(f"{path.name}.damaged.{step}"))
