@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.reporting import figures, tables
+from experiments.reporting import figures, page, tables
 from experiments.reporting.groups import collect
 
 
@@ -28,19 +28,30 @@ def main(argv: list[str]) -> None:
 
 
 def report(dirs: Sequence[Path], out: Path) -> str:
-    """Writes `table.md`, `table.csv` and the figures; returns the table and their paths."""
+    """Writes tables, figures and the page `report.html`; returns the first table and their paths.
+
+    Args:
+        dirs: folders with runs, at any depth. A table of all runs is made, and one for each sweep
+            that was made there.
+        out: the folder to write to.
+    """
     groups, unfinished = collect(dirs)
+    listed = [tables.all_runs(groups), *tables.sweeps(dirs, groups)]
+    left_out = [f"left out, not finished: {path}" for path in unfinished]
+    written = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        table = tables.markdown(groups)
-        (out / "table.md").write_text(table)
-        tables.write_csv(groups, out / "table.csv")
+        for table in listed:
+            written += [out / f"{table.name}.md", out / f"{table.name}.csv"]
+            written[-2].write_text(table.markdown())
+            table.write_csv(written[-1])
         drawn = figures.draw(groups, tables.metric_names(groups), out)
+        written += [*drawn, out / "report.html"]
+        title = f"Runs of {', '.join(map(str, dirs))}"
+        written[-1].write_text(page.page(title, listed, drawn, left_out))
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from error
-    left_out = [f"left out, not finished: {path}" for path in unfinished]
-    written = [f"wrote {path}" for path in (out / "table.md", out / "table.csv", *drawn)]
-    return "\n".join([table, *left_out, *written])
+    return "\n".join([listed[0].markdown(), *left_out, *(f"wrote {path}" for path in written)])
 
 
 if __name__ == "__main__":

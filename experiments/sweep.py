@@ -171,10 +171,11 @@ class _Processes:
 
 def _record(spec: str, seeds: int, runs: Sequence[Planned], directory: Path) -> None:
     """Writes the plan to the folder, from which a report knows which runs are missing."""
-    rows = {
-        run.row: {"config": run.config, "overrides": run.overrides[:-1], "paper": run.paper}
-        for run in runs
-    }
+    rows = [
+        {"row": r.row, "config": r.config, "overrides": r.overrides[:-1], "paper": r.paper}
+        for r in runs
+        if r.seed == 0
+    ]
     name = Path(spec.partition(":")[0]).stem
     directory.mkdir(parents=True, exist_ok=True)
     workdir.write_json(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,83 +15,147 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.reporting import tables
-from experiments.reporting.groups import Group, forward_density
+from experiments.reporting.groups import Group, Summary, forward_density
 
-CHURN = {
-    "churn_since_last_refresh": "since the last refresh",
-    "churn_since_start": "since the start",
+# Figures over steps: their file, and the records that they show, with the titles of panels.
+OVER_STEPS = {
+    "churn": {
+        "churn_since_last_refresh": "share of the forward set that is new since the last refresh",
+        "churn_since_start": "share of the forward set that is new since the start",
+    },
+    "reservoir": {"reservoir_ever_active": "share of the first reservoir that was ever active"},
+    "sets": {
+        "differ_mean": "entries in one of two successive forward sets alone, mean over leaves",
+        "woken_mean": "entries that came from the reservoir, mean over leaves",
+    },
+}
+
+
+def _stopping(run: Summary) -> float | None:
+    """The share of the steps after which exploration stops, if the method can stop it."""
+    method = run["config"]["method"]
+    if "stop_exploring_at" not in method:
+        return None
+    stop = method["stop_exploring_at"]
+    return 1.0 if stop is None else min(1.0, stop / run["config"]["steps"])
+
+
+# Figures of each test metric: what it is drawn against, by the end of the file's name.
+AGAINST: dict[str, tuple[Callable[[Summary], Any], str]] = {
+    "density": (forward_density, "forward density of the sparse layers, counted from the masks"),
+    "backward_density": (
+        lambda run: run["densities_over_run"]["backward"],
+        "backward density of the sparse layers, mean over the steps",
+    ),
+    "training_flops": (
+        lambda run: run["flops"]["training_fraction"],
+        "FLOPs of training, as a share of the dense network's",
+    ),
+    "parameters": (lambda run: run["active_parameters"], "active parameters"),
+    "stopping": (_stopping, "share of the steps after which exploration stops"),
 }
 
 
 def draw(groups: Sequence[Group], metrics: Sequence[str], out: Path) -> list[Path]:
-    """Draws each metric against density, and mask churn over steps; returns the files."""
+    """Draws each metric against what `AGAINST` has, and records over steps; returns the files.
+
+    A figure of which there are not two different points is left out.
+    """
     paths = []
     for metric in metrics:
-        paths.append(out / f"{metric}_against_density.png")
-        _save(_against_density(groups, metric), paths[-1])
-    if any(_churn(group, key) for group in groups for key in CHURN):
-        paths.append(out / "churn.png")
-        _save(_churn_figure(groups), paths[-1])
+        for name, (x, label) in AGAINST.items():
+            lines = _lines(groups, metric, x)
+            places = {place for points in lines.values() for place, _, _ in points}
+            if len(places) > 1 or (name == "density" and places):
+                paths.append(out / f"{metric}_against_{name}.png")
+                _save(_against(lines, label, f"test {metric}", name != "stopping"), paths[-1])
+    for name, panels in OVER_STEPS.items():
+        if any(_over_steps(group, key) for group in groups for key in panels):
+            paths.append(out / f"{name}.png")
+            _save(_steps_figure(groups, panels), paths[-1])
     return paths
 
 
-def _against_density(groups: Sequence[Group], metric: str) -> Any:
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    lines: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+Lines = dict[str, list[tuple[float, float, float]]]
+
+
+def _lines(groups: Sequence[Group], metric: str, x: Callable[[Summary], Any]) -> Lines:
+    """Points (place, mean, deviation) of groups that differ in the place alone, by their label."""
+    lines: Lines = defaultdict(list)
     several = len({_stem(group) for group in groups}) > 1
     for group in groups:
         read = tables.metric(metric)
-        mean, density = group.mean(read), group.mean(forward_density)
-        if mean is not None and density is not None:
+        mean, place = group.mean(read), group.mean(x)
+        if mean is not None and place is not None:
             parts = (_stem(group) if several else "", group.settings, group.method)
             label = ", ".join(filter(None, parts))
-            lines[label].append((density, mean, group.deviation(read) or 0.0))
+            lines[label].append((place, mean, group.deviation(read) or 0.0))
+    return lines
+
+
+def _against(lines: Lines, xlabel: str, ylabel: str, logarithmic: bool) -> Any:
+    figure, axes = plt.subplots(figsize=(7, 4.5))
     for i, (label, points) in enumerate(lines.items()):
-        densities, means, deviations = zip(*sorted(points), strict=True)
-        if label.endswith("dense"):
+        places, means, deviations = zip(*sorted(points), strict=True)
+        if label.endswith("dense") and len(points) == 1:
             axes.axhline(means[0], color=f"C{i}", linestyle="--", label=label)
         else:
             axes.errorbar(
-                densities, means, deviations, color=f"C{i}", marker="o", capsize=3, label=label
+                places, means, deviations, color=f"C{i}", marker="o", capsize=3, label=label
             )
-    _density_axis(axes, [d for points in lines.values() for d, _, _ in points])
-    axes.set_xlabel("forward density of the sparse layers, counted from the masks")
-    axes.set_ylabel(f"test {metric}")
-    axes.legend()
+    if logarithmic:
+        _logarithmic(axes, [place for points in lines.values() for place, _, _ in points])
+    axes.grid(alpha=0.3)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    _legend(figure, axes, len(lines))
     return figure
 
 
-def _density_axis(axes: Any, densities: list[float]) -> None:
+def _legend(figure: Any, axes: Any, entries: int) -> None:
+    """A legend of many entries stands beside the axes."""
+    if entries <= 8:
+        axes.legend(fontsize=8)
+        return
+    columns = -(-entries // 30)
+    figure.set_size_inches(7 + 4 * columns, 5.5)
+    axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1.0), ncols=columns)
+
+
+def _logarithmic(axes: Any, places: list[float]) -> None:
     axes.set_xscale("log")
-    axes.set_xticks(sorted({float(f"{d:.2g}") for d in densities}))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda d, _: f"{d:.2g}"))
+    ticks = sorted({float(f"{place:.2g}") for place in places})
+    if len(ticks) <= 12:
+        axes.set_xticks(ticks)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:.3g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
 
 
-def _churn_figure(groups: Sequence[Group]) -> Any:
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharex=True)
-    for axes, (key, title) in zip(panels, CHURN.items(), strict=True):
+def _steps_figure(groups: Sequence[Group], panels: dict[str, str]) -> Any:
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels) + 1, 4.5), sharex=True, squeeze=False
+    )
+    for each, (key, title) in zip(axes[0], panels.items(), strict=True):
         for i, group in enumerate(groups):
-            by_step = _churn(group, key)
+            by_step = _over_steps(group, key)
             if by_step:
                 steps = sorted(by_step)
                 means = [statistics.fmean(by_step[step]) for step in steps]
                 about = ", ".join(filter(None, (group.method, group.settings)))
-                axes.plot(steps, means, color=f"C{i}", label=f"{group.name} ({about})")
-        axes.set_title(f"share of the forward set that is new {title}", fontsize=10)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("mask churn")
-    panels[-1].legend(fontsize=8)
+                each.plot(steps, means, color=f"C{i}", label=f"{group.name} ({about})")
+        each.set_title(title, fontsize=9)
+        each.set_xlabel("step")
+        each.grid(alpha=0.3)
+    handles, _ = axes[0][-1].get_legend_handles_labels()
+    _legend(figure, axes[0][-1], len(handles))
     return figure
 
 
-def _churn(group: Group, key: str) -> dict[int, list[float]]:
+def _over_steps(group: Group, key: str) -> dict[int, list[float]]:
     by_step: dict[int, list[float]] = defaultdict(list)
     for records in group.records:
         for record in records:
-            if record["split"] == "masks" and key in record:
+            if record["split"] in ("masks", "sets") and key in record:
                 by_step[record["step"]].append(record[key])
     return by_step
 
@@ -102,5 +166,5 @@ def _stem(group: Group) -> str:
 
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -51,6 +51,7 @@ class Group:
         method: the name of their sparsity method.
         runs: their summaries (`final.json`).
         records: their records (`metrics.jsonl`), in the same order.
+        folders: their folders, in the same order.
         settings: the settings that differ from other groups of the same name and method; empty if
             there is no such group.
     """
@@ -59,6 +60,7 @@ class Group:
     method: str
     runs: list[Summary]
     records: list[list[dict[str, Any]]]
+    folders: list[Path]
     settings: str = ""
 
     def values(self, read: Callable[[Summary], Any]) -> list[float]:
@@ -91,9 +93,10 @@ def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
         run = _read_final(path)
         config = {k: v for k, v in run["config"].items() if k != "seed"}
         key = json.dumps(config, sort_keys=True)
-        group = groups.setdefault(key, Group(run["name"], config["method"]["name"], [], []))
+        group = groups.setdefault(key, Group(run["name"], config["method"]["name"], [], [], []))
         group.runs.append(run)
         group.records.append(read_records(path.with_name(METRICS)))
+        group.folders.append(path.parent)
     unfinished = [path for path in configs if not (path / FINAL).exists()]
     told = _told_apart(list(groups.values()))
     return sorted(told, key=lambda g: (g.name.partition(":")[0], *_order(g))), unfinished

@@ -1,24 +1,81 @@
-"""The table of a report, as Markdown and as CSV."""
+"""The tables of a report: what they hold, as Markdown and as CSV."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from experiments.errors import UserError
+from experiments.records.workdir import SWEEP, read_json
 from experiments.reporting.groups import Group, Summary, forward_density
 
+Read = Callable[[Summary], Any]
 
-def metric(name: str) -> Callable[[Summary], Any]:
+
+class Number(NamedTuple):
+    """The mean over seeds, its standard deviation, and how both are printed."""
+
+    mean: float | None
+    deviation: float | None
+    style: str
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return ""
+        spread = f" ± {self.deviation:{self.style}}" if self.deviation else ""
+        return f"{self.mean:{self.style}}{spread}"
+
+
+Cell = str | int | Number
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of a report.
+
+    Attributes:
+        name: the beginning of the names of its files.
+        title: its title.
+        heads: the headings.
+        rows: the cells; in a column with numbers, a missing one is a Number too.
+    """
+
+    name: str
+    title: str
+    heads: list[str]
+    rows: list[list[Cell]]
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        lines = [self.heads, ["---"] * len(self.heads)]
+        lines += [[str(cell).replace("|", "\\|") for cell in row] for row in self.rows]
+        return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+    def write_csv(self, path: Path) -> None:
+        """Writes the table, with means and standard deviations in columns of their own."""
+        spread = [isinstance(cell, Number) for cell in self.rows[0]]
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            pairs = zip(self.heads, spread, strict=True)
+            writer.writerow([h for head, two in pairs for h in [head, f"{head} spread"][: 1 + two]])
+            for row in self.rows:
+                cells = [list(c[:2]) if isinstance(c, Number) else [c] for c in row]
+                writer.writerow([value for cell in cells for value in cell])
+
+
+def metric(name: str) -> Read:
     """Reads a test metric."""
     return lambda run: run["test"].get(name)
 
 
 # The headings, with how each number is read and printed. The backward density and the FLOPs of
 # training are means over the steps of the run; the other columns are of the final network.
-COLUMNS: dict[str, tuple[Callable[[Summary], Any], str]] = {
+COLUMNS: dict[str, tuple[Read, str]] = {
     "forward density": (forward_density, ".4g"),
     "backward density": (lambda r: r["densities_over_run"]["backward"], ".4g"),
     "parameters": (lambda r: r["parameters"], ",.0f"),
@@ -34,56 +91,78 @@ def metric_names(groups: Sequence[Group]) -> list[str]:
     return sorted({name for group in groups for run in group.runs for name in run["test"]})
 
 
-def _columns(groups: Sequence[Group]) -> dict[str, tuple[Callable[[Summary], Any], str]]:
+def all_runs(groups: Sequence[Group]) -> Table:
+    """One row for each group, with means and standard deviations over its seeds."""
+    told = ["settings"] if any(group.settings for group in groups) else []
+    heads = ["config", "method", "seeds", *told, *_columns(groups), "steps", "device"]
+    table = Table("table", "All runs", [*heads, "evaluated on"], [])
+    for group in groups:
+        first: list[Cell] = [group.name, group.method, len(group.runs), group.settings]
+        last = [_common(group, "steps"), _common(group, "device"), _context(group)]
+        table.rows.append([*first[: 3 + len(told)], *_numbers(group, groups), *last])
+    return table
+
+
+def sweeps(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
+    """A table for each sweep that was made in the folders, with the rows that are missing.
+
+    Args:
+        dirs: the folders of the report.
+        groups: the groups of finished runs in them.
+    """
+    files = sorted({path.resolve() for d in dirs for path in d.rglob(f"*{SWEEP}")})
+    return [_sweep(path, groups) for path in files]
+
+
+def _sweep(path: Path, groups: Sequence[Group]) -> Table:
+    spec, seeds, rows = _plan(path)
+    by_row = {folder.parent: group for group in groups for folder in group.folders}
+    heads = ["run", "seeds", *_columns(groups), "reported by the paper", "command"]
+    table = Table(path.name.removesuffix(SWEEP), spec, heads, [])
+    for planned in rows:
+        group = by_row.get(path.parent / planned["row"])
+        done = len(group.runs) if group else 0
+        told = str(done) if done == seeds else f"{done} of {seeds}, others missing"
+        flags = [f"--config={planned['config']}", *(f"--config.{o}" for o in planned["overrides"])]
+        command = " ".join(["python -m experiments.main", *map(shlex.quote, flags)])
+        numbers = _numbers(group, groups)
+        table.rows.append([planned["row"], told, *numbers, planned["paper"], command])
+    return table
+
+
+def _plan(path: Path) -> tuple[str, int, list[dict[str, Any]]]:
+    """The sweep, its number of seeds and its rows, as `experiments.sweep` wrote them."""
+    plan = read_json(path)
+    rows: Any = plan.get("rows")
+    kinds = {"row": str, "config": str, "overrides": list, "paper": str}
+    fits = isinstance(plan.get("config"), str) and type(plan.get("seeds")) is int
+    fits = fits and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not (
+        fits and all(isinstance(row.get(key), kind) for row in rows for key, kind in kinds.items())
+    ):
+        raise UserError(f"{path}: is no plan of a sweep; must be written by experiments.sweep")
+    return plan["config"], plan["seeds"], rows
+
+
+def _columns(groups: Sequence[Group]) -> dict[str, tuple[Read, str]]:
     metrics = {f"test {name}": (metric(name), ".4f") for name in metric_names(groups)}
     return metrics | COLUMNS
 
 
-def _cell(group: Group, read: Callable[[Summary], Any], style: str) -> str:
-    mean, deviation = group.mean(read), group.deviation(read)
-    if mean is None:
-        return ""
-    return format(mean, style) + (f" ± {format(deviation, style)}" if deviation else "")
+def _numbers(group: Group | None, groups: Sequence[Group]) -> list[Number]:
+    return [
+        Number(group.mean(read), group.deviation(read), style) if group else Number(None, None, "")
+        for read, style in _columns(groups).values()
+    ]
+
+
+def _common(group: Group, key: str) -> str:
+    """The values of the runs, usually one."""
+    return ", ".join(sorted({str(run.get(key, "")) for run in group.runs}))
 
 
 def _context(group: Group) -> str:
-    found = {json.dumps(run.get("test_context", {}), sort_keys=True) for run in group.runs}
+    found = {json.dumps(run["test_context"], sort_keys=True) for run in group.runs}
     return "; ".join(
         ", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in sorted(found)
     )
-
-
-def _first_heads(groups: Sequence[Group]) -> list[str]:
-    told = any(group.settings for group in groups)
-    return ["config", "method", "seeds", *(["settings"] if told else [])]
-
-
-def _first(group: Group, groups: Sequence[Group]) -> list[Any]:
-    """The cells under `_first_heads`."""
-    cells = [group.name, group.method, len(group.runs), group.settings]
-    return cells[: len(_first_heads(groups))]
-
-
-def markdown(groups: Sequence[Group]) -> str:
-    """One row for each group: means and standard deviations over its seeds."""
-    columns = _columns(groups)
-    rows = [[*_first_heads(groups), *columns, "evaluated on"]]
-    rows.append(["---"] * len(rows[0]))
-    for group in groups:
-        cells = [_cell(group, read, style) for read, style in columns.values()]
-        rows.append([*map(str, _first(group, groups)), *cells, _context(group)])
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
-
-
-def write_csv(groups: Sequence[Group], path: Path) -> None:
-    """Writes the same table, with means and standard deviations in columns of their own."""
-    columns = _columns(groups)
-    heads = [head for column in columns for head in (column, f"{column} spread")]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*_first_heads(groups), *heads, "evaluated on"])
-        for group in groups:
-            row = _first(group, groups)
-            for read, _ in columns.values():
-                row += [group.mean(read), group.deviation(read)]
-            writer.writerow([*row, _context(group)])

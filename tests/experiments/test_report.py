@@ -1,7 +1,10 @@
 """Tables and figures over runs."""
 
+import base64
 import csv
 import json
+from collections import Counter
+from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
@@ -79,6 +82,97 @@ def test_table_and_figures(runs, tmp_path, capsys):
         numbers = {(r["config"], r["seeds"]): r for r in csv.DictReader(file)}
     assert float(numbers["c:90/80", "3"]["test accuracy"]) == pytest.approx(0.8)
     assert float(numbers["c:90/80", "3"]["test accuracy spread"]) == pytest.approx(0.1)
+
+
+def a_sweep(root):
+    """Two seeds of one row of a sweep, and another row that was not run."""
+    for seed, accuracy in enumerate((0.6, 0.7)):
+        run = final("c:90/80", "top_kast", seed, accuracy, 0.1, steps=100)
+        put(root / "90-80" / f"seed-{seed}", run)
+    own = ["method.pattern=1:8", "data.dir=a b"]
+    rows = [
+        {"row": "90-80", "config": "c.py:90/80", "overrides": [], "paper": "73.03 % (table 6)"},
+        {"row": "absent", "config": "c.py:<x>", "overrides": own, "paper": ""},
+    ]
+    plan = {"config": "configs/sweeps/table_6.py:small", "seeds": 3, "rows": rows}
+    (root / "table_6.sweep.json").write_text(json.dumps(plan))
+
+
+def test_the_rows_of_a_sweep_stand_beside_what_the_paper_reports(tmp_path, capsys):
+    a_sweep(tmp_path / "s")
+    assert main([str(tmp_path), f"--out={tmp_path}/out"]) == 0
+    with open(tmp_path / "out" / "table_6.csv") as file:
+        done, absent = csv.DictReader(file)
+    assert (done["run"], absent["run"]) == ("90-80", "absent")
+    assert float(done["test accuracy"]) == pytest.approx(0.65)
+    assert float(done["test accuracy spread"]) == pytest.approx(0.5**0.5 / 10)
+    assert done["reported by the paper"] == "73.03 % (table 6)"
+    assert done["seeds"] == "2 of 3, others missing"
+    assert absent["seeds"] == "0 of 3, others missing"
+    assert absent["test accuracy"] == absent["training FLOPs spread"] == ""
+    assert absent["command"] == (
+        "python -m experiments.main '--config=c.py:<x>' --config.method.pattern=1:8 "
+        "'--config.data.dir=a b'"
+    )
+    assert (
+        "| 90-80 | 2 of 3, others missing | 0.6500 ± 0.0707 |"
+        in (tmp_path / "out" / "table_6.md").read_text()
+    )
+
+
+class Page(HTMLParser):
+    """Counts elements, and collects everything that a browser would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.fetched, self.texts = Counter(), [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_holds_all_tables_and_figures_and_needs_no_other_file(tmp_path):
+    a_sweep(tmp_path / "s")
+    assert main([str(tmp_path), f"--out={tmp_path}/out"]) == 0
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    figures = list((tmp_path / "out").glob("*.png"))
+    assert page.tags["img"] == len(figures) > 0
+    assert page.tags["table"] == 2
+    assert all(url.startswith("data:image/png;base64,") for url in page.fetched)
+    assert {base64.b64decode(url.partition(",")[2]) for url in page.fetched} == {
+        path.read_bytes() for path in figures
+    }
+    assert "73.03 % (table 6)" in page.texts
+    assert any("--config=c.py:<x>" in text for text in page.texts)  # not read as a tag
+
+
+def test_what_a_metric_is_drawn_against(tmp_path):
+    for i, stop in enumerate((0, 50, None)):
+        run = final("c:90/0", "top_kast", 0, 0.5 + i / 10, 0.1, steps=100)
+        run["config"]["method"]["stop_exploring_at"] = stop
+        run["densities_over_run"]["backward"] = 0.2 + i / 10
+        put(tmp_path / "runs" / str(i), run)
+    assert main([str(tmp_path / "runs"), f"--out={tmp_path}/out"]) == 0
+    found = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    # All have the same FLOPs and parameters, and no records of their sets.
+    assert found == {
+        "accuracy_against_density", "accuracy_against_backward_density",
+        "accuracy_against_stopping",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"config": "c", "seeds": 1, "rows": [{}]}', "{"])
+def test_a_plan_that_is_none_is_one_line(runs, tmp_path, capsys, text):
+    (runs / "x.sweep.json").write_text(text)
+    assert main([str(runs), f"--out={tmp_path}/out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {runs}/x.sweep.json: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_same_run_named_twice_counts_once(runs, tmp_path, capsys):
