@@ -48,7 +48,7 @@ def report(dirs: Sequence[Path], out: Path) -> str:
         drawn = figures.draw(groups, tables.metric_names(groups), out)
         written += [*drawn, out / "report.html"]
         title = f"Runs of {', '.join(map(str, dirs))}"
-        written[-1].write_text(page.page(title, listed, drawn, left_out))
+        written[-1].write_text(page.page(title, [*listed[1:], listed[0]], drawn, left_out))
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from error
     return "\n".join([listed[0].markdown(), *left_out, *(f"wrote {path}" for path in written)])

@@ -80,14 +80,20 @@ Lines = dict[str, list[tuple[float, float, float]]]
 
 
 def _lines(groups: Sequence[Group], metric: str, x: Callable[[Summary], Any]) -> Lines:
-    """Points (place, mean, deviation) of groups that differ in the place alone, by their label."""
+    """Points (place, mean, deviation) of groups that differ in the place alone, by their label.
+
+    Against anything else, each forward density is a line of its own.
+    """
     lines: Lines = defaultdict(list)
     several = len({_stem(group) for group in groups}) > 1
     for group in groups:
         read = tables.metric(metric)
         mean, place = group.mean(read), group.mean(x)
         if mean is not None and place is not None:
-            parts = (_stem(group) if several else "", group.settings, group.method)
+            parts = [_stem(group) if several else "", group.settings, group.method]
+            density = group.mean(forward_density)
+            if x is not forward_density and group.method != "dense":
+                parts.insert(0, f"forward density {density:.2g}")
             label = ", ".join(filter(None, parts))
             lines[label].append((place, mean, group.deviation(read) or 0.0))
     return lines

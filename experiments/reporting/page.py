@@ -16,11 +16,13 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .82rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left;
-  vertical-align: top; }
-th { cursor: pointer; background: #f4f4f4; position: sticky; top: 0; white-space: nowrap; }
+  vertical-align: top; white-space: nowrap; }
+th { cursor: pointer; background: #f4f4f4; position: sticky; top: 0; }
 th[aria-sort=ascending]::after { content: " ▲"; } th[aria-sort=descending]::after { content: " ▼"; }
-td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td.missing { color: #a33; } td.command { font: .75rem ui-monospace, monospace; min-width: 24rem; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.missing { color: #a33; } td.long { min-width: 20rem; white-space: normal; }
+td.command { font: .75rem ui-monospace, monospace; min-width: 44rem;
+  white-space: normal; }
 figure { display: inline-block; margin: .6rem; } figcaption { font-size: .8rem; color: #555; }
 img { max-width: 720px; width: 100%; }
 """
@@ -84,7 +86,8 @@ def _cell(head: str, cell: Cell) -> str:
     if isinstance(cell, Number):
         value = "" if cell.mean is None else repr(float(cell.mean))
         return f'<td class="number" data-value="{value}">{text}</td>'
-    kind = "command" if head == "command" else "missing" if "missing" in text else "text"
+    long = "long" if len(text) > 40 else "text"
+    kind = "command" if head == "command" else "missing" if "missing" in text else long
     return f'<td class="{kind}">{text}</td>'
 
 

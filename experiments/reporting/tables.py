@@ -122,7 +122,7 @@ def _sweep(path: Path, groups: Sequence[Group]) -> Table:
     for planned in rows:
         group = by_row.get(path.parent / planned["row"])
         done = len(group.runs) if group else 0
-        told = str(done) if done == seeds else f"{done} of {seeds}, others missing"
+        told = str(done) if done == seeds else f"{done}, missing {seeds - done}"
         flags = [f"--config={planned['config']}", *(f"--config.{o}" for o in planned["overrides"])]
         command = " ".join(["python -m experiments.main", *map(shlex.quote, flags)])
         numbers = _numbers(group, groups)

@@ -107,15 +107,15 @@ def test_the_rows_of_a_sweep_stand_beside_what_the_paper_reports(tmp_path, capsy
     assert float(done["test accuracy"]) == pytest.approx(0.65)
     assert float(done["test accuracy spread"]) == pytest.approx(0.5**0.5 / 10)
     assert done["reported by the paper"] == "73.03 % (table 6)"
-    assert done["seeds"] == "2 of 3, others missing"
-    assert absent["seeds"] == "0 of 3, others missing"
+    assert done["seeds"] == "2, missing 1"
+    assert absent["seeds"] == "0, missing 3"
     assert absent["test accuracy"] == absent["training FLOPs spread"] == ""
     assert absent["command"] == (
         "python -m experiments.main '--config=c.py:<x>' --config.method.pattern=1:8 "
         "'--config.data.dir=a b'"
     )
     assert (
-        "| 90-80 | 2 of 3, others missing | 0.6500 ± 0.0707 |"
+        "| 90-80 | 2, missing 1 | 0.6500 ± 0.0707 |"
         in (tmp_path / "out" / "table_6.md").read_text()
     )
 
