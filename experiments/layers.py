@@ -55,11 +55,12 @@ def matmul_transposed(x: jax.Array, table: Kernel) -> jax.Array:
 
 def lookup(table: Kernel, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows `rows [...]` of `table [rows, width]`: [..., width]. Rows that do not exist are NaN."""
+    return always_sparse.lookup(table, rows).astype(dtype)
 
-    def take(tile: jax.Array, rows: jax.Array) -> jax.Array:
-        return jnp.take(tile, rows, axis=0, mode="fill").astype(dtype)
 
-    return with_tile(take, table, rows) if isinstance(table, CompactKernel) else take(table, rows)
+def vector(leaf: Kernel) -> jax.Array:
+    """A vector, such as a bias, as a dense array."""
+    return with_tile(lambda tile: tile, leaf) if isinstance(leaf, CompactKernel) else leaf
 
 
 def rows(table: Kernel, low: int, high: int) -> jax.Array:

@@ -14,6 +14,7 @@ from experiments.errors import UserError
 from topkast_jax.errors import SparsityError
 
 _OVERRIDE = "--config."
+INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
 _LONGEST = 2000  # characters of a refusal: it holds what was found, of whatever length
 
 
@@ -61,8 +62,9 @@ class Main(Protocol):
 def command(body: Callable[[list[str]], int | None]) -> Main:
     """Turns the body of a command into its `main(argv=None)`, which returns the exit status.
 
-    The body may return a status of its own. Its UserError or SparsityError is printed by `fail`;
-    all other exceptions keep their traceback.
+    The body may return a status of its own. Its UserError or SparsityError is printed by `fail`, an
+    interrupt from the keyboard is one line and `INTERRUPTED`, and all other exceptions keep their
+    traceback.
     """
 
     @functools.wraps(body)
@@ -72,6 +74,9 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
             return body(list(sys.argv[1:] if argv is None else argv)) or 0
         except (UserError, SparsityError) as error:
             return fail(error)
+        except KeyboardInterrupt:
+            print("error: interrupted", file=sys.stderr)
+            return INTERRUPTED
 
     return main
 

@@ -38,6 +38,7 @@ CASES = {
     "matmul-block": ((4, 8), tk.Block(2, 2), layers.matmul),
     "logits": ((6, 4), tk.Unstructured(), layers.matmul_transposed),
     "rows": ((6, 4), tk.Unstructured(), lambda x, w: layers.rows(w, 1, 5) + jnp.mean(x)),
+    "vector": ((8,), tk.Unstructured(), lambda x, w: layers.vector(w) + jnp.mean(x)),
     "lookup": ((6, 4), tk.Unstructured(), lambda x, w: layers.lookup(w, jnp.arange(5), x.dtype)),
 }
 

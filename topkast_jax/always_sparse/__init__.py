@@ -17,6 +17,7 @@ from topkast_jax.always_sparse.kernel import (
     with_tile,
     with_values,
 )
+from topkast_jax.always_sparse.lookup import lookup
 from topkast_jax.always_sparse.products import BACKENDS, matmul, options
 from topkast_jax.always_sparse.training import AlwaysSparse
 
@@ -30,6 +31,7 @@ __all__ = [
     "export",
     "from_masks",
     "is_compact",
+    "lookup",
     "matmul",
     "options",
     "to_bcoo",

@@ -10,7 +10,7 @@ from flax import nnx
 
 from experiments.language_modelling.models.layers import PROJECTION_STD, normal
 from experiments.language_modelling.models.settings import TransformerXLConfig
-from experiments.layers import Kernel, lookup, matmul, matmul_transposed, rows
+from experiments.layers import Kernel, lookup, matmul, matmul_transposed, rows, vector
 
 # With clusters, logits are computed for this number of tokens at a time.
 CHUNK_TOKENS = 1024
@@ -106,7 +106,7 @@ class AdaptiveSoftmax(nnx.Module):
         if self.cluster is None:
             return clusters, None
         table, bias = self.cluster.table.get_value(), self.cluster.bias.get_value()
-        return clusters, Cluster(table, bias, clusters[0].projection)
+        return clusters, Cluster(table, vector(bias), clusters[0].projection)
 
     def _cluster(self, i: int, embedding: AdaptiveEmbedding) -> Cluster:
         tables = embedding.table if self.config.tie_weight else self.table
@@ -115,9 +115,10 @@ class AdaptiveSoftmax(nnx.Module):
             tied = embedding.projection[str(min(i, len(embedding.projection) - 1))]
             projection = self.projection.get(str(i), tied).get_value()
         if len(tables) > 1:
-            return Cluster(tables[str(i)].get_value(), self.bias[str(i)].get_value(), projection)
+            bias = vector(self.bias[str(i)].get_value())
+            return Cluster(tables[str(i)].get_value(), bias, projection)
         low, high = self.config.cluster_ranges[i]
-        table, bias = tables["0"].get_value(), self.bias["0"].get_value()
+        table, bias = tables["0"].get_value(), vector(self.bias["0"].get_value())
         return Cluster(rows(table, low, high), bias[low:high], projection)
 
 

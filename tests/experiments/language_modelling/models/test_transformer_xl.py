@@ -10,9 +10,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import topkast_jax as tk
 from experiments.errors import UserError
 from experiments.language_modelling.models.settings import Lengths, TransformerXLConfig
 from experiments.language_modelling.models.transformer_xl import LanguageModel, Memory
+from topkast_jax.always_sparse import from_masks, is_compact, values_of, with_values
+from topkast_jax.trees import flatten_with_names
 
 SMALL = {"n_token": 23, "n_layer": 2, "n_head": 2, "d_model": 8, "d_head": 3, "d_inner": 10}
 CLUSTERS = {"cutoffs": (5, 9), "div_val": 2, "tie_projs": (False, True, True)}
@@ -336,3 +339,41 @@ def test_bad_settings(changed, message):
 def test_bad_lengths(changed):
     with pytest.raises(UserError, match=r"^lengths\."):
         Lengths(**{"target": 3, "memory": 2, **changed})
+
+
+def test_compact_embeddings_and_softmax_compute_what_the_dense_ones_do():
+    """Every table, projection and bias of the embedding and the adaptive softmax."""
+    model = _small(**CLUSTERS)
+    rng = np.random.default_rng(0)
+    names, leaves, treedef = flatten_with_names(_params(model))
+    compact, dense = [], []
+    for name, leaf in zip(names, leaves, strict=True):
+        compact.append(leaf)
+        dense.append(leaf)
+        if name.startswith(("embedding", "softmax")):
+            theta = 0.5 * rng.normal(size=leaf.shape).astype(np.float32)
+            units = rng.permutation(leaf.size).reshape(leaf.shape)
+            forward, backward = (units < max(1, leaf.size * d) for d in (0.3, 0.6))
+            compact[-1] = from_masks(theta, forward, backward, tk.Unstructured())
+            dense[-1] = jnp.asarray(np.where(forward, theta, 0))
+    compact, dense = map(treedef.unflatten, (compact, dense))
+
+    @jax.jit
+    def gradient(params):
+        def loss(values):
+            nll, _ = model.apply(
+                with_values(params, values), _full_memory(model), *_data(), LENGTHS
+            )
+            return nll.mean()
+
+        return jax.value_and_grad(loss)(values_of(params))
+
+    (loss, found), (expected, of_dense) = gradient(compact), gradient(dense)
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    found, kernels = treedef.flatten_up_to(found), treedef.flatten_up_to(compact)
+    for name, one, kernel, other in zip(
+        names, found, kernels, jax.tree.leaves(of_dense), strict=True
+    ):
+        if is_compact(kernel):
+            other = np.ravel(other)[np.asarray(kernel.index)]
+        np.testing.assert_allclose(one, other, atol=2e-5, err_msg=name)

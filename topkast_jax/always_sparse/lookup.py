@@ -1,0 +1,72 @@
+r"""Rows of a compact table, as an embedding reads them."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from topkast_jax.always_sparse.kernel import CompactKernel, check_single, with_tile
+from topkast_jax.errors import SparsityError
+
+
+def lookup(table: jax.Array | CompactKernel, rows: jax.Array) -> jax.Array:
+    r"""Rows of a table, as `jnp.take(table, rows, axis=0, mode="fill")`.
+
+    Of a compact table, the rows are those of its forward set. Where fewer rows are asked for than
+    the table has, they are gathered from the kernel's values, and no array of the table's dense
+    size exists, neither then nor in the backward pass. Where more are asked for, the dense tile is
+    the smaller array, and they are taken from it. The gradient reaches all of B.
+
+    Args:
+      table: `[V, E]`, dense or compact.
+      rows: integers `[...]`, of any shape.
+
+    Returns:
+      `[..., E]`, in the dtype of the table; NaN in rows that do not exist.
+
+    Raises:
+      SparsityError: the table is a stack, or has another number of axes than two.
+    """
+    if not isinstance(table, CompactKernel):
+        return jnp.take(table, rows, axis=0, mode="fill")
+    check_single(table)
+    if len(table.shape) != 2:
+        raise SparsityError(f"lookup needs a table [V, E], found shape {table.shape}")
+    if math.prod(rows.shape) >= table.shape[0]:
+        return with_tile(lambda tile, r: jnp.take(tile, r, axis=0, mode="fill"), table, rows)
+    gathered = _gathered(table, rows.reshape(-1)).reshape(*rows.shape, table.shape[1])
+    size = table.shape[0]
+    exists = (rows >= -size) & (rows < size)  # jnp.take counts negative rows from the end
+    return jnp.where(exists[..., None], gathered, jnp.nan)
+
+
+def _gathered(table: CompactKernel, rows: jax.Array) -> jax.Array:
+    r"""Rows `[n]` → `[n, E]`: those of A, and zeros through which B\A gets its gradient."""
+    a = table.forward
+    found = _part(table, table.values[:a], table.index[:a], rows)
+    if table.backward == a:
+        return found
+    rest = table.values[a:]
+    rest = rest - jax.lax.stop_gradient(rest)
+    return found + _part(table, rest, table.index[a:], rows)
+
+
+def _part(table: CompactKernel, values: jax.Array, index: jax.Array, rows: jax.Array) -> jax.Array:
+    """The rows as units with an ascending index hold them, `[n, E]`."""
+    height, width = table.pattern.unit_shape or (1, 1)
+    across = table.shape[1] // width
+    row = jnp.where(rows < 0, rows + table.shape[0], rows)
+    below = jnp.clip(row // height, 0, table.shape[0] // height - 1)
+    # The units of one row of the grid are neighbours: at most `across` of them.
+    first = jnp.searchsorted(index, below * across)
+    last = jnp.searchsorted(index, (below + 1) * across)
+    place = first[:, None] + jnp.arange(across)[None]
+    inside = place < last[:, None]
+    place = jnp.minimum(place, index.shape[0] - 1)
+    column = jnp.where(inside, index[place] % across, across)
+    units = values.reshape(-1, height, width)[place, (row % height)[:, None]]
+    out = jnp.zeros((rows.shape[0], across, width), values.dtype)
+    lanes = jnp.arange(rows.shape[0])[:, None]
+    return out.at[lanes, column].set(units, mode="drop").reshape(-1, table.shape[1])
