@@ -77,7 +77,7 @@ ROOMS = {
     "image_classification": TASK,
     "language_modelling": TASK,
     "tpu": {"errors", "training"},
-    "records": {"errors", "task", "training"},
+    "records": {"errors", "task", "training", "config"},
     "reporting": {"errors", "records"},
     "loop": {"errors", "task", "training", "records"},
 }

@@ -107,6 +107,7 @@ def test_runs_beside_another_process_and_prints_one_line():
 @pytest.mark.parametrize("script", [aot_tpu, bench_memory])
 def test_no_compiler_is_one_line(capsys, monkeypatch, script):
     monkeypatch.setattr(library, "find", lambda: None)
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "removed by the script, and restored after the test")
     flags = (f"--config={CONFIG}", "--topology=v5e:2x2") if script is aot_tpu else ()
     status, out, err = call(capsys, script.main, *flags)
     assert (status, out, len(err.splitlines())) == (2, "", 1)
