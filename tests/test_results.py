@@ -1,0 +1,22 @@
+"""The tables under results/ are those of the records beside them."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments.reporting import tables
+from experiments.reporting.groups import collect
+
+ROOT = Path(__file__).parent.parent / "results"
+
+
+@pytest.mark.parametrize("name", ["images"])
+def test_tables_are_made_again_from_the_records(name, tmp_path):
+    groups, _ = collect([ROOT / name])
+    listed = [tables.all_runs(groups), *tables.sweeps([ROOT / name], groups)]
+    assert len(listed) > 1
+    for table in listed:
+        table.write_csv(tmp_path / "table.csv")
+        committed = ROOT / name / "report" / table.name
+        assert committed.with_suffix(".md").read_text() == table.markdown()
+        assert committed.with_suffix(".csv").read_bytes() == (tmp_path / "table.csv").read_bytes()
