@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import logging
 import re
@@ -14,6 +15,8 @@ from experiments.errors import UserError
 from topkast_jax.errors import SparsityError
 
 _OVERRIDE = "--config."
+# What any use of a path can meet: a name that no file system takes, and a full disk.
+_ANYWHERE = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT)
 INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
 _LONGEST = 2000  # characters of a refusal: it holds what was found, of whatever length
 
@@ -62,9 +65,9 @@ class Main(Protocol):
 def command(body: Callable[[list[str]], int | None]) -> Main:
     """Turns the body of a command into its `main(argv=None)`, which returns the exit status.
 
-    The body may return a status of its own. Its UserError or SparsityError is printed by `fail`, an
-    interrupt from the keyboard is one line and `INTERRUPTED`, and all other exceptions keep their
-    traceback.
+    The body may return a status of its own. Its UserError or SparsityError is printed by `fail`,
+    and so are a path that is too long and a full disk. An interrupt from the keyboard is one line
+    and `INTERRUPTED`. All other exceptions keep their traceback.
     """
 
     @functools.wraps(body)
@@ -74,6 +77,10 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
             return body(list(sys.argv[1:] if argv is None else argv)) or 0
         except (UserError, SparsityError) as error:
             return fail(error)
+        except OSError as error:
+            if error.errno not in _ANYWHERE:
+                raise
+            return fail(UserError(f"{error.filename or 'a file'}: {error.strerror}"))
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr)
             return INTERRUPTED

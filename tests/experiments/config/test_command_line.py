@@ -1,0 +1,64 @@
+"""What every command does with the mistakes and interrupts that its body raises."""
+
+import errno
+import os
+
+import pytest
+
+from experiments import export, main, report, sweep
+from experiments.config import command_line
+
+LONG = "x" * 300
+COMMANDS = {
+    "main": (main.main, ["--config=configs/quickstart.py", f"--workdir={{}}/{LONG}"]),
+    "config": (main.main, [f"--config={LONG}.py", "--workdir={}/run"]),
+    "data": (
+        main.main,
+        ["--config=configs/cifar10_small.py", "--describe", "--config.data.name=image_folder",
+         f"--config.data.dir={{}}/{LONG}"],
+    ),
+    "report": (report.main, [f"{{}}/{LONG}", "--out={}/out"]),
+    "export": (export.main, [f"--workdir={{}}/{LONG}", "--out={}/o.npz"]),
+    "sweep": (
+        sweep.main, ["--config=configs/sweeps/quickstart.py", f"--workdir={{}}/{LONG}"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "flags"), COMMANDS.values(), ids=COMMANDS)
+def test_a_name_that_is_too_long_is_one_line(command, flags, tmp_path, capsys):
+    assert command([flag.format(tmp_path) for flag in flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "File name too long" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/run"),
+            2,
+            "error: /disk/run: No space",
+        ),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+    ],
+)
+def test_what_can_happen_anywhere_is_one_line(error, status, told, capsys):
+    @command_line.command
+    def command(argv):
+        raise error
+
+    assert command([]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(told)
+
+
+def test_other_errors_keep_their_traceback():
+    @command_line.command
+    def command(argv):
+        raise PermissionError(errno.EACCES, "a bug")
+
+    with pytest.raises(PermissionError):
+        command([])
