@@ -11,7 +11,7 @@ Expected test bits per character (the paper's table 5), magnitude pruning and To
     90/0   1.08    90/80  1.10
     95/0   1.14    95/90  1.17
 Data: enwik8, prepared once by `scripts/prepare_text enwik8`. Each of its 205 bytes is a symbol.
-Hardware: one GPU of 80 GB with a smaller batch, or 8 TPU cores; its time was not measured.
+Hardware: not tried on any; docs/reproducing.md has an estimate of the device-hours.
 
 Command:
     python -m experiments.main --config=configs/enwik8_69m.py:90/80 --workdir=DIR

@@ -6,7 +6,7 @@ inside the feed-forward block, embeddings of 560). All else is as there.
 
 Expected test perplexity: 21.5 (the paper's table 3).
 Data: WikiText-103, prepared once by `scripts/prepare_text wikitext103`; 267,735 words.
-Hardware: 16 TPU v3 cores, or 4 GPUs of 80 GB; its time was not measured.
+Hardware: not tried on any; docs/reproducing.md has an estimate of the device-hours.
 
 Command:
     python -m experiments.main --config=configs/wikitext103_94m.py --workdir=DIR

@@ -177,10 +177,12 @@ def _record(spec: str, seeds: int, runs: Sequence[Planned], directory: Path) -> 
         if r.seed == 0
     ]
     name = Path(spec.partition(":")[0]).stem
-    directory.mkdir(parents=True, exist_ok=True)
-    workdir.write_json(
-        directory / f"{name}{workdir.SWEEP}", {"config": spec, "seeds": seeds, "rows": rows}
-    )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        written = {"config": spec, "seeds": seeds, "rows": rows}
+        workdir.write_json(directory / f"{name}{workdir.SWEEP}", written)
+    except OSError as error:
+        raise UserError(f"--workdir={directory}: cannot be written: {error.strerror}") from error
 
 
 def _listed(run: Planned) -> str:
@@ -197,15 +199,11 @@ def _choose(only: str | None, runs: int) -> list[int]:
     return chosen
 
 
-def _same(args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
-    """The arguments of Python that make the same plan."""
-    flags = [f"--{name}={getattr(args, name)}" for name in ("config", "workdir", "seeds")]
-    return ["-m", "experiments.sweep", *flags, *(f"--config.{text}" for text in overrides)]
-
-
 def _slurm(args: argparse.Namespace, overrides: Sequence[str], chosen: Sequence[int]) -> str:
     workdir = Path(args.workdir)
-    command = " ".join(["python", *map(shlex.quote, _same(args, overrides))])
+    flags = [f"--{name}={getattr(args, name)}" for name in ("config", "workdir", "seeds")]
+    flags += [f"--config.{text}" for text in overrides]
+    command = " ".join(["python -m experiments.sweep", *map(shlex.quote, flags)])
     return f"""#!/bin/bash
 #SBATCH --job-name={shlex.quote(workdir.name)}
 #SBATCH --array={",".join(map(str, chosen))}

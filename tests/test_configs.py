@@ -72,7 +72,8 @@ def test_sweeps_name_configs_that_validate(name):
     runs = plan(f"{ROOT / 'sweeps' / file}.py" + (f":{variant}" if variant else ""), 1)
     for run in runs:
         path, _, variant = run.config.partition(":")
-        resolve(pathlib.Path(path).stem, variant, *run.overrides)
+        config = resolve(pathlib.Path(path).stem, variant, *run.overrides)
+        assert config.name == f"{pathlib.Path(path).stem}:{variant}"
 
 
 def test_the_quickstart_compares_methods_at_the_same_densities():

@@ -6,7 +6,7 @@ The paper's run is 80/50 with sets chosen in every step. Its numbers are read of
 set (mean). `:small` is CIFAR-10 with the small ResNet, with the same number of pairs. A run's
 `metrics.jsonl` has them as records of the split "sets", and `masks` has `reservoir_ever_active`.
 
-Hardware: a TPU slice or a machine of 8 GPUs; `:small` one CPU core, 6 to 10 minutes.
+Hardware: a TPU slice or a machine of 8 GPUs; `:small` one CPU core, 8 to 12 minutes.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/figure_3.py:small --workdir=runs/images

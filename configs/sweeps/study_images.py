@@ -5,7 +5,7 @@ where they share them, and blocks, N:M, constant fan-in, and other exploration w
 intervals, of which the paper has no numbers.
 
 Data: a folder of class folders, or `--config.data.name=cifar10` (tensorflow_datasets').
-Hardware: one CPU core, 6 to 10 minutes a run.
+Hardware: one CPU core, 8 to 12 minutes a run (two at a time).
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/study_images.py --workdir=runs/images \

@@ -2,7 +2,7 @@
 
 The numbers are [V]. `:small` is the Transformer-XL of 2.9 M parameters.
 
-Hardware: one GPU of 80 GB with a smaller batch, or 8 TPU cores for each run; `:small` one CPU core.
+Hardware: not tried on any at the paper's scale; `:small` one CPU core.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/table_5.py:small --workdir=runs/texts \

@@ -190,6 +190,7 @@ def test_slurm_of_some(tmp_path, capsys, only):
         (None, ["--seeds=0"], "must be an integer of at least 1"),
         (None, ["--config.seed=3"], "--config.seed=3: a sweep sets the seeds itself; use --seeds"),
         (None, ["--config.stepz=1"], "no key 'stepz'"),
+        (None, ["--workdir=/proc/x"], "--workdir=/proc/x: cannot be written"),
         ("x = 1", [], "defines no get_sweep()"),
         ("def get_sweep(): return []", [], "no runs"),
         ("def get_sweep(): return [1]", [], "must yield (name, config, overrides)"),
@@ -207,7 +208,8 @@ def test_bad_input(tmp_path, capsys, text, args, message):
     if text:
         path = tmp_path / "bad.py"
         path.write_text(text)
-    assert main([f"--config={path}", f"--workdir={tmp_path}/s", *args]) == 2
+    folder = [] if any("--workdir" in arg for arg in args) else [f"--workdir={tmp_path}/s"]
+    assert main([f"--config={path}", *folder, *args]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert len(err.splitlines()) == 1
