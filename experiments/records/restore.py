@@ -56,12 +56,15 @@ def read_config(directory: Path, task: str | None = None) -> ConfigDict:
 
 
 def _check(config: ConfigDict) -> None:
-    """Checks a config that another version of this code may have written."""
+    """Checks a config that another version of this code may have written.
+
+    It may lack what does not change what a run computes (`workdir.FREE`).
+    """
     saved = workdir.flat(config.to_dict())
     # A model or a data set from a user's own file reads keys of its own.
     own = [part for part in ("model", "data") if ":" in str(saved.get(f"{part}.name"))]
     for key, like in workdir.flat(_needed(saved).to_dict()).items():
-        if key.partition(".")[0] in own:
+        if key.partition(".")[0] in own or (key not in saved and workdir.is_free(key)):
             continue
         kinds = {float: (int, float), tuple: (list,), type(None): (object,)}
         may_be_none = key.startswith("method.") and key != "method.always_sparse"

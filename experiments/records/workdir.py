@@ -178,7 +178,7 @@ def _check_writable(workdir: Path) -> None:
 
 def _check_same(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     before, now = (
-        {key: value for key, value in flat(c).items() if not _is_free(key)} for c in (old, new)
+        {key: value for key, value in flat(c).items() if not is_free(key)} for c in (old, new)
     )
     missing = "nothing"
     different = [
@@ -193,7 +193,8 @@ def _check_same(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> None
         )
 
 
-def _is_free(key: str) -> bool:
+def is_free(key: str) -> bool:
+    """Whether a key may change, or be missing, when a run continues."""
     return any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 

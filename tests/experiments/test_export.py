@@ -1,6 +1,7 @@
 """A run's forward set in a file, and a run in its other form."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -221,6 +222,15 @@ OTHER_CONFIGS = {
     "derived": ("config.derived.", 3, {}),
     "task": ("config.task: no task", "x", 3, ["toy"]),
 }
+
+
+def test_a_run_from_before_a_key_that_changes_no_number_is_exported(runs, tmp_path):
+    run = shutil.copytree(runs / "compact", tmp_path / "run")
+    config = json.loads((run / workdir.CONFIG).read_text())
+    del config["write_sets_every"]
+    (run / workdir.CONFIG).write_text(json.dumps(config))
+    assert export.main([f"--workdir={run}", f"--out={tmp_path}/o.npz"]) == 0
+    assert convert.main([f"--workdir={run}", f"--out={tmp_path}/masked", "--to=masked"]) == 0
 
 
 @pytest.mark.parametrize("tool", ["export", "convert"])
