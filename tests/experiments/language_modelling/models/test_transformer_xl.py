@@ -187,7 +187,7 @@ def with_dropout():
 @pytest.mark.parametrize(
     "changed",
     [
-        {"scan": True},
+        pytest.param({"scan": True}, marks=pytest.mark.slow),
         pytest.param({"remat": True}, marks=pytest.mark.slow),
         {"scan": True, "remat": True},
     ],
@@ -211,6 +211,7 @@ def _stacked(params):
     return {**params, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 
+@pytest.mark.slow
 def test_lanes_over_eight_devices():
     model = _small(**CLUSTERS)
     params, memory = _params(model), _full_memory(model)
@@ -246,18 +247,16 @@ def test_bfloat16_compute_is_close_and_parameters_stay_float32():
 
 @pytest.mark.parametrize("rate", [{"dropout": 0.3}, {"dropatt": 0.3}], ids=str)
 def test_dropout_in_training_alone(rate):
-    model, params = _small(**rate), _params(_small())
-    apply = jax.jit(
-        lambda rng: model.apply(params, _full_memory(model), *_data(), LENGTHS, rng=rng)
-    )
-    plain = _small().apply(params, _full_memory(model), *_data(), LENGTHS)[0]
-    _close(apply(None)[0], plain, rtol=1e-5)
+    plain, model = _small(n_layer=1), _small(n_layer=1, **rate)
+    params, memory = _params(plain), _full_memory(plain)
+    apply = jax.jit(lambda rng: model.apply(params, memory, *_data(), LENGTHS, rng=rng))
+    _close(apply(None)[0], plain.apply(params, memory, *_data(), LENGTHS)[0], rtol=1e-5)
     assert (apply(jax.random.key(1))[0] != apply(jax.random.key(2))[0]).any()
     assert (apply(jax.random.key(1))[0] == apply(jax.random.key(1))[0]).all()
 
 
 def test_likelihood_in_chunks_is_that_of_all_tokens(monkeypatch):
-    model = _small(**CLUSTERS)
+    model = _small(**CLUSTERS, n_layer=1)
     params, memory = _params(model), _full_memory(model)
     hidden, _ = model.hidden(params, memory, _data()[0], LENGTHS)
     log_probs = model.log_probs(params, hidden)
@@ -343,7 +342,7 @@ def test_bad_lengths(changed):
 
 def test_compact_embeddings_and_softmax_compute_what_the_dense_ones_do():
     """Every table, projection and bias of the embedding and the adaptive softmax."""
-    model = _small(**CLUSTERS)
+    model = _small(**CLUSTERS, n_layer=1)
     rng = np.random.default_rng(0)
     names, leaves, treedef = flatten_with_names(_params(model))
     compact, dense = [], []
