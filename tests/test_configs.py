@@ -23,7 +23,7 @@ FIGURES = (
     "table_6", "appendix_b",
 )  # fmt: skip
 SWEEPS = (
-    *("quickstart", "cifar10_methods", "enwik8_small_blocks", "study_images"),
+    *("quickstart", "cifar10_methods", "enwik8_small_blocks", "study_images", "rigl_cifar10"),
     *FIGURES,
     *(f"{name}:small" for name in FIGURES),
 )

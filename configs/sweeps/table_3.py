@@ -21,3 +21,8 @@ def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str,
         yield None, f"{CONFIGS[variant]}:{row}", {}, f"{perplexity} perplexity (table 3)"
     small = f"{CONFIGS[variant]}:small-dense-67" if variant else "configs/wikitext103_94m.py:dense"
     yield "dense-94m", small, {}, "21.5 perplexity (table 3)"
+    if not variant:
+        own = "18.3 perplexity (Transformer-XL)"
+        yield None, f"{CONFIGS[variant]}:dense,reference", {}, own
+        base = "configs/wikitext103_base.py:dense"
+        yield "dense-base", base, {}, "24.0 perplexity (Transformer-XL)"

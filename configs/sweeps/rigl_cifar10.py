@@ -1,0 +1,40 @@
+"""The RigL repository's numbers for a Wide ResNet-22-2 on CIFAR-10, at 50 to 95 % sparsity.
+
+The numbers are accuracies that RigL's first author gives in issue 8 of its repository. The settings
+are those of its `cifar_resnet`: 97,656 steps (250 epochs) of 128 images, learning rate 0.1 divided
+by 5 every 30,000 steps, Nesterov momentum 0.9, L2 5e-4, the first layer dense, the last one not.
+
+Hardware: one GPU; its time was not measured.
+
+Command:
+    python -m experiments.sweep --config=configs/sweeps/rigl_cifar10.py --workdir=runs/wide
+"""
+
+from collections.abc import Iterator, Mapping
+
+CONFIG = "configs/cifar10_resnet20.py"
+RECIPE: Mapping[str, object] = {
+    "model.name": "wrn_22_2",
+    "steps": 97_656,
+    "optimizer.nesterov": True,
+    "optimizer.l2": 5e-4,
+    "optimizer.schedule.warmup_steps": 0,
+    "optimizer.schedule.boundaries": (30_000, 60_000, 90_000),
+    "optimizer.schedule.factor": 0.2,
+    "optimizer.schedule.reference_steps": 97_656,
+}
+# By sparsity in percent.
+REPORTED = {
+    "rigl": {50: 0.942, 80: 0.936, 90: 0.929, 95: 0.918},
+    "static": {50: 0.941, 80: 0.929, 90: 0.915, 95: 0.890},
+    "pruning": {50: 0.940, 80: 0.936, 90: 0.933, 95: 0.923},
+}
+
+
+def get_sweep() -> Iterator[tuple[str, str, Mapping[str, object], str]]:
+    for method, reported in REPORTED.items():
+        own = {"method.distribution": "erk"} if method == "rigl" else {}
+        for sparsity, accuracy in reported.items():
+            row = f"{method}-{sparsity}"
+            told = f"{accuracy:.3f} accuracy (RigL repository, issue 8)"
+            yield f"wrn-{row}", f"{CONFIG}:{row}", {**RECIPE, **own}, told
