@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from topkast_jax import always_sparse
 from topkast_jax.always_sparse import CompactKernel, with_tile
@@ -54,7 +55,13 @@ def matmul_transposed(x: jax.Array, table: Kernel) -> jax.Array:
 
 
 def lookup(table: Kernel, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows `rows [...]` of `table [rows, width]`: [..., width]. Rows that do not exist are NaN."""
+    """Rows `rows [...]` of `table [rows, width]`: [..., width]. Rows that do not exist are NaN.
+
+    On a mesh, each device looks up the rows of its own part of a batch in the whole width of the
+    table. Otherwise the compiler may split the result by width, and then move all of it.
+    """
+    if not isinstance(table, CompactKernel) and not jax.sharding.get_abstract_mesh().empty:
+        table = jax.lax.with_sharding_constraint(table, P(P.UNCONSTRAINED, None))
     return always_sparse.lookup(table, rows).astype(dtype)
 
 

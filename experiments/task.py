@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -43,12 +43,15 @@ class Task(Protocol):
         units_per_step: the number of units in one training step, over all hosts.
         eval_split: the split that is evaluated during training.
         test_split: the split that is evaluated at the end, for `final.json`.
+        tensor_axes: (regular expression over the path of a parameter, axis) in order, the last for
+            all paths: the axis that the mesh axis `tensor` splits, or None for none.
     """
 
     unit: str
     units_per_step: int
     eval_split: str
     test_split: str
+    tensor_axes: Sequence[tuple[str, int | None]]
 
     def init(self, rng: jax.Array) -> tuple[Tree, Tree]:
         """Parameters (a nested dict of arrays) and model state; pure and jittable."""

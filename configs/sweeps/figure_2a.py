@@ -56,8 +56,8 @@ ERK = {
 
 def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
     config = CONFIGS[variant]
-    for row, (accuracy, flops) in TOP_KAST.items():
-        yield None, f"{config}:{row}", {}, _reported(f"{accuracy:.2f}", flops, "figure 2a")
+    for row, (number, flops) in TOP_KAST.items():
+        yield None, f"{config}:{row}", {}, _reported(f"{number:.2f}", flops, "figure 2a")
     for row, (accuracy, flops) in OTHERS.items():
         sparse = "" if variant or row.startswith(DENSE) else ",last-sparse"
         yield None, f"{config}:{row}{sparse}", {}, _reported(accuracy, flops, "RigL, table 1")

@@ -57,8 +57,8 @@ SPARSEML = {"batch_size": 400, "steps": 320_292}
 
 def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str, object], str]]:
     config = CONFIGS[variant]
-    for row, accuracy in TOP_KAST.items():
-        yield None, f"{config}:{row}", {}, f"{accuracy:.2f} % (figure 2b)"
+    for row, number in TOP_KAST.items():
+        yield None, f"{config}:{row}", {}, f"{number:.2f} % (figure 2b)"
     for row, (accuracy, flops) in OTHERS.items():
         sparse = "" if variant or row.startswith(DENSE) else ",last-sparse"
         yield None, f"{config}:{row}{sparse}", {}, _reported(accuracy, flops)

@@ -19,6 +19,7 @@ from experiments.image_classification.models import MODELS, Network
 from experiments.layers import along_last
 from experiments.task import Batch, Sums, Totals, Tree, ratios
 from experiments.training import small_dense
+from experiments.training.partition import WHOLE, Rules
 
 __all__ = ["ImageClassification", "default_config", "make_task", "validate"]
 
@@ -43,6 +44,7 @@ class ImageClassification:
         self._num_classes = self._data_set.num_classes()
         self._builder = self._make_builder(config.model)
         abstract = nnx.eval_shape(lambda: self._make_model(jax.random.key(0)))
+        self.tensor_axes: Rules = getattr(abstract, "tensor_axes", WHOLE)
         self._graph = nnx.graphdef(abstract)
         self._abstract_params = nnx.state(abstract, nnx.Param)
         self._abstract_rest = nnx.state(abstract, nnx.Not(nnx.Param))

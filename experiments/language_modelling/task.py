@@ -20,6 +20,7 @@ from experiments.language_modelling.config import (
 from experiments.language_modelling.data import TEXTS, streams
 from experiments.language_modelling.data.corpus import Corpus
 from experiments.task import Batch, Sums, Totals, Tree
+from experiments.training.partition import WHOLE, Rules
 
 __all__ = ["LanguageModelling", "default_config", "make_task", "validate"]
 
@@ -38,6 +39,7 @@ class LanguageModelling:
         self.units_per_step = self._lanes * self._train.target
         self.eval_split = config.data.eval_split
         self.model = make_model(config)
+        self.tensor_axes: Rules = getattr(self.model, "tensor_axes", WHOLE)
         self._text = TEXTS.get(config.data.name)(config.data)
         self._share = streams.Share(jax.process_index(), jax.process_count())
         self._corpus: Corpus | None = None

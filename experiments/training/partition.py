@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,9 +13,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.errors import UserError
+from topkast_jax.trees import flatten_with_names
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
+Rules = Sequence[tuple[str, int | None]]  # (regular expression over a path, axis)
+WHOLE: Rules = ((r".*", None),)  # Nothing goes over `tensor`.
 Tree = Any
 
 
@@ -74,24 +78,86 @@ def check_batch_size(name: str, size: int, mesh: Mesh) -> None:
         )
 
 
-def spec(shape: tuple[int, ...], mesh: Mesh) -> P:
-    """The sharding rule of parameters and of all arrays with their shapes; it reads only the shape.
+class Split(NamedTuple):
+    """How the rules of a model split one parameter.
 
-    The largest axis that the size of `fsdp` divides is sharded over `fsdp`, and the largest of the
-    others that the size of `tensor` divides over `tensor`. Of axes of one size it is the last.
+    Attributes:
+        shape: the shape of the parameter.
+        tensor: the axis over which `tensor` may go; None leaves the parameter whole there.
+    """
+
+    shape: tuple[int, ...]
+    tensor: int | None
+
+
+def splits(params: Tree, rules: Rules, mesh: Mesh) -> dict[str, Split]:
+    """The axis of each parameter that goes over the mesh axis `tensor`.
+
+    Args:
+        params: the abstract parameters.
+        rules: (regular expression over the whole path, axis), of which the first match counts.
+        mesh: the devices.
+
+    Raises:
+        UserError: no rule has a parameter, or the mesh has a `tensor` axis that splits none.
+    """
+    found = {}
+    names, leaves, _ = flatten_with_names(params)
+    for name, leaf in zip(names, leaves, strict=True):
+        axes = [axis for pattern, axis in rules if re.fullmatch(pattern, name)]
+        if not axes:
+            raise UserError(f"tensor_axes: no rule has {name!r}; the last one must have all paths")
+        found[name] = Split(leaf.shape, axes[0])
+    size = mesh.shape["tensor"]
+    fits = [s.tensor is not None and s.shape[s.tensor] % size == 0 for s in found.values()]
+    if size > 1 and not any(fits):
+        raise UserError(
+            f"config.mesh.tensor: found {size}; must be 1, because the model's rules split no "
+            f"parameter in {size}"
+        )
+    return found
+
+
+def spec(shape: tuple[int, ...], mesh: Mesh, split: Split | None = None) -> P:
+    """The sharding of an array.
+
+    By the rule of its parameter, its axis goes over `tensor`, if the size of `tensor` divides it.
+    Of the other axes, the largest that the size of `fsdp` divides goes over `fsdp`. Without a rule,
+    as for the values of an always-sparse run, `fsdp` comes first, and the largest of the other axes
+    that fits goes over `tensor`. Of axes of one size it is the last.
     """
     axes: list[str | None] = [None] * len(shape)
-    for name in ("fsdp", "tensor"):
+    order = ("fsdp", "tensor") if split is None else ("tensor", "fsdp")
+    for name in order:
         size = mesh.shape[name]
-        fits = [i for i, n in enumerate(shape) if axes[i] is None and n and n % size == 0]
+        allowed: Sequence[int] = range(len(shape))
+        if split is not None and name == "tensor":
+            allowed = () if split.tensor is None else (allowed[split.tensor],)
+        fits = [i for i in allowed if axes[i] is None and shape[i] and shape[i] % size == 0]
         if size > 1 and fits:
             axes[max(fits, key=lambda i: (shape[i], i))] = name
     return P(*axes)
 
 
-def shardings(shapes: Tree, mesh: Mesh) -> Tree:
-    """The sharding of each leaf of a tree, by `spec`."""
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(leaf.shape, mesh)), shapes)
+def shardings(shapes: Tree, mesh: Mesh, split: Mapping[str, Split] | None = None) -> Tree:
+    """The sharding of each leaf of a tree, by `spec`.
+
+    Args:
+        shapes: abstract arrays: parameters, or a state that holds trees like that of them.
+        mesh: the devices.
+        split: by the path of a parameter; an array at that path, of the same shape, follows it.
+            None goes by the shapes alone.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        # The path of a moment or a set ends with that of its parameter.
+        keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        ends = ("/".join(keys[i:]) for i in range(len(keys)))
+        known = next((split[end] for end in ends if end in split), None) if split else None
+        own = known if known is None or known.shape == leaf.shape else None
+        return NamedSharding(mesh, spec(leaf.shape, mesh, own))
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def from_specs(specs: Tree, mesh: Mesh) -> Tree:

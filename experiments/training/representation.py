@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from math import prod
 from typing import Any
@@ -70,8 +70,8 @@ class Representation(abc.ABC):
         return params
 
     def products(self) -> AbstractContextManager[None]:
-        """The context in which a step is traced; it says how block products are computed."""
-        return contextlib.nullcontext()
+        """The context in which a step is traced: the mesh, and how block products are computed."""
+        return jax.sharding.use_abstract_mesh(self._mesh.abstract_mesh)
 
     def abstract(self, step: int = 0) -> TrainState:
         """The shapes, types and shardings of the state after that many finished steps."""
@@ -249,9 +249,12 @@ class Compact(Representation):
         """A compact kernel in place of each sparse leaf."""
         return tk.forward_params(params, opt_state)
 
-    def products(self) -> AbstractContextManager[None]:
-        """The backend of the config, on the axes over which batches are split."""
-        return always_sparse.options(self._backend, mesh=self._mesh, axes=("data", "fsdp"))
+    @contextlib.contextmanager
+    def products(self) -> Iterator[None]:
+        """The mesh, and the backend of the config on the axes over which batches are split."""
+        axes = ("data", "fsdp")
+        with super().products(), always_sparse.options(self._backend, mesh=self._mesh, axes=axes):
+            yield
 
     def abstract(self, step: int = 0) -> TrainState:
         """Shapes change once, when the run stops exploring."""

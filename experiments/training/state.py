@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -44,13 +45,17 @@ def abstract_params(task: Task) -> Tree:
 
 def abstract_state(task: Task, tx: Transform, seed: int, mesh: Mesh) -> TrainState:
     """The shapes, types and shardings of the state."""
-    return on_mesh(jax.eval_shape(lambda: _init(task, tx, seed)), task, mesh)
+    shapes = jax.eval_shape(lambda: _init(task, tx, seed))
+    split = partition.splits(shapes.params, task.tensor_axes, mesh)
+    return on_mesh(shapes, task, mesh, split)
 
 
-def on_mesh(shapes: TrainState, task: Task, mesh: Mesh) -> TrainState:
-    """An abstract state with a sharding for each array."""
+def on_mesh(
+    shapes: TrainState, task: Task, mesh: Mesh, split: Mapping[str, partition.Split] | None = None
+) -> TrainState:
+    """An abstract state with a sharding for each array; `split` as for `partition.shardings`."""
     model_state = partition.from_specs(task.model_state_specs(shapes.model_state), mesh)
-    shardings = partition.shardings(shapes, mesh)._replace(model_state=model_state)
+    shardings = partition.shardings(shapes, mesh, split)._replace(model_state=model_state)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )

@@ -75,6 +75,7 @@ class Toy:
     unit = "examples"
     eval_split = "test"
     test_split = "test"
+    tensor_axes = (("in/.*", -1), ("out/kernel", -2), (".*", None))
 
     def __init__(self, config: ConfigDict):
         self.config = config

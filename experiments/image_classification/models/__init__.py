@@ -13,7 +13,10 @@ from experiments.registry import Registry
 
 
 class Network(Protocol):
-    """A `flax.nnx.Module`; its parameters are its variables of type `nnx.Param`."""
+    """A `flax.nnx.Module`; its parameters are its variables of type `nnx.Param`.
+
+    An attribute `tensor_axes`, as of `experiments.task.Task`, is optional.
+    """
 
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Maps normalised images [batch, height, width, channels] to float32 logits."""

@@ -113,6 +113,9 @@ class ResNet(nnx.Module):
         rngs: the random numbers for the initialisation.
     """
 
+    # The widest kernels, by output channels.
+    tensor_axes = ((r"stage[34]/.*kernel", -1), (r".*", None))
+
     def __init__(
         self,
         architecture: Architecture,

@@ -17,7 +17,10 @@ Tree = Any
 
 
 class Model(Protocol):
-    """Pure functions of plain nested parameters."""
+    """Pure functions of plain nested parameters.
+
+    An attribute `tensor_axes`, as of `experiments.task.Task`, is optional.
+    """
 
     @property
     def abstract_params(self) -> Tree:

@@ -33,6 +33,17 @@ from experiments.language_modelling.models.settings import Lengths, TransformerX
 from experiments.training.partition import BATCH
 
 Params = Mapping[str, Any]
+# What goes into heads or into the feed-forward block is split by columns and what comes out of them
+# by rows, so that each block sums once over the devices; tables by their vocabulary.
+TENSOR_AXES = (
+    (r"layers/.*attention/(query|key|value|position)/kernel", -1),
+    (r"layers/.*feed_forward/up/(kernel|bias)", -1),
+    (r"layers/.*(attention/output|feed_forward/down)/kernel", -2),
+    (r"(layers/.*attention/bias|attention_bias)/(content|position)", -1),
+    (r"(embedding|softmax)/table/\d+", -2),
+    (r"softmax/bias/\d+", -1),
+    (r".*", None),
+)
 
 
 class Memory(NamedTuple):
@@ -182,6 +193,8 @@ class LanguageModel:
       config: the settings of the network.
       stacked: see `experiments.language_modelling.models.Model`.
     """
+
+    tensor_axes = TENSOR_AXES
 
     def __init__(self, config: TransformerXLConfig):
         self.config = config

@@ -3,8 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from toy_runs import config, sets
 
+from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.training import partition
 from experiments.training.program import build
@@ -14,6 +16,9 @@ MESHES = {
     "2x4": {"fsdp": 4},
     "1x2x4": {"fsdp": 2, "tensor": 4},
 }
+
+
+MESH = ["mesh.data=1", "mesh.fsdp=2", "mesh.tensor=4"]
 
 
 def train(steps, devices=None, **sizes):
@@ -65,7 +70,10 @@ def test_shards():
     batch = run.put(next(run.task.train_data()))
     assert shard(batch["x"]) == (4, 16)
     _, both, _ = train(1, fsdp=2, tensor=4)
-    assert shard(both.params["in"]["kernel"]) == (4, 16)
+    assert shard(both.params["in"]["kernel"]) == (8, 8)  # columns over tensor
+    assert shard(both.params["in"]["bias"]) == (8,)
+    assert shard(both.params["out"]["kernel"]) == (8, 2)  # rows over tensor
+    assert shard(both.params["out"]["bias"]) == (2,)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +92,68 @@ def test_shards():
 )
 def test_rule(shape, expected):
     mesh = partition.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
-    assert partition.spec(shape, mesh) == jax.sharding.PartitionSpec(*expected)
+    assert partition.spec(shape, mesh) == P(*expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "expected"),
+    [
+        ((24, 64, 32), -1, (None, "fsdp", "tensor")),
+        ((24, 32, 64), -2, (None, "tensor", "fsdp")),
+        ((64, 32), None, ("fsdp", None)),
+        ((6, 9), -1, (None, None)),  # 2 does not divide 9, and the other axis is not the rule's.
+        ((8,), -1, ("tensor",)),
+    ],
+)
+def test_rule_of_a_model(shape, axis, expected):
+    mesh = partition.make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    found = partition.spec(shape, mesh, partition.Split(shape, axis))
+    assert found == P(*expected)
+
+
+def test_models_split_blocks_between_their_two_products():
+    """Columns into a block and rows out of it, tables by vocabulary; moments and sets alike."""
+    run = build(resolve("configs/enwik8_small.py:90/80,smoke", MESH))
+    abstract = run.representation.abstract()
+    layer, state = abstract.params["layers"], abstract.opt_state
+    names = ("query", "key", "value", "position", "output")
+    attention = {name: layer["attention"][name]["kernel"].sharding.spec for name in names}
+    output = attention.pop("output")
+    assert set(attention.values()) == {P(None, "fsdp", "tensor")}
+    assert output == P(None, "tensor", "fsdp")
+    forward = layer["feed_forward"]
+    assert forward["up"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
+    assert forward["up"]["bias"].sharding.spec == P("fsdp", "tensor")
+    assert forward["down"]["kernel"].sharding.spec == P(None, "tensor", "fsdp")
+    assert forward["down"]["bias"].sharding.spec == P(None, "fsdp")
+    for leaf, places in (("up", P(None, "fsdp", "tensor")), ("down", P(None, "tensor", "fsdp"))):
+        shape = forward[leaf]["kernel"].shape
+        paths = jax.tree_util.tree_leaves_with_path(state)
+        alike = [x for path, x in paths if x.shape == shape and leaf in str(path)]
+        assert len(alike) == 3  # the sets and two moments
+        assert {x.sharding.spec for x in alike} == {places}
+
+
+def test_a_table_is_split_by_vocabulary_and_a_wide_kernel_by_output():
+    run = build(resolve("configs/wikitext103_large.py:dense,smoke", MESH))
+    params = run.representation.abstract().params
+    assert params["embedding"]["table"]["0"].sharding.spec == P("tensor", "fsdp")
+    assert params["softmax"]["bias"]["0"].sharding.spec == P("tensor")
+    images = build(resolve("configs/cifar10_small.py:dense", MESH))
+    params = images.representation.abstract().params
+    assert params["stage3"]["block0"]["conv2"]["kernel"].sharding.spec[-1] == "tensor"
+    assert "tensor" not in params["stage1"]["block0"]["conv2"]["kernel"].sharding.spec
+
+
+def test_a_tensor_axis_that_splits_nothing_is_refused():
+    for rules, message in (
+        ([(".*", None)], "config.mesh.tensor: found 4; must be 1"),
+        ([("in/.*", -1)], "tensor_axes: no rule has 'out/bias'"),
+    ):
+        mesh = partition.make_mesh({"data": 2, "fsdp": 1, "tensor": 4})
+        params = build(config("80/60")).representation.abstract().params
+        with pytest.raises(UserError, match=message):
+            partition.splits(params, rules, mesh)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""docs/tour.ipynb runs, and what it says about the method holds in its own numbers."""
+
+import json
+import pathlib
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+NOTEBOOK = pathlib.Path(__file__).parent.parent / "docs" / "tour.ipynb"
+CELLS = [c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]
+
+
+@pytest.fixture(scope="module")
+def scope():
+    """The names that the cells leave, run in order."""
+    names, shown = {}, []
+    # The notebook is written for JAX's defaults, not for the stricter ones of tests/conftest.py.
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_rank_promotion("allow"):
+        patch.setattr(plt, "show", lambda: shown.append(len(plt.get_fignums())))
+        for cell in CELLS:
+            exec(compile("".join(cell["source"]), "tour.ipynb", "exec"), names)
+    plt.close("all")
+    return names | {"figures": shown}
+
+
+def test_it_is_shown_with_its_results():
+    assert [cell["execution_count"] for cell in CELLS] == list(range(1, len(CELLS) + 1))
+    outputs = [output for cell in CELLS for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+
+
+def test_top_kast_is_ahead_of_a_random_mask_and_behind_dense(scope):
+    assert scope["fixed"] + 0.02 < scope["kept"] < scope["full"] + 0.01
+    assert scope["kept"] > 0.8
+
+
+def test_the_sets_settle_where_the_digits_are(scope):
+    shares, seen = scope["shares"], scope["seen"]
+    assert np.mean(shares[-3:]) < np.mean(shares[:3]) / 2
+    used = {step: np.asarray(seen[step][0]["first"]["kernel"]).sum(1) for step in (0, 600)}
+    border = np.ones((28, 28), bool)
+    border[4:-4, 4:-4] = False
+    start, end = (used[step][border.ravel()].sum() for step in (0, 600))
+    assert end < start / 2
+
+
+def test_always_sparse_learns_the_same_in_less_memory(scope):
+    assert abs(scope["compact_accuracy"] - scope["kept"]) < 0.03
+    assert scope["held"] < 0.2 * scope["dense_held"]
+    assert all(leaf.size < 0.2 * 784 * 300 for leaf in jax.tree.leaves(scope["compact"]))
