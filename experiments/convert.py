@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from experiments.config import command_line
 from experiments.errors import UserError
 from experiments.records import restore, workdir
-from experiments.records.checkpoints import Checkpoints
+from experiments.records.checkpoints import Checkpoints, Kept
 from experiments.training.methods import representation
 from experiments.training.partition import all_devices
 from experiments.training.program import build
@@ -65,7 +65,7 @@ def convert(directory: Path, out: Path, to: str) -> int:
 
 def _write(directory: Path, config: ConfigDict, state: TrainState, meta: dict[str, Any]) -> None:
     workdir.write_json(directory / workdir.CONFIG, workdir.as_json(config))
-    store = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
+    store = Checkpoints(directory / workdir.CHECKPOINTS, Kept(last=1))
     try:
         store.save(int(state.step), state, meta)
     finally:

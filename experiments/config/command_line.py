@@ -72,7 +72,8 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
 
     @functools.wraps(body)
     def main(argv: Sequence[str] | None = None) -> int:
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs the traceback of an error in its threads, which is raised here as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         try:
             return body(list(sys.argv[1:] if argv is None else argv)) or 0
         except (UserError, SparsityError) as error:

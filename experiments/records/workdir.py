@@ -22,7 +22,8 @@ CONFIG, METRICS, FINAL, CHECKPOINTS = "config.json", "metrics.jsonl", "final.jso
 TENSORBOARD, LOCK, SWEEP, SETS = "tensorboard", ".lock", ".sweep.json", "sets"
 # Keys that may change when a run continues, because they do not change what it computes.
 FREE = (
-    "name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints", "write_sets_every",
+    "name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints",
+    "keep_checkpoints_every", "keep_best_checkpoint", "write_sets_every",
 )  # fmt: skip
 
 
@@ -158,6 +159,8 @@ def whole(out: Path) -> Iterator[Path]:
         unfinished.rename(at)
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror or error}") from error
+    except UserError as error:
+        raise UserError(str(error).replace(str(unfinished), str(out))) from error
     finally:
         if unfinished.is_dir():
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,12 +1,15 @@
 """A damaged checkpoint is named and never used; the newest whole one is."""
 
+import resource
 import shutil
 
 import pytest
-from toy_runs import assert_same, last_state, records, run
+from toy_runs import CONFIG, assert_same, last_state, records, run
 
 from experiments.errors import UserError
-from experiments.records.checkpoints import MANIFEST, damage, load
+from experiments.main import main
+from experiments.records import checkpoints
+from experiments.records.checkpoints import MANIFEST, Kept, damage, load
 
 OPTIONS = ("checkpoint_every=5", "keep_checkpoints=3")
 
@@ -97,6 +100,14 @@ def test_two_damaged(copy, capsys):
     assert "from the checkpoint of step 5" in out
 
 
+def test_at_a_start_only_the_checkpoint_that_is_used_is_read(copy, capsys, monkeypatch):
+    verified = []
+    monkeypatch.setattr(checkpoints, "damage", lambda path: verified.append(path.name))
+    run(copy, "80/60", *OPTIONS, stop_at=16)
+    assert verified == ["15"]
+    assert "from the checkpoint of step 15" in capsys.readouterr().out
+
+
 def test_every_one_damaged(copy):
     for step in (5, 10, 15):
         flip(copy / "checkpoints" / str(step))
@@ -134,6 +145,12 @@ def test_a_deletion_that_was_cut_off_is_ended(copy, capsys, monkeypatch):
     assert {p.name for p in (copy / "checkpoints").iterdir()} == {"10", "15", "20"}
 
 
+def test_what_a_killed_save_left_is_removed(copy):
+    (copy / "checkpoints" / "20.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    run(copy, "80/60", *OPTIONS)
+    assert {p.name for p in (copy / "checkpoints").iterdir()} == {"10", "15", "20"}
+
+
 def test_first_save_cut_off_begins_anew(tmp_path, capsys):
     run(tmp_path / "run", "80/60", stop_at=5)
     cut_off(tmp_path / "run" / "checkpoints" / "5")
@@ -156,3 +173,110 @@ def test_reading_alone_changes_nothing(copy, capsys):
 def test_nothing_to_read(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint"):
         load(tmp_path, lambda step: {})
+
+
+KEPT = {
+    (2, 0, ""): {40, 50},
+    (1, 20, ""): {20, 40, 50},
+    (1, 0, "max accuracy"): {20, 50},
+    (1, 0, "min loss"): {10, 50},
+    (1, 30, "min accuracy"): {30, 40, 50},
+}
+
+
+@pytest.mark.parametrize("asked", KEPT)
+def test_which_are_kept(asked):
+    values = {
+        "accuracy": {10: 0.4, 20: 0.9, 30: None, 40: 0.2, 50: None},
+        "loss": {10: 0.1, 20: 0.1, 30: 0.5, 40: 0.6, 50: 0.7},
+        "": dict.fromkeys((10, 20, 30, 40, 50)),
+    }
+    assert Kept(*asked).among(values[Kept(*asked).metric]) == KEPT[asked]
+
+
+def test_the_best_one_is_kept_over_a_restart(tmp_path):
+    """The first process leaves the best one by its own, the lowest accuracy, behind."""
+    options = ("checkpoint_every=4", "eval_every=2", "keep_checkpoints=1")
+    options += ("keep_best_checkpoint=min accuracy",)
+    run(tmp_path / "run", "80/60", *options, stop_at=9)
+    run(tmp_path / "run", "80/60", *options)
+    found = {
+        r["step"]: r["accuracy"]
+        for r in records(tmp_path / "run")
+        if r["split"] == "test" and r["step"] % 4 == 0 and not r.get("final")
+    }
+    assert sorted(found) == [4, 8, 12, 16]
+    best = min(found, key=found.get)
+    assert best < 9
+    kept = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {best, 20}
+
+
+MISTAKES = {
+    "keep_checkpoints_every=7 checkpoint_every=5": "must be a multiple of checkpoint_every=5",
+    "keep_checkpoints_every=7": "must be a multiple of checkpoint_every=0",
+    "keep_best_checkpoint=loss": "found 'loss'; must be 'max NAME' or 'min NAME' of a metric",
+    "keep_best_checkpoint=min@loss checkpoint_every=5": "nothing to rank by: checkpoint_every=5",
+    "keep_best_checkpoint=min@loss checkpoint_every=5 eval_every=2": "multiple of eval_every=2",
+    "keep_best_checkpoint=max@acc checkpoint_every=4 eval_every=2": "one of accuracy, loss",
+}
+
+
+@pytest.mark.parametrize(("options", "words"), MISTAKES.items())
+def test_what_cannot_be_kept(tmp_path, capsys, options, words):
+    flags = [f"--config.{option.replace('@', ' ')}" for option in options.split()]
+    assert main([f"--config={CONFIG}:80/60", f"--workdir={tmp_path}/run", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_killed_before_the_checksums_are_written(tmp_path, capsys, monkeypatch):
+    """Orbax has finished, and the checkpoint is not complete: the one before it is still there."""
+    options = ("checkpoint_every=5", "keep_checkpoints=1")
+
+    def killed(checkpoint):
+        if checkpoint.name == "10":
+            raise KeyboardInterrupt
+        write(checkpoint)
+
+    write = checkpoints._write_manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", "80/60", *options)
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"5", "10"}
+    run(tmp_path / "run", "80/60", *options)
+    out, err = capsys.readouterr()
+    assert "from the checkpoint of step 5" in out
+    assert "10 is not used" in err
+
+
+@pytest.fixture
+def small_files():
+    """No file can grow above the size that the test asks for, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("form", ["masked", "always_sparse"])
+def test_a_save_that_fails_in_the_background_is_one_line(tmp_path, capfd, small_files, form):
+    """The error is that of the operating system, met by Orbax's own writer."""
+    options = ["checkpoint_every=5", f"method.always_sparse={form == 'always_sparse'}"]
+    flags = [f"--config={CONFIG}:80/60", f"--workdir={tmp_path}/run"]
+    flags += [f"--config.{option}" for option in options]
+    assert main([*flags, "--stop_at=5"]) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*/5/**/*") if p.is_file()}
+    capfd.readouterr()
+    small_files(3000)
+    assert main(flags) == 2
+    small_files(resource.RLIM_INFINITY)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == (
+        f"error: {tmp_path}/run/checkpoints: the checkpoint of step 10 cannot be written: File too "
+        "large; the last good checkpoint, of step 5, is kept"
+    )
+    assert before
+    assert all(path.read_bytes() == text for path, text in before.items())
+    assert int(last_state(tmp_path / "run", "80/60", *options)[0].step) == 5
