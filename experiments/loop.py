@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from experiments.errors import UserError
+from experiments.errors import FULL, UserError
 from experiments.records import summary, workdir
 from experiments.records.checkpoints import Checkpoints, Kept
 from experiments.records.metrics import Metrics
@@ -28,7 +28,13 @@ Outcome = Literal["finished", "stopped", "finished before"]
 
 @dataclasses.dataclass
 class Session:
-    """The part of a run that one process does: what it writes to, and how far it is."""
+    """The part of a run that one process does: what it writes to, and how far it is.
+
+    Attributes:
+        began: the time at which the run would have begun if it had been one process.
+        step: the number of finished steps.
+        evaluated: the last evaluation during training: after how many steps, and its record.
+    """
 
     program: Program
     directory: Path
@@ -38,6 +44,7 @@ class Session:
     counts: SetCounts
     sets: SetFiles
     began: float
+    step: int
     evaluated: tuple[int, dict[str, Any]] = (0, {})
 
     def seconds(self) -> float:
@@ -161,7 +168,7 @@ def _train_from(
     began = time.time() - meta.get("seconds", 0.0)
     counts = SetCounts(program.representation, state, meta.get("set_counts"))
     sets = SetFiles(directory, program.config.write_sets_every)
-    session = Session(program, directory, checkpoints, metrics, window, counts, sets, began)
+    session = Session(program, directory, checkpoints, metrics, window, counts, sets, began, start)
     try:
         with Prefetcher(data, program.put) as batches, StopRequest() as stop:
             state, stopped = _loop(session, state, batches, stop, stop_at)
@@ -170,6 +177,14 @@ def _train_from(
         return "stopped" if stopped else "finished"
     except NonFiniteError as error:
         raise UserError(session.not_finite(error)) from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        checkpoints.wait()
+        raise UserError(
+            f"{directory}: cannot be written after step {session.step}: {error.strerror}; "
+            f"{checkpoints.kept()}"
+        ) from error
     finally:
         metrics.close()
 
@@ -196,7 +211,7 @@ def _loop(
         batch = batches.next()
         gradients = program.step.gradients(state, batch, step + 1)
         state, sums = program.step(state, batch)
-        step += 1
+        step = session.step = step + 1
         window.add(step, sums)
         state = program.representation.between_steps(state, step, gradients)
         session.counts.add(state, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from experiments.errors import warn
+from experiments.records.tensorboard import Board
 from experiments.records.workdir import METRICS, TENSORBOARD, replace_text
 
 
@@ -39,7 +40,7 @@ class Metrics:
             return
         _drop_after(workdir / METRICS, start, every)
         self._file = open(workdir / METRICS, "a")  # noqa: SIM115
-        self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1)
+        self._board = Board(workdir / TENSORBOARD, start)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, unit="step") if on_terminal else None
         self._steps = steps
@@ -52,6 +53,7 @@ class Metrics:
         numbers = {k: v for k, v in values.items() if isinstance(v, float)}
         for key, value in (numbers | values.get("timing", {})).items():
             self._board.add_scalar(f"{split}/{key}", value, step)
+        self._board.flush()
         self._show(step, split, numbers, values.get("timing", {}))
 
     def tick(self, step: int) -> None:
@@ -72,8 +74,11 @@ class Metrics:
     def close(self) -> None:
         """Closes the files and the progress bar."""
         if self._main:
-            self._file.close()
-            self._board.close()
+            # All is written already, unless the disk was full, which was an error then.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
             if self._bar is not None:
                 self._bar.close()
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,11 +163,20 @@ def whole(out: Path) -> Iterator[Path]:
     except UserError as error:
         raise UserError(str(error).replace(str(unfinished), str(out))) from error
     finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(unfinished)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, to which Orbax's threads may still write after an error."""
+    for _ in range(50):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
-                unfinished.unlink()
+                path.unlink()
+        if not path.exists():
+            return
+        time.sleep(0.1)
 
 
 def _check_writable(workdir: Path) -> None:

@@ -1,6 +1,5 @@
 """A damaged checkpoint is named and never used; the newest whole one is."""
 
-import resource
 import shutil
 
 import pytest
@@ -250,33 +249,3 @@ def test_killed_before_the_checksums_are_written(tmp_path, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "from the checkpoint of step 5" in out
     assert "10 is not used" in err
-
-
-@pytest.fixture
-def small_files():
-    """No file can grow above the size that the test asks for, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("form", ["masked", "always_sparse"])
-def test_a_save_that_fails_in_the_background_is_one_line(tmp_path, capfd, small_files, form):
-    """The error is that of the operating system, met by Orbax's own writer."""
-    options = ["checkpoint_every=5", f"method.always_sparse={form == 'always_sparse'}"]
-    flags = [f"--config={CONFIG}:80/60", f"--workdir={tmp_path}/run"]
-    flags += [f"--config.{option}" for option in options]
-    assert main([*flags, "--stop_at=5"]) == 0
-    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*/5/**/*") if p.is_file()}
-    capfd.readouterr()
-    small_files(3000)
-    assert main(flags) == 2
-    small_files(resource.RLIM_INFINITY)
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line == (
-        f"error: {tmp_path}/run/checkpoints: the checkpoint of step 10 cannot be written: File too "
-        "large; the last good checkpoint, of step 5, is kept"
-    )
-    assert before
-    assert all(path.read_bytes() == text for path, text in before.items())
-    assert int(last_state(tmp_path / "run", "80/60", *options)[0].step) == 5
