@@ -106,6 +106,7 @@ class Session:
         value = summary.summary(
             self.program, state, self.counts.until(step).mean(), results, self.seconds()
         )
+        self.metrics.sync()
         self.checkpoints.wait()
         summary.write(self.directory, value)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import isfinite
@@ -21,6 +19,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from experiments.errors import UserError, warn
+from experiments.records import files
 
 MANIFEST = "MANIFEST.json"
 ASIDE = "damaged"
@@ -111,7 +110,7 @@ class Checkpoints:
             directory: the folder of the checkpoints.
             kept: which of them are kept.
         """
-        self.directory = directory.absolute()
+        self.directory = directory if files.in_bucket(directory) else directory.absolute()
         self._kept = kept
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -221,8 +220,7 @@ class Checkpoints:
             self._values[old] = _value(self.directory / str(old), self._kept.metric)
         kept = self._kept.among({step: self._values[step] for step in steps})
         for old in set(steps) - kept:
-            (self.directory / str(old)).rename(self.directory / f"{old}{DELETED}")
-        _remove_unfinished(self.directory)
+            _delete(self.directory / str(old))
 
 
 def load(directory: Path, abstract: Callable[[int], Tree]) -> tuple[Tree, dict[str, Any]]:
@@ -231,9 +229,10 @@ def load(directory: Path, abstract: Callable[[int], Tree]) -> tuple[Tree, dict[s
     Raises:
         UserError: there is no such checkpoint.
     """
-    steps = _steps(directory) if directory.is_dir() else []
+    steps = _steps(directory)
+    directory = directory if files.in_bucket(directory) else directory.absolute()
     for step in reversed(steps):
-        checkpoint = directory.absolute() / str(step)
+        checkpoint = directory / str(step)
         if (why := damage(checkpoint)) is None:
             state, hosts = _restore(checkpoint, abstract(step))
             return state, hosts[0]
@@ -256,8 +255,8 @@ def damage(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if files.size(path) != size:
+            return f"{name} has {files.size(path)} bytes instead of {size}"
         if _checksum(path) != checksum:
             return f"{name} has another checksum"
     return None
@@ -290,7 +289,8 @@ def _value(checkpoint: Path, metric: str) -> float | None:
 
 
 def _steps(directory: Path) -> list[int]:
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isascii() and p.name.isdigit())
+    names = [path.name for path in files.listed(directory)]
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
 def _set_damaged_aside(directory: Path) -> None:
@@ -311,33 +311,37 @@ def _set_damaged_aside(directory: Path) -> None:
     for step, why in damaged.items():
         aside = directory / ASIDE
         aside.mkdir(exist_ok=True)
-        taken = sum(p.name.split(".")[0] == str(step) for p in aside.iterdir())
+        taken = sum(p.name.split(".")[0] == str(step) for p in files.listed(aside))
         target = aside / (f"{step}.{taken}" if taken else str(step))
-        (directory / str(step)).rename(target)
+        files.move(directory / str(step), target)
         warn(f"checkpoint {directory / str(step)} is not used and moved to {target}: {why}")
 
 
+def _delete(checkpoint: Path) -> None:
+    """Deletes a checkpoint so that half of it, left by a process that was killed, is none."""
+    if files.in_bucket(checkpoint):  # where no folder has a name that could be changed
+        (checkpoint / MANIFEST).unlink(missing_ok=True)
+    else:
+        checkpoint = checkpoint.rename(checkpoint.with_name(checkpoint.name + DELETED))
+    files.remove(checkpoint)
+
+
 def _remove_unfinished(directory: Path) -> None:
-    """Removes what is half written, and ends deletions, also those of a process that was killed."""
-    for path in directory.iterdir():
+    """Removes what a process that was killed had half written or half deleted."""
+    for path in files.listed(directory):
         if path.name.endswith((DELETED, _UNFINISHED)):
-            shutil.rmtree(path)
+            files.remove(path)
 
 
 def _write_manifest(checkpoint: Path) -> None:
     """Writes the list of checksums at the very end, so that an interrupted save has none."""
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file())
-    listed = {str(p.relative_to(checkpoint)): (p.stat().st_size, _checksum(p)) for p in files}
-    unfinished = checkpoint / (MANIFEST + ".tmp")
-    with open(unfinished, "w") as file:
-        json.dump(listed, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(checkpoint / MANIFEST)
+    paths = {name: checkpoint / name for name in files.below(checkpoint)}
+    listed = {name: (files.size(path), _checksum(path)) for name, path in paths.items()}
+    files.replace(checkpoint / MANIFEST, json.dumps(listed).encode())
 
 
 def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -8,8 +8,21 @@ import time
 from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
+from tensorboardX.record_writer import RecordWriter, register_writer_factory
 from tensorboardX.summary import scalar
+
+from experiments.records import files
+
+
+class _Buckets:
+    """Opens event files in buckets for tensorboardX, as all else there is opened."""
+
+    def open(self, path: str) -> files.Growing:
+        return files.growing(files.path(path))
+
+
+for _scheme in files.SCHEMES:
+    register_writer_factory(_scheme, _Buckets())
 
 
 class Board:

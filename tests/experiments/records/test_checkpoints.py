@@ -133,7 +133,7 @@ def test_a_deletion_that_was_cut_off_is_ended(copy, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.records.checkpoints.shutil.rmtree", killed)
+        patch.setattr("experiments.records.files.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             run(copy, "80/60", *OPTIONS)
     names = {p.name for p in (copy / "checkpoints").iterdir()}
