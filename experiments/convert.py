@@ -12,7 +12,6 @@ run may keep moments outside the backward set; they are dropped on the way to al
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from ml_collections import ConfigDict
 
 from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.records import restore, workdir
-from experiments.records.checkpoints import Checkpoints
+from experiments.records import files, restore, workdir
+from experiments.records.checkpoints import Checkpoints, Kept
 from experiments.training.methods import representation
 from experiments.training.partition import all_devices
 from experiments.training.program import build
@@ -34,7 +33,7 @@ from experiments.training.state import TrainState
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     args = _parser().parse_args(argv)
-    step = convert(Path(args.workdir), Path(args.out), args.to)
+    step = convert(files.path(args.workdir), Path(args.out), args.to)
     print(f"step {step} of {args.workdir} is in {args.out}, {args.to}")
 
 
@@ -59,13 +58,14 @@ def convert(directory: Path, out: Path, to: str) -> int:
         unfinished.mkdir(parents=True)
         _write(unfinished, twin_config, state, found.meta)
         if (directory / workdir.METRICS).exists():
-            shutil.copy(directory / workdir.METRICS, unfinished / workdir.METRICS)
+            records = (directory / workdir.METRICS).read_bytes()
+            (unfinished / workdir.METRICS).write_bytes(records)
     return int(state.step)
 
 
 def _write(directory: Path, config: ConfigDict, state: TrainState, meta: dict[str, Any]) -> None:
     workdir.write_json(directory / workdir.CONFIG, workdir.as_json(config))
-    store = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
+    store = Checkpoints(directory / workdir.CHECKPOINTS, Kept(last=1))
     try:
         store.save(int(state.step), state, meta)
     finally:

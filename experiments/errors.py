@@ -1,6 +1,10 @@
 """What a user is told: mistakes, and warnings."""
 
+import errno
 import sys
+
+# What the operating system says of a full disk, a full quota and a file that may not grow.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):

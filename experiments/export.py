@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from experiments.config import command_line
-from experiments.records import exported, restore, workdir
+from experiments.records import exported, files, restore, workdir
 from topkast_jax.always_sparse import FORMS
 
 
@@ -20,7 +20,7 @@ from topkast_jax.always_sparse import FORMS
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     args = _parser().parse_args(argv)
-    form, size = write(Path(args.workdir), Path(args.out), args.form)
+    form, size = write(files.path(args.workdir), Path(args.out), args.form)
     print(f"{args.out}: {form}, {size} bytes")
 
 

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from experiments.errors import UserError
+from experiments.errors import FULL, UserError
 from experiments.records import summary, workdir
-from experiments.records.checkpoints import Checkpoints
+from experiments.records.checkpoints import Checkpoints, Kept
 from experiments.records.metrics import Metrics
 from experiments.records.set_files import SetFiles
 from experiments.task import DataIterator
-from experiments.training.evaluation import check_data, evaluate, evaluated_splits
+from experiments.training.evaluation import check_data, evaluate, evaluated_splits, metric_names
 from experiments.training.metric_sums import NonFiniteError, Window
 from experiments.training.prefetch import Prefetcher
 from experiments.training.program import Program, build
@@ -28,7 +28,13 @@ Outcome = Literal["finished", "stopped", "finished before"]
 
 @dataclasses.dataclass
 class Session:
-    """The part of a run that one process does: what it writes to, and how far it is."""
+    """The part of a run that one process does: what it writes to, and how far it is.
+
+    Attributes:
+        began: the time at which the run would have begun if it had been one process.
+        step: the number of finished steps.
+        evaluated: the last evaluation during training: after how many steps, and its record.
+    """
 
     program: Program
     directory: Path
@@ -38,7 +44,8 @@ class Session:
     counts: SetCounts
     sets: SetFiles
     began: float
-    saved: int | None
+    step: int
+    evaluated: tuple[int, dict[str, Any]] = (0, {})
 
     def seconds(self) -> float:
         """The wall time of the run in seconds, including earlier processes."""
@@ -46,6 +53,7 @@ class Session:
 
     def log(self, state: TrainState, step: int, batches: Prefetcher) -> None:
         """Writes the records of the window that ends at this step."""
+        self.checkpoints.raise_errors()
         task, totals = self.program.task, self.window.totals.settled()
         with self.window.paused():
             values: dict[str, Any] = task.final_metrics(totals)
@@ -57,6 +65,14 @@ class Session:
             self.window.next(step + 1)
             batches.waited = 0.0
 
+    def evaluate(self, state: TrainState, step: int) -> None:
+        """Writes the record of an evaluation during training."""
+        self.window.totals.settled()
+        with self.window.paused():
+            split = self.program.task.eval_split
+            self.evaluated = step, evaluate(self.program, state, split)
+            self.metrics.write(step, split, self.evaluated[1])
+
     def write_sets(self, state: TrainState, step: int) -> None:
         """Writes the sets after this step, and a record of how far they moved."""
         with self.window.paused():
@@ -65,7 +81,10 @@ class Session:
                 self.metrics.write(step, "sets", moved)
 
     def save(self, state: TrainState, step: int, position: Any) -> None:
-        """Saves a checkpoint from which the run continues as if it had not been interrupted."""
+        """Saves a checkpoint from which the run continues as if it had not been interrupted.
+
+        It is written in the background, and is complete when `self.checkpoints.wait()` returns.
+        """
         sums = self.window.totals.settled()
         with self.window.paused():
             if not self.program.finite(state.params):
@@ -74,8 +93,8 @@ class Session:
             state = self.program.representation.settled(state)
             meta = {"data": position, "first": self.window.first, "sums": sums}
             meta["set_counts"] = self.counts.until(step).saved()
+            meta["evaluation"] = self.evaluated[1] if self.evaluated[0] == step else {}
             self.checkpoints.save(step, state, meta | {"seconds": self.seconds()})
-            self.saved = step
 
     def finish(self, state: TrainState) -> None:
         """Does the last evaluation and writes `final.json`."""
@@ -87,14 +106,16 @@ class Session:
         value = summary.summary(
             self.program, state, self.counts.until(step).mean(), results, self.seconds()
         )
+        self.metrics.sync()
+        self.checkpoints.wait()
         summary.write(self.directory, value)
 
     def not_finite(self, error: NonFiniteError) -> str:
         """The message about a loss or parameters that are not finite."""
-        kept = f"the last good checkpoint, of step {self.saved}, is kept"
+        self.checkpoints.wait()
         return (
             f"{error}, in steps {self.window.first} to {error.step}: must be finite; "
-            f"{kept if self.saved else 'there is no checkpoint yet'} in {self.directory}"
+            f"{self.checkpoints.kept()} in {self.directory}"
         )
 
 
@@ -115,9 +136,10 @@ def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Ou
     program = build(config)  # Most mistakes show here, before the folder is touched.
     data = program.task.train_data()
     check_data(program)
+    kept = Kept.of(program.config, lambda: metric_names(program))
     with workdir.held(directory):
         workdir.claim(directory, config)
-        checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
+        checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, kept)
         try:
             return _train_from(program, data, directory, checkpoints, stop_at)
         finally:
@@ -147,8 +169,7 @@ def _train_from(
     began = time.time() - meta.get("seconds", 0.0)
     counts = SetCounts(program.representation, state, meta.get("set_counts"))
     sets = SetFiles(directory, program.config.write_sets_every)
-    saved = start if restored else None
-    session = Session(program, directory, checkpoints, metrics, window, counts, sets, began, saved)
+    session = Session(program, directory, checkpoints, metrics, window, counts, sets, began, start)
     try:
         with Prefetcher(data, program.put) as batches, StopRequest() as stop:
             state, stopped = _loop(session, state, batches, stop, stop_at)
@@ -157,6 +178,14 @@ def _train_from(
         return "stopped" if stopped else "finished"
     except NonFiniteError as error:
         raise UserError(session.not_finite(error)) from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        checkpoints.wait()
+        raise UserError(
+            f"{directory}: cannot be written after step {session.step}: {error.strerror}; "
+            f"{checkpoints.kept()}"
+        ) from error
     finally:
         metrics.close()
 
@@ -183,7 +212,7 @@ def _loop(
         batch = batches.next()
         gradients = program.step.gradients(state, batch, step + 1)
         state, sums = program.step(state, batch)
-        step += 1
+        step = session.step = step + 1
         window.add(step, sums)
         state = program.representation.between_steps(state, step, gradients)
         session.counts.add(state, step)
@@ -193,10 +222,7 @@ def _loop(
         if step % config.log_every == 0 or step == config.steps:
             session.log(state, step, batches)
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-            window.totals.settled()
-            with window.paused():
-                values = evaluate(program, state, program.task.eval_split)
-                session.metrics.write(step, program.task.eval_split, values)
+            session.evaluate(state, step)
         stopping = stop.asked(step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0
         if due or stopping or step == end:

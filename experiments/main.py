@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
 from experiments.config import command_line, resolve
 from experiments.loop import train
-from experiments.records import summary
+from experiments.records import files, summary
 from experiments.task import make_task
 from experiments.training import optimizers
 from experiments.training.state import abstract_params
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> None:
         return
     if args.distributed:
         jax.distributed.initialize()
-    outcome = train(resolve(args.config, overrides), Path(args.workdir), args.stop_at)
+    outcome = train(resolve(args.config, overrides), files.path(args.workdir), args.stop_at)
     print(ENDS[outcome].format(args.workdir))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from experiments.config import command_line
 from experiments.errors import UserError
+from experiments.records import files
 from experiments.reporting import figures, page, tables
 from experiments.reporting.groups import collect
 
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
         "--out", type=command_line.path, required=True, help="folder for the table and the figures"
     )
     args = parser.parse_args(argv)
-    print(report([Path(d) for d in args.dirs], Path(args.out)))
+    print(report([files.path(d) for d in args.dirs], Path(args.out)))
 
 
 def report(dirs: Sequence[Path], out: Path) -> str:

@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
         if text.partition("=")[0] == "seed":
             raise UserError(f"--config.{text}: a sweep sets the seeds itself; use --seeds=N")
     runs, directory = plan(args.config, args.seeds, overrides), Path(args.workdir)
+    workdir.check_no_address("--workdir", directory)
     chosen = _choose(args.only, len(runs))
     if args.list:
         print("\n".join(f"{i}  {_listed(runs[i])}" for i in chosen))

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, Protocol
 
-from experiments.errors import UserError
+from experiments.errors import FULL, UserError
 from topkast_jax.errors import SparsityError
 
 _OVERRIDE = "--config."
 # What any use of a path can meet: a name that no file system takes, and a full disk.
-_ANYWHERE = (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT)
+_ANYWHERE = (errno.ENAMETOOLONG, *FULL)
 INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
 _LONGEST = 2000  # characters of a refusal: it holds what was found, of whatever length
 
@@ -72,7 +72,9 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
 
     @functools.wraps(body)
     def main(argv: Sequence[str] | None = None) -> int:
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs the traceback of an error in its threads, which is raised here as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.unraisablehook = _without_orbax
         try:
             return body(list(sys.argv[1:] if argv is None else argv)) or 0
         except (UserError, SparsityError) as error:
@@ -86,6 +88,15 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
             return INTERRUPTED
 
     return main
+
+
+def _without_orbax(unraisable: Any) -> None:
+    """Python's own hook, but for the writes that were under way when another one failed.
+
+    Orbax no longer waits for their end, of which TensorStore tells an event loop that is closed.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def positive(text: str) -> int:

@@ -33,7 +33,10 @@ def base_config(task: str) -> ConfigDict:
             "eval_every": 0,  # 0 evaluates only at the end.
             "eval_at_end": True,
             "checkpoint_every": 0,  # 0 saves only at the end.
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 2,  # The last ones.
+            "keep_checkpoints_every": 0,  # Also those of all multiples of so many steps.
+            # Also the best one, by a metric of the evaluations: "max accuracy", "min loss".
+            "keep_best_checkpoint": "",
             "write_sets_every": 0,  # 0 never writes them; see `experiments.records.set_files`.
             "model": own.model,
             "data": own.data,

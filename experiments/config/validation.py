@@ -21,7 +21,8 @@ _BOUNDARIES: Check = (
 # The arguments of a method are missing here, because its factory checks them.
 _CHECKS: dict[str, Check] = {
     **dict.fromkeys(("steps", "batch_size", "log_every", "keep_checkpoints"), integer(1)),
-    **dict.fromkeys(("eval_every", "checkpoint_every", "write_sets_every"), integer(0)),
+    **dict.fromkeys(("eval_every", "checkpoint_every", "keep_checkpoints_every"), integer(0)),
+    "write_sets_every": integer(0),
     "seed": integer(0, 2**32),
     **dict.fromkeys(("mesh.data", "mesh.fsdp", "mesh.tensor"), _MESH),
     "method.seed": optional(integer(0, 2**32)),

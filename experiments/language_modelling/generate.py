@@ -27,7 +27,7 @@ from experiments.language_modelling.data import TEXTS
 from experiments.language_modelling.data.vocabulary import Vocabulary
 from experiments.language_modelling.sampling import Sampling, generate
 from experiments.language_modelling.task import LanguageModelling
-from experiments.records import exported, restore, workdir
+from experiments.records import exported, files, restore, workdir
 from topkast_jax.always_sparse import is_compact
 from topkast_jax.trees import flatten_with_names
 
@@ -41,7 +41,9 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     params = None if args.params is None else Path(args.params)
-    text = continuation(Path(args.workdir), args.prompt, args.tokens, sampling, args.seed, params)
+    text = continuation(
+        files.path(args.workdir), args.prompt, args.tokens, sampling, args.seed, params
+    )
     print(text)
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from experiments.errors import warn
+from experiments.records import files
+from experiments.records.tensorboard import Board
 from experiments.records.workdir import METRICS, TENSORBOARD, replace_text
 
 
@@ -38,8 +38,8 @@ class Metrics:
         if not self._main:
             return
         _drop_after(workdir / METRICS, start, every)
-        self._file = open(workdir / METRICS, "a")  # noqa: SIM115
-        self._board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1)
+        self._file = files.growing(workdir / METRICS)
+        self._board = Board(workdir / TENSORBOARD, start)
         on_terminal = sys.stderr.isatty()
         self._bar = tqdm(total=steps, initial=start, unit="step") if on_terminal else None
         self._steps = steps
@@ -48,10 +48,13 @@ class Metrics:
         """Writes one record."""
         if not self._main:
             return
-        print(json.dumps({"step": step, "split": split} | values), file=self._file, flush=True)
+        record = json.dumps({"step": step, "split": split} | values)
+        self._file.write(f"{record}\n".encode())
+        self._file.flush()
         numbers = {k: v for k, v in values.items() if isinstance(v, float)}
         for key, value in (numbers | values.get("timing", {})).items():
             self._board.add_scalar(f"{split}/{key}", value, step)
+        self._board.flush()
         self._show(step, split, numbers, values.get("timing", {}))
 
     def tick(self, step: int) -> None:
@@ -67,13 +70,16 @@ class Metrics:
     def sync(self) -> None:
         """Puts the records on disk, which must happen before a checkpoint that relies on them."""
         if self._main:
-            os.fsync(self._file.fileno())
+            files.sync(self._file)
 
     def close(self) -> None:
         """Closes the files and the progress bar."""
         if self._main:
-            self._file.close()
-            self._board.close()
+            # All is written already, unless the disk was full, which was an error then.
+            with contextlib.suppress(OSError):
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
             if self._bar is not None:
                 self._bar.close()
 
@@ -97,7 +103,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
     """The records, and whether lines were passed over with a warning."""
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    lines = text.split("\n") if text else []
     records, damaged = [], False
     for number, line in enumerate(lines, start=1):
         record = _record(line)
@@ -127,6 +134,6 @@ def _drop_after(path: Path, step: int, every: int) -> None:
     if step >= every and not records:
         warn(f"{path}: holds no record of the {step} steps that are finished")
     if damaged:
-        shutil.copyfile(path, path.with_name(f"{path.name}.damaged.{step}"))
+        files.replace(path.with_name(f"{path.name}.damaged.{step}"), path.read_bytes())
     kept = [r for r in records if r["step"] <= step and not r.get("final")]
     replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from experiments.errors import warn
-from experiments.records import workdir
+from experiments.records import files, workdir
 from topkast_jax.flags import BACKWARD, FORWARD
 
 Flags = dict[str, np.ndarray]
@@ -51,15 +52,15 @@ class SetFiles:
         }
         if jax.process_index() == 0:
             self._directory.mkdir(exist_ok=True)
-            unfinished = self._directory / "unfinished.npz"
-            np.savez_compressed(unfinished, **now)  # type: ignore[arg-type]
-            unfinished.rename(self._directory / f"{step}.npz")
+            file = io.BytesIO()
+            np.savez_compressed(file, **now)  # type: ignore[arg-type]
+            files.replace(self._directory / f"{step}.npz", file.getvalue())
         before = self._directory / f"{step - self._every}.npz"
         if step == 0 or jax.process_index() or not flags:
             return {}
         try:
-            with np.load(before) as file:
-                then = {key: file[key] for key in now}
+            with np.load(io.BytesIO(before.read_bytes())) as arrays:
+                then = {key: arrays[key] for key in now}
         except (OSError, ValueError, KeyError, BadZipFile) as error:
             warn(f"{before}: cannot be read, so the sets of step {step} are not compared: {error}")
             return {}

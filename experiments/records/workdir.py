@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments.errors import UserError
+from experiments.records import files
 
 CONFIG, METRICS, FINAL, CHECKPOINTS = "config.json", "metrics.jsonl", "final.json", "checkpoints"
 TENSORBOARD, LOCK, SWEEP, SETS = "tensorboard", ".lock", ".sweep.json", "sets"
 # Keys that may change when a run continues, because they do not change what it computes.
 FREE = (
-    "name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints", "write_sets_every",
+    "name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints",
+    "keep_checkpoints_every", "keep_best_checkpoint", "write_sets_every",
 )  # fmt: skip
 
 
@@ -36,16 +39,15 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 def held(workdir: Path) -> Iterator[None]:
     """Makes the folder, and keeps every other process from training in it meanwhile.
 
-    The operating system gives the lock back when the process ends, however it ends. A file system
-    without locks is used without one.
+    The operating system gives the lock back when the process ends, however it ends. A bucket and a
+    file system without locks are used without one.
 
     Raises:
         UserError: another process trains in it, or it is no folder that can be written.
     """
-    check_no_address("--workdir", workdir)
     _check_folder(workdir)
     _check_writable(workdir)
-    if jax.process_index():
+    if jax.process_index() or files.in_bucket(workdir):
         yield
         return
     with open(workdir / LOCK, "a+") as file:
@@ -68,9 +70,8 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     """Writes the config to the folder, or checks that the folder belongs to this config.
 
     Raises:
-        UserError: it is a file or an address, cannot be written, or belongs to another config.
+        UserError: it is a file, cannot be written, or belongs to another config.
     """
-    check_no_address("--workdir", workdir)
     _check_folder(workdir)
     saved = workdir / CONFIG
     old = read_json(saved) if saved.exists() else None
@@ -105,11 +106,11 @@ def check_no_address(flag: str, path: Path) -> None:
 
 def _holds_results(workdir: Path) -> bool:
     """Whether something would be lost if another config took over the folder."""
-    records, checkpoints = workdir / METRICS, workdir / CHECKPOINTS
+    records = workdir / METRICS
     return (
         finished(workdir)
-        or (records.exists() and records.stat().st_size > 0)
-        or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+        or (records.exists() and files.size(records) > 0)
+        or bool(files.listed(workdir / CHECKPOINTS))
     )
 
 
@@ -136,10 +137,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a text file completely or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.unlink(missing_ok=True)  # a link would be followed
-    unfinished.write_text(text)
-    unfinished.rename(path)
+    files.replace(path, text.encode())
 
 
 @contextlib.contextmanager
@@ -158,22 +156,35 @@ def whole(out: Path) -> Iterator[Path]:
         unfinished.rename(at)
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror or error}") from error
+    except UserError as error:
+        raise UserError(str(error).replace(str(unfinished), str(out))) from error
     finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(unfinished)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, to which Orbax's threads may still write after an error."""
+    for _ in range(50):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):
-                unfinished.unlink()
+                path.unlink()
+        if not path.exists():
+            return
+        time.sleep(0.1)
 
 
 def _check_writable(workdir: Path) -> None:
     trial = workdir / f".writable.{jax.process_index()}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        trial.touch()
+        trial.write_bytes(b"")
         trial.unlink()
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be written: {error.strerror}") from error
+        raise UserError(
+            f"--workdir={workdir}: cannot be written: {error.strerror or error}"
+        ) from error
 
 
 def _check_same(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError
+from experiments.records import files
 from experiments.records.metrics import read_records
 from experiments.records.workdir import CONFIG, FINAL, METRICS, flat, read_json
 
@@ -84,8 +85,8 @@ def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
     for directory in dirs:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such folder; expected one with runs")
-    configs = sorted({path.parent for d in dirs for path in d.rglob(CONFIG)})
-    finals = sorted({path.resolve() for d in dirs for path in d.rglob(FINAL)})
+    configs = sorted({path.parent for d in dirs for path in files.named(d, CONFIG)})
+    finals = sorted({path for d in dirs for path in files.named(d, FINAL)})
     if not finals:
         raise UserError(f"{', '.join(map(str, dirs))}: no finished run ({FINAL}) in there")
     groups: dict[str, Group] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.errors import UserError
+from experiments.records import files
 from experiments.records.workdir import SWEEP, read_json
 from experiments.reporting.groups import Group, Summary, forward_density
 
@@ -110,8 +111,8 @@ def sweeps(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
         dirs: the folders of the report.
         groups: the groups of finished runs in them.
     """
-    files = sorted({path.resolve() for d in dirs for path in d.rglob(f"*{SWEEP}")})
-    return [_sweep(path, groups) for path in files]
+    plans = sorted({path for d in dirs for path in files.named(d, f"*{SWEEP}")})
+    return [_sweep(path, groups) for path in plans]
 
 
 def _sweep(path: Path, groups: Sequence[Group]) -> Table:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from experiments.errors import UserError
 from experiments.training.metric_sums import MetricSums
 from experiments.training.program import Program
@@ -26,6 +28,16 @@ def check_data(program: Program) -> None:
     for split in evaluated_splits(program):
         if next(iter(program.task.eval_data(split)), None) is None:
             raise UserError(f"the {split} split of the data is empty: must hold an example")
+
+
+def metric_names(program: Program) -> list[str]:
+    """The names of the metrics of an evaluation during training, from shapes alone."""
+    task, state = program.task, program.representation.abstract()
+    batch = program.put(next(iter(task.eval_data(task.eval_split))))
+    view = jax.eval_shape(program.view, state.params, state.opt_state)
+    start = jax.eval_shape(lambda s: task.eval_state(s, task.eval_split), state.model_state)
+    _, sums = jax.eval_shape(program.eval_step, view, start, batch)
+    return list(task.final_metrics(dict.fromkeys(sums, (1.0, 1.0))))
 
 
 def evaluate(program: Program, state: TrainState, split: str) -> dict[str, Any]:

@@ -8,7 +8,13 @@ import toy_runs
 
 from experiments.config import resolve
 from experiments.task import make_task
-from scripts import bench_always_sparse, bench_refresh, bench_selection, bench_step
+from scripts import (
+    bench_always_sparse,
+    bench_checkpoints,
+    bench_refresh,
+    bench_selection,
+    bench_step,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +23,8 @@ from scripts import bench_always_sparse, bench_refresh, bench_selection, bench_s
         (bench_always_sparse, "--patterns=block128,block7", "block7", "block64, block32"),
         (bench_always_sparse, "--densities=90", "--densities", "90/80, 95/90"),
         (bench_always_sparse, "--repeats=0", "--repeats", "at least 1"),
+        (bench_checkpoints, "--every=0", "--every", "at least 1"),
+        (bench_checkpoints, "--folder=/not/there", "/not/there", "a folder that exists"),
         (bench_refresh, "--variant=nope", "'nope'", "small-dense-F"),
         (bench_refresh, "--config.method.patern=block:16x16", "method.patern", "pattern"),
         (bench_refresh, "--config.method.refresh_delay=1", "refresh_delay: found 1", "must be 0"),

@@ -86,9 +86,9 @@ def test_workdir_that_is_a_file(capsys, tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_workdir_that_is_an_address(capsys):
+def test_workdir_in_a_bucket_without_its_backend(capsys):
     address = "gs://bucket/run"
-    assert_refused(call(capsys, *command(address)), "gs:/bucket/run: is an address")
+    assert_refused(call(capsys, *command(address)), f"{address}: cannot be opened: ", "gcsfs")
 
 
 def test_unwritable_workdir(capsys, tmp_path):

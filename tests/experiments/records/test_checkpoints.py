@@ -3,10 +3,12 @@
 import shutil
 
 import pytest
-from toy_runs import assert_same, last_state, records, run
+from toy_runs import CONFIG, assert_same, last_state, records, run
 
 from experiments.errors import UserError
-from experiments.records.checkpoints import MANIFEST, damage, load
+from experiments.main import main
+from experiments.records import checkpoints
+from experiments.records.checkpoints import MANIFEST, Kept, damage, load
 
 OPTIONS = ("checkpoint_every=5", "keep_checkpoints=3")
 
@@ -97,6 +99,14 @@ def test_two_damaged(copy, capsys):
     assert "from the checkpoint of step 5" in out
 
 
+def test_at_a_start_only_the_checkpoint_that_is_used_is_read(copy, capsys, monkeypatch):
+    verified = []
+    monkeypatch.setattr(checkpoints, "damage", lambda path: verified.append(path.name))
+    run(copy, "80/60", *OPTIONS, stop_at=16)
+    assert verified == ["15"]
+    assert "from the checkpoint of step 15" in capsys.readouterr().out
+
+
 def test_every_one_damaged(copy):
     for step in (5, 10, 15):
         flip(copy / "checkpoints" / str(step))
@@ -123,7 +133,7 @@ def test_a_deletion_that_was_cut_off_is_ended(copy, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.records.checkpoints.shutil.rmtree", killed)
+        patch.setattr("experiments.records.files.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             run(copy, "80/60", *OPTIONS)
     names = {p.name for p in (copy / "checkpoints").iterdir()}
@@ -131,6 +141,12 @@ def test_a_deletion_that_was_cut_off_is_ended(copy, capsys, monkeypatch):
     capsys.readouterr()
     assert run(copy, "80/60", *OPTIONS) == "finished"
     assert "damaged" not in capsys.readouterr().err
+    assert {p.name for p in (copy / "checkpoints").iterdir()} == {"10", "15", "20"}
+
+
+def test_what_a_killed_save_left_is_removed(copy):
+    (copy / "checkpoints" / "20.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    run(copy, "80/60", *OPTIONS)
     assert {p.name for p in (copy / "checkpoints").iterdir()} == {"10", "15", "20"}
 
 
@@ -156,3 +172,80 @@ def test_reading_alone_changes_nothing(copy, capsys):
 def test_nothing_to_read(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint"):
         load(tmp_path, lambda step: {})
+
+
+KEPT = {
+    (2, 0, ""): {40, 50},
+    (1, 20, ""): {20, 40, 50},
+    (1, 0, "max accuracy"): {20, 50},
+    (1, 0, "min loss"): {10, 50},
+    (1, 30, "min accuracy"): {30, 40, 50},
+}
+
+
+@pytest.mark.parametrize("asked", KEPT)
+def test_which_are_kept(asked):
+    values = {
+        "accuracy": {10: 0.4, 20: 0.9, 30: None, 40: 0.2, 50: None},
+        "loss": {10: 0.1, 20: 0.1, 30: 0.5, 40: 0.6, 50: 0.7},
+        "": dict.fromkeys((10, 20, 30, 40, 50)),
+    }
+    assert Kept(*asked).among(values[Kept(*asked).metric]) == KEPT[asked]
+
+
+def test_the_best_one_is_kept_over_a_restart(tmp_path):
+    """The first process leaves the best one by its own, the lowest accuracy, behind."""
+    options = ("checkpoint_every=4", "eval_every=2", "keep_checkpoints=1")
+    options += ("keep_best_checkpoint=min accuracy",)
+    run(tmp_path / "run", "80/60", *options, stop_at=9)
+    run(tmp_path / "run", "80/60", *options)
+    found = {
+        r["step"]: r["accuracy"]
+        for r in records(tmp_path / "run")
+        if r["split"] == "test" and r["step"] % 4 == 0 and not r.get("final")
+    }
+    assert sorted(found) == [4, 8, 12, 16]
+    best = min(found, key=found.get)
+    assert best < 9
+    kept = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {best, 20}
+
+
+MISTAKES = {
+    "keep_checkpoints_every=7 checkpoint_every=5": "must be a multiple of checkpoint_every=5",
+    "keep_checkpoints_every=7": "must be a multiple of checkpoint_every=0",
+    "keep_best_checkpoint=loss": "found 'loss'; must be 'max NAME' or 'min NAME' of a metric",
+    "keep_best_checkpoint=min@loss checkpoint_every=5": "nothing to rank by: checkpoint_every=5",
+    "keep_best_checkpoint=min@loss checkpoint_every=5 eval_every=2": "multiple of eval_every=2",
+    "keep_best_checkpoint=max@acc checkpoint_every=4 eval_every=2": "one of accuracy, loss",
+}
+
+
+@pytest.mark.parametrize(("options", "words"), MISTAKES.items())
+def test_what_cannot_be_kept(tmp_path, capsys, options, words):
+    flags = [f"--config.{option.replace('@', ' ')}" for option in options.split()]
+    assert main([f"--config={CONFIG}:80/60", f"--workdir={tmp_path}/run", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_killed_before_the_checksums_are_written(tmp_path, capsys, monkeypatch):
+    """Orbax has finished, and the checkpoint is not complete: the one before it is still there."""
+    options = ("checkpoint_every=5", "keep_checkpoints=1")
+
+    def killed(checkpoint):
+        if checkpoint.name == "10":
+            raise KeyboardInterrupt
+        write(checkpoint)
+
+    write = checkpoints._write_manifest
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run", "80/60", *options)
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"5", "10"}
+    run(tmp_path / "run", "80/60", *options)
+    out, err = capsys.readouterr()
+    assert "from the checkpoint of step 5" in out
+    assert "10 is not used" in err
