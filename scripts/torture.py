@@ -48,6 +48,7 @@ import numpy as np
 from experiments import main as training
 from experiments.config import command_line
 from experiments.records import restore, workdir
+from experiments.signals import RESUMABLE
 from scripts import wrong_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,8 +59,8 @@ SHORT = ("steps=24", "log_every=3", "checkpoint_every=4", "eval_every=10")
 ALWAYS_SPARSE = ("method.always_sparse=True",)
 DELAYED = (*ALWAYS_SPARSE, "method.refresh_every=3", "method.refresh_delay=1")
 HOLDINGS = {"masked": (), "always sparse": ALWAYS_SPARSE, "delayed": DELAYED}
-# How a process that was asked to stop may end: before its first step it may simply be interrupted.
-STOPPED = (0, -signal.SIGTERM, command_line.INTERRUPTED)
+# How a process that was asked to stop may end; SIGTERM, also before Python runs.
+STOPPED = (0, RESUMABLE, -signal.SIGTERM)
 MOMENTS = ("start", "step", "save", "save", "any")
 CHAIN = {signal.SIGKILL: 9, signal.SIGTERM: 2, signal.SIGINT: 2}
 GROWTH = {"memory": 1.1, "descriptors": 1.0, "threads": 1.0, "cpu_per_step": 1.25}
