@@ -21,9 +21,9 @@ from experiments.training.prefetch import Prefetcher
 from experiments.training.program import Program, build
 from experiments.training.set_counts import SetCounts
 from experiments.training.state import TrainState
-from experiments.training.stopping import StopRequest
+from experiments.training.stopping import Stopped, StopRequest
 
-Outcome = Literal["finished", "stopped", "finished before"]
+Outcome = Literal["finished", "stopped", "interrupted", "finished before"]
 
 
 @dataclasses.dataclass
@@ -128,8 +128,17 @@ def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Ou
         stop_at: the number of steps after which the run stops, with a checkpoint.
 
     Returns:
-        How the call ended. A stopped run continues when the function is called again.
+        How the call ended: "interrupted" if a signal asked the process to end. A run that was
+        stopped or interrupted continues when the function is called again.
     """
+    with StopRequest() as stop:
+        try:
+            return _train(config, directory, stop_at, stop)
+        except Stopped:
+            return "interrupted"
+
+
+def _train(config: ConfigDict, directory: Path, stop_at: int | None, stop: StopRequest) -> Outcome:
     if workdir.finished(directory):
         workdir.claim(directory, config)
         return "finished before"
@@ -141,7 +150,7 @@ def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Ou
         workdir.claim(directory, config)
         checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, kept)
         try:
-            return _train_from(program, data, directory, checkpoints, stop_at)
+            return _train_from(program, data, directory, checkpoints, stop_at, stop)
         finally:
             checkpoints.close()
 
@@ -152,6 +161,7 @@ def _train_from(
     directory: Path,
     checkpoints: Checkpoints,
     stop_at: int | None,
+    stop: StopRequest,
 ) -> Outcome:
     restored = checkpoints.restore(program.representation.abstract)
     state, meta = restored or (program.representation.init(), {})
@@ -171,7 +181,7 @@ def _train_from(
     sets = SetFiles(directory, program.config.write_sets_every)
     session = Session(program, directory, checkpoints, metrics, window, counts, sets, began, start)
     try:
-        with Prefetcher(data, program.put) as batches, StopRequest() as stop:
+        with Prefetcher(data, program.put) as batches, stop.steps():
             state, stopped = _loop(session, state, batches, stop, stop_at)
         if not stopped:
             session.finish(state)

@@ -5,19 +5,31 @@ python -m experiments.main --config=configs/NAME.py:VARIANT --describe [--config
 
 The second form trains nothing. It prints which leaves are sparse, at which densities, and ends with
 a line of JSON: the parameters, and the FLOPs as shares of those of the dense network.
+
+The exit status is 0; 2 for a mistake in the command, the config or the data; 75 if SIGTERM, SIGINT
+or a notice of preemption ended the run, and 76 if another process of it was lost or is missing:
+after both, the same command goes on.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 
-import jax
+if __name__ == "__main__":
+    from experiments import signals
+
+    signals.end_at_once()  # What is imported below takes seconds.
+
+import contextlib
+import json
+
 from ml_collections import ConfigDict
 
+from experiments import hosts
 from experiments.config import command_line, resolve
 from experiments.loop import train
 from experiments.records import files, summary
+from experiments.signals import RESUMABLE
 from experiments.task import make_task
 from experiments.training import optimizers
 from experiments.training.state import abstract_params
@@ -25,21 +37,26 @@ from experiments.training.state import abstract_params
 ENDS = {
     "finished": "finished: {0}/final.json",
     "stopped": "stopped with a checkpoint in {0}; the same command goes on",
+    "interrupted": "stopped by a signal; the same command goes on from the last step in {0}",
     "finished before": "nothing to do: {0} holds the finished run (final.json)",
 }
 
 
 @command_line.command
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Runs the command line."""
     args, overrides = command_line.parse(_parser("--describe" in argv), argv)
     if args.describe:
         describe(resolve(args.config, overrides))
-        return
-    if args.distributed:
-        jax.distributed.initialize()
-    outcome = train(resolve(args.config, overrides), files.path(args.workdir), args.stop_at)
+        return 0
+    hosts.check_flags(args)
+    directory = files.path(args.workdir)
+    if args.distributed and not hosts.watched():
+        return hosts.watch("experiments.main", argv, args)
+    with hosts.member(args) if args.distributed else contextlib.nullcontext():
+        outcome = train(resolve(args.config, overrides), directory, args.stop_at)
     print(ENDS[outcome].format(args.workdir))
+    return RESUMABLE if outcome == "interrupted" else 0
 
 
 def describe(config: ConfigDict) -> None:
@@ -60,7 +77,7 @@ def _parser(describes: bool) -> command_line.Parser:
         "--describe", action="store_true", help="print which leaves are sparse, and train nothing"
     )
     parser.add_argument("--stop_at", type=command_line.positive, help="stop after so many steps")
-    parser.add_argument("--distributed", action="store_true", help="one process of several hosts")
+    hosts.add_flags(parser)
     return parser
 
 

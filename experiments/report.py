@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.records import files
+from experiments.records import files, workdir
 from experiments.reporting import figures, page, tables
 from experiments.reporting.groups import collect
 
@@ -36,6 +36,7 @@ def report(dirs: Sequence[Path], out: Path) -> str:
             that was made there.
         out: the folder to write to.
     """
+    workdir.check_no_address("--out", out)
     groups, unfinished = collect(dirs)
     listed = [tables.all_runs(groups), *tables.sweeps(dirs, groups)]
     left_out = [f"left out, not finished: {path}" for path in unfinished]

@@ -9,19 +9,26 @@ something. Where the name is None, it is made of the variant and the overrides: 
 such a row and DIR share its runs. The folder of a run is DIR/NAME/seed-K. Overrides on the command
 line apply to all runs and take precedence over those of the file.
 
-A finished run is not done again, and an interrupted one goes on. With `--jobs=N`, N runs are done
+A finished run is not done again, and an interrupted one goes on; a sweep that a signal stopped has
+the exit status 75. With `--jobs=N`, N runs are done
 at a time, each by a process of its own on its share of the CPU cores, which writes what it prints
 to DIR/NAME/seed-K.log.
 """
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":
+    from experiments import signals
+
+    signals.end_at_once()  # What is imported below takes seconds.
+
 import argparse
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +43,8 @@ from experiments.errors import UserError
 from experiments.loop import Outcome, train
 from experiments.records import workdir
 from experiments.report import report
+from experiments.signals import ASK, RESUMABLE
 from topkast_jax import SparsityError
-
-STOPPED = -1
 
 
 @command_line.command
@@ -62,9 +68,9 @@ def main(argv: list[str]) -> int:
         resolve(runs[i].config, runs[i].overrides)
     _record(args.config, args.seeds, runs, directory)
     status = run_all([runs[i] for i in chosen], directory, args.jobs)
-    if args.only is None and status != STOPPED:
+    if args.only is None and status != RESUMABLE:
         print(report([directory], directory / "report"))
-    return 0 if status == STOPPED else status
+    return status
 
 
 def run_all(runs: Sequence[Planned], directory: Path, jobs: int = 1) -> int:
@@ -76,14 +82,14 @@ def run_all(runs: Sequence[Planned], directory: Path, jobs: int = 1) -> int:
         jobs: how many runs at a time. Several are done by processes of their own.
 
     Returns:
-        0, or 1 if a run failed, or STOPPED.
+        0, or 1 if a run failed, or RESUMABLE if a signal stopped them.
     """
     failed = []
     outcomes = _one_by_one(runs, directory) if jobs == 1 else _Processes(jobs).do(runs, directory)
     for run, outcome in outcomes:
-        if outcome == "stopped":
+        if outcome == "interrupted":
             print(f"stopped in {run.name}; the same command goes on")
-            return STOPPED
+            return RESUMABLE
         if outcome is None:
             failed.append(run.name)
     if failed:
@@ -123,7 +129,7 @@ class _Processes:
 
     def do(self, runs: Sequence[Planned], directory: Path) -> Outcomes:
         """Does the runs, in their order; SIGTERM or SIGINT stops all of them with checkpoints."""
-        before = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.signal(s, self._stop) for s in ASK}
         try:
             with ThreadPoolExecutor(self._jobs) as pool:
                 ends = pool.map(lambda run: self._do(run, directory / run.name), runs)
@@ -136,18 +142,20 @@ class _Processes:
         share, log = self._shares.get(), directory.with_name(f"{directory.name}.log")
         try:
             if self._stopping:
-                return "stopped"
+                return "interrupted"
             print(f"run {run.name}: {log}", flush=True)
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as file:
                 status = self._wait([*run.arguments, f"--workdir={directory}"], file, share)
         finally:
             self._shares.put(share)
+        if status == RESUMABLE:
+            return "interrupted"
         if status:
             *_, last = [f"status {status}", *log.read_text(errors="replace").splitlines()]
             print(f"error: {run.name}: {last.removeprefix('error: ')}", file=sys.stderr)
             return None
-        return "finished" if workdir.finished(directory) else "stopped"
+        return "finished"
 
     def _wait(self, arguments: list[str], log: BinaryIO, share: list[int]) -> int:
         command = [sys.executable, "-m", "experiments.main", *arguments]

@@ -68,17 +68,19 @@ COMMANDS = {
 TASK = {"errors", "registry", "layers", "grain_batches", "task", "training", "config"}
 ROOMS = {
     "errors": set(),
+    "signals": set(),
     "registry": {"errors"},
     "layers": set(),
     "grain_batches": set(),
     "task": {"errors", "registry"},
-    "training": {"errors", "registry", "task"},
+    "training": {"errors", "registry", "task", "signals"},
     "config": {"errors", "task", "training"},
     "image_classification": TASK,
     "language_modelling": TASK,
     "tpu": {"errors", "training"},
     "records": {"errors", "task", "training", "config"},
     "reporting": {"errors", "records"},
+    "hosts": {"errors", "signals", "config", "records"},
     "loop": {"errors", "task", "training", "records"},
 }
 

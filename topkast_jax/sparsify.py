@@ -498,12 +498,12 @@ def _whole_number(name: str, value: Any, least: int) -> Any:
     if value is None or isinstance(value, jax.core.Tracer):
         return value
     try:
-        whole = not isinstance(value, bool) and int(value) == value and value >= least
+        whole = not isinstance(value, bool) and int(value) == value and least <= value < 2**31
     except (TypeError, ValueError, OverflowError):
         whole = False
     if not whole:
         raise SparsityError(
-            f"{name}={shown(value)}: must be None or an integer of at least {least}"
+            f"{name}={shown(value)}: must be None or an integer of at least {least} and below 2**31"
         )
     return value if isinstance(value, jax.Array) else int(value)
 

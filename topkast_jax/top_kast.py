@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -151,8 +152,8 @@ def _check_weight(weight: Any) -> None:
     if isinstance(weight, jax.core.Tracer):
         return
     number = isinstance(weight, int | float | np.number) or getattr(weight, "ndim", None) == 0
-    if isinstance(weight, bool) or not number or not weight >= 0:
+    if isinstance(weight, bool) or not number or not 0 <= weight < math.inf:
         hint = "; a schedule goes through optax.inject_hyperparams" if callable(weight) else ""
         raise SparsityError(
-            f"exploration_weight={shown(weight)}: must be a number of at least 0{hint}"
+            f"exploration_weight={shown(weight)}: must be a finite number of at least 0{hint}"
         )

@@ -106,6 +106,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """An integer of at least 0."""
+    if not re.fullmatch("[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}; must be an integer of at least 0")
+    return int(text)
+
+
 def path(text: str) -> str:
     """A path; an unset shell variable leaves it empty."""
     if not text.strip():

@@ -104,6 +104,9 @@ def _check_together(config: ConfigDict) -> None:
             f"config.method.refresh_delay: found {delay}; must be below refresh_every={every}, so "
             "that one choice is in use before the next begins"
         )
+    small = config.model.get("small_dense")
+    if small is not None:
+        methods.read_rules(small.rules, key="config.model.small_dense.rules")
     if method.get("backend") and not methods.has_blocks(method):
         raise UserError(
             f"config.method.backend: found {method.backend!r} and no pattern of blocks; "

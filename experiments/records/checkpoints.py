@@ -240,6 +240,12 @@ def load(directory: Path, abstract: Callable[[int], Tree]) -> tuple[Tree, dict[s
     raise UserError(f"{directory}: no whole checkpoint; found steps {steps}")
 
 
+def newest(directory: Path) -> int:
+    """The step of the newest checkpoint whose save was finished; 0 if there is none."""
+    steps = _steps(directory) if directory.is_dir() else []
+    return max((step for step in steps if (directory / str(step) / MANIFEST).exists()), default=0)
+
+
 def damage(checkpoint: Path) -> str | None:
     """A description of what is wrong with a checkpoint; None if nothing is."""
     try:

@@ -337,13 +337,16 @@ def has_blocks(method: ConfigDict) -> bool:
     return any(isinstance(p, tk.Block) for p in (own and read_pattern(own), *patterns))
 
 
-def read_rules(rules: Any, distribution: str = "uniform") -> list[tuple[str, Any]] | None:
+def read_rules(
+    rules: Any, distribution: str = "uniform", key: str = "config.method.rules"
+) -> list[tuple[str, Any]] | None:
     """The library's rules from those of a config.
 
     Args:
         rules: None, or pairs of a regular expression and `dense`, `sparse` or a dict of arguments
             of `topkast_jax.Sparse`.
         distribution: the distribution of specs that name none.
+        key: where the rules are from, for the error message.
     """
     sparse = _spec("sparse", distribution)  # Checks the distribution also where no rule uses it.
     if rules is None:
@@ -355,7 +358,7 @@ def read_rules(rules: Any, distribution: str = "uniform") -> list[tuple[str, Any
         ]
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"config.method.rules: found {rules!r}; must be None or pairs (regular expression, "
+            f"{key}: found {rules!r}; must be None or pairs (regular expression, "
             "'dense', 'sparse' or a dict of arguments of topkast_jax.Sparse)"
         ) from error
 

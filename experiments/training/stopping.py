@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from experiments.signals import ASK
+
+
+class Stopped(BaseException):
+    """The process was asked to end, and no step is under way. No Exception, as an interrupt."""
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a request. On one host, the second one acts as usual.
+    """Turns the first SIGTERM or SIGINT into a request; the second one acts as before.
+
+    Within `steps`, a request waits until the step is done and saved; Stopped is raised at the end.
+    Elsewhere it is raised at once, for there is nothing to save.
 
     On many hosts the SIGTERM of any of them reaches all through JAX's preemption service, which
-    has a handler of its own.
+    has a handler of its own; the run then stops after a step that is the same on all.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = self._in_steps = False
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        signals = _SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+        signals = ASK if jax.process_count() == 1 else (signal.SIGINT,)
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._ask) for s in signals}
         return self
@@ -32,22 +41,36 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
+    @contextlib.contextmanager
+    def steps(self) -> Iterator[None]:
+        """A context in which a request waits; raises Stopped at its end if there was one."""
+        self._in_steps = True
+        try:
+            yield
+        finally:
+            self._in_steps = False
+        if self._asked:
+            raise Stopped
+
     def asked(self, step: int) -> bool:
         """Whether to stop after so many finished steps; call it after each.
 
         All hosts stop at the same step, soon after one of them was asked. No host waits for another
         before that.
         """
-        if jax.process_count() == 1:
-            return self._asked
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self._asked = True
+        return self._asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        self._asked = True
         self._restore()
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)
+            return
+        self._asked = True
+        if not self._in_steps:
+            raise Stopped
 
     def _restore(self) -> None:
         for s, handler in self._before.items():

@@ -54,6 +54,11 @@ def runs(tmp_path):
     return root
 
 
+def test_an_address_is_no_folder(tmp_path, capsys):
+    assert main([str(tmp_path), "--out=gs://bucket/out"]) == 2
+    assert "--out=gs:/bucket/out: is an address" in capsys.readouterr().err
+
+
 def test_table_and_figures(runs, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([str(runs), f"--out={out}"]) == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from toy_runs import records
 
+from experiments.signals import RESUMABLE
 from experiments.sweep import main
 
 SWEEP = str(Path(__file__).with_name("toy_sweep.py"))
@@ -69,8 +70,8 @@ def test_bugs_are_told_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
 
 def test_stopping_ends_the_sweep(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("experiments.sweep.train", lambda c, d: calls.append(d) or "stopped")
-    assert sweep(tmp_path) == 0
+    monkeypatch.setattr("experiments.sweep.train", lambda c, d: calls.append(d) or "interrupted")
+    assert sweep(tmp_path) == RESUMABLE
     assert len(calls) == 1
 
 
@@ -105,7 +106,7 @@ time.sleep(0.2)
 if name == "50/50":
     sys.exit("error: it does not work")
 if name == "static-50":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(60)
 (directory / "final.json").write_text('{"finished": true}')
@@ -137,7 +138,7 @@ def test_several_at_a_time_share_the_cores(tmp_path, processes, capsys):
 
 def test_a_signal_stops_all_that_run_at_a_time(tmp_path, processes, capsys):
     before = signal.getsignal(signal.SIGTERM)
-    assert sweep(tmp_path / "s", "--only=0,4,1,3", "--jobs=2") == 0
+    assert sweep(tmp_path / "s", "--only=0,4,1,3", "--jobs=2") == RESUMABLE
     assert "stopped in static-50/seed-0; the same command goes on" in capsys.readouterr().out
     assert "static-50/seed-0" not in finals(tmp_path / "s")
     assert signal.getsignal(signal.SIGTERM) is before
@@ -190,6 +191,7 @@ def test_slurm_of_some(tmp_path, capsys, only):
         (None, ["--seeds=0"], "must be an integer of at least 1"),
         (None, ["--config.seed=3"], "--config.seed=3: a sweep sets the seeds itself; use --seeds"),
         (None, ["--config.stepz=1"], "no key 'stepz'"),
+        (None, ["--workdir=gs://a/b"], "--workdir=gs:/a/b: is an address; must be a path"),
         (None, ["--workdir=/proc/x"], "--workdir=/proc/x: cannot be written"),
         ("x = 1", [], "defines no get_sweep()"),
         ("def get_sweep(): return []", [], "no runs"),

@@ -287,6 +287,10 @@ AT_THE_CALL = {
         lambda: tk.top_kast(SGD, 0.2, 0.1), "backward_density=0.1 is below forward_density=0.2"),
     "a callable period": (
         lambda: top_kast(SGD, refresh_every=lambda step: 10), "refresh_every=<function.*integer"),
+    "a period beyond int32": (
+        lambda: top_kast(SGD, refresh_every=2**31), "refresh_every=2147483648: .*below 2"),
+    "an infinite weight": (
+        lambda: top_kast(SGD, exploration_weight=float("inf")), "=inf: must be a finite number"),
     "a period as text": (lambda: top_kast(SGD, refresh_every="10"), "refresh_every='10'"),
     "a stop as text": (lambda: top_kast(SGD, stop_exploring_at="end"), "stop_exploring_at='end'"),
     "a callable weight": (

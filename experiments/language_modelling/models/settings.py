@@ -31,8 +31,7 @@ class Lengths:
     def __post_init__(self) -> None:
         _at_least("lengths.target", self.target, 1)
         _at_least("lengths.memory", self.memory, 0)
-        if type(self.clamp) is not int:
-            raise UserError(f"lengths.clamp={self.clamp!r}: must be a whole number")
+        _at_least("lengths.clamp", self.clamp, 1 - 2**31)
         if self.same_length and self.memory == 0:
             raise UserError("lengths.same_length=True with lengths.memory=0: must be at least 1")
 
@@ -160,5 +159,7 @@ class TransformerXLConfig:
 
 
 def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{name}={value!r}: must be a whole number of at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+        raise UserError(
+            f"{name}={value!r}: must be a whole number of at least {least} and below 2**31"
+        )

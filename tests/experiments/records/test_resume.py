@@ -11,6 +11,7 @@ from toy import TrainData
 from toy_runs import CACHE, CONFIG, assert_same, last_state, records, run
 
 from experiments.records import workdir
+from experiments.signals import RESUMABLE
 
 ADAM = ("optimizer.name=adamw", "optimizer.weight_decay=1e-2", "method.stop_exploring_at=11")
 EVERY = ("eval_every=4", "checkpoint_every=6", "log_every=5")
@@ -107,7 +108,7 @@ def test_another_mesh_may_go_on(tmp_path, whole):
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGTERM, 0), pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow)],
+    [(signal.SIGTERM, RESUMABLE), pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow)],
 )
 def test_signals(tmp_path, number, status):
     """A process that is asked to end leaves a checkpoint; one that is killed, its last one."""
@@ -129,5 +130,22 @@ def test_signals(tmp_path, number, status):
     state, position = last_state(tmp_path / "run", "80/60", *more)
     assert position == {"position": int(state.step)}
     text = (tmp_path / "output").read_text()
-    assert ("stopped with a checkpoint" in text) == (status == 0)
+    assert ("stopped by a signal; the same command goes on" in text) == (status == RESUMABLE)
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["build", "_train_from", "Session.finish"])
+def test_signals_without_a_step_under_way(tmp_path, whole, monkeypatch, number, moment):
+    """They end the call at once, and the next one goes on."""
+
+    def asked(*_):
+        signal.raise_signal(number)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"experiments.loop.{moment}", asked)
+        assert run(tmp_path / "run", "80/60", *EVERY) == "interrupted"
+    assert signal.getsignal(number) is before
+    assert run(tmp_path / "run", "80/60", *EVERY) == "finished"
+    assert_equal_runs(whole, tmp_path / "run", *EVERY)

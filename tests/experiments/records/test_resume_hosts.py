@@ -12,33 +12,33 @@ import numpy as np
 import pytest
 from toy_runs import CACHE, CONFIG, HERE, last_state, records, run, sets
 
-OPTIONS = ("checkpoint_every=5", "eval_every=10", "mesh.fsdp=4")
-PROGRAM = """
-import sys, jax
-jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+from experiments.hosts import LOST
 from experiments.main import main
-sys.exit(main(sys.argv[3:]))
-"""
+from experiments.records.checkpoints import newest
+from experiments.signals import RESUMABLE
+
+OPTIONS = ("checkpoint_every=5", "eval_every=10", "mesh.fsdp=4")
 
 
-def start_two_hosts(directory, options, *flags):
+def start_two_hosts(directory, options, *flags, which=(0, 1)):
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+        address = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {k.upper(): str(v) for k, v in CACHE.items()}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
     flags = [f"--config={CONFIG}:80/60", f"--workdir={directory}", *flags]
     flags += [f"--config.{option}" for option in options]
+    flags += ["--distributed", f"--coordinator={address}", "--processes=2"]
     return [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(i), port, *flags],
+            [sys.executable, "-m", "experiments.main", f"--process={i}", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
             cwd=HERE.parents[1],
         )
-        for i in range(2)
+        for i in which
     ]
 
 
@@ -69,22 +69,103 @@ def test_two_hosts(tmp_path, form):
         np.testing.assert_array_equal(one, two)
 
 
+ENDLESS = ("steps=1000000", "log_every=100000", "checkpoint_every=20")
+
+
+def start_and_save(directory):
+    """Two processes that have saved their first checkpoint and go on."""
+    processes = start_two_hosts(directory, ENDLESS)
+    manifest = directory / "checkpoints" / "20" / "MANIFEST.json"
+    for _ in range(3000):
+        if manifest.exists() or any(process.poll() is not None for process in processes):
+            break
+        time.sleep(0.1)
+    return processes
+
+
+def ends(processes):
+    """The exit statuses, what was printed, and the lines of mistakes without what is only told."""
+    outputs = [process.communicate(timeout=120) for process in processes]
+    told = "WARNING:topkast_jax:no rules given"
+    errors = [
+        [line for line in err.splitlines() if not line.startswith(told)] for _, err in outputs
+    ]
+    return [process.returncode for process in processes], [out for out, _ in outputs], errors
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_one_of_two_hosts_is_asked_to_stop(tmp_path, number):
     """Both stop after the same step, with a checkpoint, and go on from it."""
-    options = ("steps=1000000", "log_every=100000", "checkpoint_every=20")
-    processes = start_two_hosts(tmp_path / "run", options)
-    manifest = tmp_path / "run" / "checkpoints" / "20" / "MANIFEST.json"
-    for _ in range(1200):
-        if manifest.exists() or any(process.poll() is not None for process in processes):
-            break
-        time.sleep(0.1)
+    processes = start_and_save(tmp_path / "run")
     processes[1].send_signal(number)
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert all("stopped with a checkpoint" in out for out, _ in outputs), outputs
-    state, position = last_state(tmp_path / "run", "80/60", *options)
+    statuses, outputs, errors = ends(processes)
+    assert statuses == [RESUMABLE, RESUMABLE], errors
+    assert all("the same command goes on" in out for out in outputs), outputs
+    assert errors == [[], []]
+    state, position = last_state(tmp_path / "run", "80/60", *ENDLESS)
     assert position == {"position": int(state.step)}
     assert int(state.step) >= 20
-    on_two_hosts(tmp_path / "run", options, f"--stop_at={int(state.step) + 3}")
+    on_two_hosts(tmp_path / "run", ENDLESS, f"--stop_at={int(state.step) + 3}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_of_two_hosts_is_lost(tmp_path, lost):
+    """The other ends within a minute and says which one, and from where the run goes on."""
+    processes = start_and_save(tmp_path / "run")
+    processes[lost].kill()
+    began = time.monotonic()
+    statuses, _, errors = ends([processes[1 - lost]])
+    assert time.monotonic() - began < 60
+    assert statuses == [LOST], errors
+    step = newest(tmp_path / "run" / "checkpoints")
+    assert step >= 20
+    (line,) = errors[0]
+    assert line == (
+        f"error: process {lost} was lost; the same command, given to every process, goes on from "
+        f"step {step} in {tmp_path}/run"
+    )
+    processes[lost].communicate()
+    on_two_hosts(tmp_path / "run", ENDLESS, f"--stop_at={step + 3}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", [0, 1])
+def test_one_of_two_hosts_does_not_come(tmp_path, missing):
+    flags, which = ("--start_timeout=5",), [1 - missing]
+    statuses, _, errors = ends(start_two_hosts(tmp_path / "run", (), *flags, which=which))
+    assert statuses == [LOST], errors
+    (line,) = errors[0]
+    assert line == (
+        f"error: --start_timeout=5: process {missing} is missing; start every process within that "
+        "time"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_both_hosts(tmp_path):
+    statuses, _, errors = ends(start_two_hosts(tmp_path / "run", ("batch_size=9",)))
+    assert statuses[0] == 2, errors
+    assert statuses[1] in (2, LOST), errors  # Process 0 may be gone before it sees the mistake.
+    for (line,) in errors:
+        assert line.startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--process=0"], "--process: need --distributed"),
+        (["--distributed", "--process=0"], "must be given together"),
+        (["--distributed", "--coordinator=here", "--processes=2", "--process=0"], "be HOST:PORT"),
+        (["--distributed", "--coordinator=a:1", "--processes=2", "--process=2"], "be below --proc"),
+        (["--start_timeout=0"], "--start_timeout: found '0'; must be an integer of at least 1"),
+    ],
+)
+def test_flags_that_do_not_say_which_process(tmp_path, capsys, flags, told):
+    assert main([f"--config={CONFIG}", f"--workdir={tmp_path}/run", *flags]) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert err.count("\n") == 1

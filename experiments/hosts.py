@@ -1,0 +1,200 @@
+"""One process of several: how it finds the others, and what it says when one of them is lost.
+
+JAX's coordination service, which runs in process 0, ends all processes from within C++ when one of
+them is missing. Each process is therefore the child of a process without JAX's runtime, `watch`,
+which says in one line what happened and ends with a status of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from unittest import mock
+
+import jax
+from jax._src.lib import _jax
+
+from experiments.config import command_line
+from experiments.errors import UserError
+from experiments.records import checkpoints, workdir
+from experiments.signals import ASK, RESUMABLE
+from topkast_jax.errors import SparsityError
+
+LOST = 76  # the exit status when another process is missing or was lost
+HEARTBEAT = 30  # seconds without a sign of life after which a process is lost
+_GRACE = 10  # seconds more for the answer that says who is missing
+_WATCHED = "TOPKAST_WATCHED"
+# With which JAX's coordination service ends a process; or a CPU's collectives, which name nobody.
+_FATAL = re.compile(r"F\d{4} [\d:.]+ +\d+ \S+\] |terminate called .*'gloo::")
+_NAMED = re.compile(r"(?:stopped sending heartbeats\)|timed out task names):\s*((?:\d+\s+)+)")
+
+
+def add_flags(parser: command_line.Parser) -> None:
+    """Adds the flags that say which process of how many this is."""
+    group = parser.add_argument_group("many hosts")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one process of several; Cloud TPU, SLURM and GKE say which, else the flags below",
+    )
+    group.add_argument("--coordinator", help="HOST:PORT of process 0")
+    group.add_argument("--processes", type=command_line.positive, help="how many there are")
+    group.add_argument("--process", type=command_line.count, help="which this is, from 0")
+    group.add_argument(
+        "--start_timeout",
+        type=command_line.positive,
+        default=300,
+        help="seconds to wait for the others; default: 300",
+    )
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that say only a part of it."""
+    given = [args.coordinator, args.processes, args.process]
+    if any(value is not None for value in given):
+        if not args.distributed:
+            raise UserError("--coordinator, --processes, --process: need --distributed")
+        if None in given:
+            raise UserError("--coordinator, --processes, --process: must be given together")
+        if not re.fullmatch(r".+:[0-9]+", args.coordinator):
+            raise UserError(f"--coordinator={args.coordinator}: must be HOST:PORT")
+        if args.process >= args.processes:
+            raise UserError(f"--process={args.process}: must be below --processes={args.processes}")
+
+
+def watched() -> bool:
+    """Whether this process is the child of `watch`."""
+    return _WATCHED in os.environ
+
+
+def watch(module: str, argv: Sequence[str], args: argparse.Namespace) -> int:
+    """Runs a command in a child process; returns its exit status, RESUMABLE, or LOST.
+
+    Signals reach the child. When this process is killed, the child ends.
+
+    Args:
+        module: the command.
+        argv: its arguments.
+        args: what they were parsed to: the flags of `add_flags`, and `workdir`, whose last step is
+            named when a process was lost.
+    """
+    command = [sys.executable, "-m", module, *argv]
+    # Only the message with which the service ends the process is wanted of what C++ logs.
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", _WATCHED: "1"}
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        env=environment, text=True, errors="replace",
+    )  # fmt: skip
+    asked = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        del frame
+        asked.append(number)
+        child.send_signal(number)
+
+    for number in ASK:
+        signal.signal(number, forward)
+    assert child.stderr is not None
+    fatal = ""
+    for line in child.stderr:
+        if fatal or _FATAL.match(line):
+            fatal += line
+        else:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+    status = child.wait()
+    if fatal and status == -signal.SIGABRT:
+        print("error:", _told(fatal, args), file=sys.stderr)
+        return LOST
+    if status < 0 and asked:  # before the child could answer
+        return RESUMABLE
+    sys.stderr.write(fatal)
+    return status if status >= 0 else 128 - status
+
+
+def _told(fatal: str, args: argparse.Namespace) -> str:
+    named = _NAMED.search(fatal)
+    if named:
+        lost = f"process {', '.join(named.group(1).split())}"
+    elif "gloo::" in fatal:
+        lost = f"process {1 - args.process}" if args.processes == 2 else "another process"
+    else:
+        lost = "process 0"  # in which the service runs
+    if "RegisterTask" in fatal:
+        return (
+            f"--start_timeout={args.start_timeout}: {lost} is missing; start every process within "
+            "that time"
+        )
+    step = checkpoints.newest(Path(args.workdir) / workdir.CHECKPOINTS)
+    return (
+        f"{lost} was lost; the same command, given to every process, goes on from step {step} in "
+        f"{args.workdir}"
+    )
+
+
+@contextlib.contextmanager
+def member(args: argparse.Namespace) -> Iterator[None]:
+    """A context in which this process is one of several. An exception ends it without the others.
+
+    Raises:
+        UserError: the flags do not say which process this is, and nothing else does.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _join(args)
+        yield
+    except BaseException as error:
+        # When leaving as usual, a process waits for the others, which may wait for this one.
+        if isinstance(error, UserError | SparsityError):
+            status = command_line.fail(error)
+        else:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                # Of a peer that was lost, this is the first sign; the service knows which.
+                time.sleep(HEARTBEAT + _GRACE)
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _join(args: argparse.Namespace) -> None:
+    # JAX's client gives up first, and then nobody says which process is missing.
+    service = functools.partial(
+        _jax.get_distributed_runtime_service, cluster_register_timeout=args.start_timeout
+    )
+    with mock.patch.object(_jax, "get_distributed_runtime_service", service):
+        try:
+            jax.distributed.initialize(
+                args.coordinator,
+                args.processes,
+                args.process,
+                initialization_timeout=args.start_timeout + _GRACE,
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=2 * HEARTBEAT,
+            )
+        except ValueError as error:
+            raise UserError(
+                "--distributed: found no Cloud TPU, SLURM or GKE job; must be given with "
+                "--coordinator, --processes and --process"
+            ) from error
+        except RuntimeError as error:
+            raise UserError(f"--distributed: {error}") from error
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of the standard input until it ends."""
+    os.read(0, 1)  # Not through sys.stdin, whose lock a process at its end would wait for.
+    os._exit(1)
