@@ -33,7 +33,8 @@ class StopRequest:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
-        signals = ASK if jax.process_count() == 1 else (signal.SIGINT,)
+        # To ask for the number of processes would start the devices, which may not be there.
+        signals = (signal.SIGINT,) if jax.distributed.is_initialized() else ASK
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._ask) for s in signals}
         return self
@@ -65,7 +66,7 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del number, frame
         self._restore()
-        if jax.process_count() > 1:
+        if jax.distributed.is_initialized():
             signal.raise_signal(signal.SIGTERM)
             return
         self._asked = True
