@@ -383,7 +383,7 @@ def damage_runs(
             (path.relative_to(newest), how, alone)
             for path in sorted(p for p in newest.rglob("*") if p.is_file())
             for how in DAMAGES
-            for alone in (False, True)
+            for alone in ((False, True) if path.parent.name == "meta" else (False,))
             if path.stat().st_size or how in ("removed", "a folder")
         ]
         if sample:
@@ -469,14 +469,16 @@ def misuse(count: int, seed: int, scratch: Path, results: Results, files: bool =
         if results.has("wrong", case.name):
             continue
         before = contents(scratch)
-        problem = _refusal_problem(call(case.command, case.argv, 120))
+        says = case.module.endswith("prepare")  # what it does, before it does it
+        problem = _refusal_problem(call(case.command, case.argv, 120), says)
         if problem is None and rng.random() < 0.02:
-            problem = _refusal_problem(_in_a_process(case, scratch))
+            problem = _refusal_problem(_in_a_process(case, scratch), says)
         changed = contents(scratch) ^ before
+        if says:  # tensorflow-datasets makes its folders first, and leaves them empty
+            changed = {entry for entry in changed if Path(entry[0]).is_file()}
         if problem is None and changed:
             problem = f"touched {sorted(changed)[:4]}"
-        if changed:
-            wrong_inputs.clean(scratch)
+        wrong_inputs.clean(scratch)
         results.add("wrong", case.name, problem, argv=case.argv)
 
 
@@ -492,12 +494,16 @@ def _in_a_process(case: wrong_inputs.Case, scratch: Path) -> Called:
     return Called(ended.returncode, ended.stdout, ended.stderr)
 
 
-def _refusal_problem(ended: Called) -> str | None:
+def _refusal_problem(ended: Called, says: bool = False) -> str | None:
     if ended.failure:
         return ended.failure
     if ended.status != 2:
         return f"status {ended.status}: {ended.out[-500:]!r} {ended.err[-500:]!r}"
-    if not ended.err.startswith("error: ") or ended.err.count("\n") != 1 or ended.out:
+    if (
+        not ended.err.startswith("error: ")
+        or ended.err.count("\n") != 1
+        or (ended.out and not says)
+    ):
         return f"not one line: {ended.out[-500:]!r} {ended.err[-1500:]!r}"
     return None
 

@@ -32,13 +32,13 @@ def load(spec: str, function: str = "get_config") -> Any:
         raise UserError(f"--config={spec}: no such file {path!r}; expected path/to/NAME.py:VARIANT")
     try:
         found = runpy.run_path(path).get(function)
+        if found is None:
+            raise UserError(f"--config={spec}: {path} defines no {function}()")
+        if variant and not inspect.signature(found).parameters:
+            raise UserError(f"--config={spec}: {function}() of {path} takes no variant")
+        return found(variant) if variant else found()
     except SystemExit as error:
         raise UserError(f"--config={spec}: {path} ends the process: {error!r}") from error
-    if found is None:
-        raise UserError(f"--config={spec}: {path} defines no {function}()")
-    if variant and not inspect.signature(found).parameters:
-        raise UserError(f"--config={spec}: {function}() of {path} takes no variant")
-    return found(variant) if variant else found()
 
 
 def resolve(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from experiments.config.loading import load
@@ -52,7 +52,12 @@ def plan(spec: str, seeds: int, overrides: Sequence[str] = ()) -> list[Planned]:
     Raises:
         UserError: it yields something else, or two rows of one name.
     """
-    entries = [_entry(spec, entry) for entry in load(spec, "get_sweep")]
+    found = load(spec, "get_sweep")
+    if not isinstance(found, Iterable):
+        raise UserError(
+            f"--config={spec}: get_sweep() returned {found!r}; must yield (name, config, overrides)"
+        )
+    entries = [_entry(spec, entry) for entry in found]
     names = [name for name, _, _, _ in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not entries:

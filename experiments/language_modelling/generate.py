@@ -158,12 +158,15 @@ def encode_prompt(vocabulary: Vocabulary, prompt: str) -> list[int]:
 def _vocabulary(config: ConfigDict, text: dict[str, Any]) -> Vocabulary:
     """The vocabulary in the checkpoint, or that of the prepared data if it is large."""
     if text["symbols"] is not None:
-        return Vocabulary(config.data.level, tuple(text["symbols"]))
-    found = TEXTS.get(config.data.name)(config.data).open().vocabulary
+        where = f"config.data.level={config.data.level!r}"
+        found = Vocabulary(config.data.level, tuple(text["symbols"]))
+    else:
+        where = f"config.data.dir={config.data.dir!r}"
+        found = TEXTS.get(config.data.name)(config.data).open().vocabulary
     if found.fingerprint != text["vocabulary"]:
         raise UserError(
-            f"config.data.dir={config.data.dir!r}: its vocabulary is {found.fingerprint}, "
-            f"the checkpoint's is {text['vocabulary']}"
+            f"{where}: its vocabulary is {found.fingerprint}, the checkpoint's is "
+            f"{text['vocabulary']}"
         )
     return found
 

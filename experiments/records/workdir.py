@@ -79,9 +79,6 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         _check_same(workdir, old, as_json(config))
         _check_writable(workdir)
         return
-    strange = [name for name in (METRICS, FINAL, CHECKPOINTS) if (workdir / name).exists()]
-    if strange and old is None:
-        raise UserError(f"--workdir={workdir}: holds {strange[0]} but no {CONFIG}; choose another")
     _check_writable(workdir)
     if jax.process_index() == 0:
         write_json(saved, as_json(config))
@@ -96,6 +93,9 @@ def _check_folder(workdir: Path) -> None:
     for name in (CONFIG, METRICS, LOCK):
         if (workdir / name).is_dir():
             raise UserError(f"{workdir / name}: is a folder; must be a file")
+    strange = [name for name in (METRICS, FINAL, CHECKPOINTS) if (workdir / name).exists()]
+    if strange and not (workdir / CONFIG).exists():
+        raise UserError(f"--workdir={workdir}: holds {strange[0]} but no {CONFIG}; choose another")
 
 
 def check_no_address(flag: str, path: Path) -> None:

@@ -111,6 +111,7 @@ def test_workdir_of_something_else(capsys, tmp_path, name, told):
     (tmp_path / name).write_text("precious")
     assert_refused(call(capsys, *command(tmp_path)), told)
     assert (tmp_path / name).read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,7 @@ def test_slurm_of_some(tmp_path, capsys, only):
         (None, ["--workdir=/proc/x"], "--workdir=/proc/x: cannot be written"),
         ("x = 1", [], "defines no get_sweep()"),
         ("def get_sweep(): return []", [], "no runs"),
+        ("def get_sweep(): return 5", [], "get_sweep() returned 5; must yield (name, config,"),
         ("def get_sweep(): return [1]", [], "must yield (name, config, overrides)"),
         ("def get_sweep(): return [('a', 'nowhere.py', {})]", [], "no such file 'nowhere.py'"),
         ("def get_sweep(): return [('a', 'b.py', {}), ('a', 'b.py', {})]", [], "named 'a'"),

@@ -76,6 +76,7 @@ def test_a_flag_given_twice(capsys, tmp_path):
     [
         ("def get_config(variant=''): return 5", "get_config() returned a int; must be what"),
         ("import sys; sys.exit(0)", "ends the process: SystemExit(0)"),
+        ("import sys\ndef get_config(variant=''): sys.exit(0)", "ends the process: SystemExit(0)"),
     ],
 )
 def test_wrong_config_files(capsys, tmp_path, text, told):

@@ -512,11 +512,12 @@ def test_parameters_that_cannot_be_read_are_one_line(runs, tmp_path, capsys):
         assert line.startswith(f"error: --params={path}: {told}")
 
 
-@pytest.mark.parametrize("change", ["vocabulary_size", "task", "checkpoints"])
+@pytest.mark.parametrize("change", ["vocabulary_size", "level", "task", "checkpoints"])
 def test_generation_from_a_folder_that_does_not_fit(runs, tmp_path, change, capsys):
     run = shutil.copytree(runs[0], tmp_path / "run")
     config = json.loads((run / workdir.CONFIG).read_text())
     expected = {
+        "level": "config.data.level='word': its vocabulary is ",
         "vocabulary_size": "holds another state than this config makes",
         "task": "holds a run of task 'image_classification'",
         "checkpoints": "no whole checkpoint; found steps []",
@@ -525,6 +526,8 @@ def test_generation_from_a_folder_that_does_not_fit(runs, tmp_path, change, caps
         shutil.rmtree(run / workdir.CHECKPOINTS)
     elif change == "task":
         config["task"] = "image_classification"
+    elif change == "level":
+        config["data"]["level"] = "word"
     else:
         config["data"]["vocabulary_size"] += 1
     (run / workdir.CONFIG).write_text(json.dumps(config))
