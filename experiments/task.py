@@ -22,7 +22,9 @@ class DataIterator(Protocol):
     """Endless batches of NumPy arrays, with a position.
 
     The position after the n-th `next` says that n batches were taken. An iterator that is set to it
-    yields batch n + 1 next. A method `close()` is optional.
+    yields batch n + 1 next. Batches are those of all hosts, each of which makes its part; if the
+    position is the same on all, the run can continue on another number of hosts. A method `close()`
+    is optional.
     """
 
     def __next__(self) -> Batch:

@@ -191,12 +191,10 @@ class Checkpoints:
             return None
         self._last = steps[-1]
         state, hosts = _restore(self.directory / str(self._last), abstract(self._last))
-        if len(hosts) != jax.process_count():
-            raise UserError(
-                f"{self.directory}: saved by {len(hosts)} hosts, and the data can only continue on "
-                f"as many; found {jax.process_count()}"
-            )
-        return state, hosts[jax.process_index()]
+        try:
+            return state, meta_of(hosts, jax.process_index(), jax.process_count())
+        except UserError as error:
+            raise UserError(f"{self.directory}: {error}") from error
 
     def close(self) -> None:
         """Waits for the last save, and ends the background work; raises UserError like `wait`."""
@@ -244,6 +242,28 @@ def newest(directory: Path) -> int:
     """The step of the newest checkpoint whose save was finished; 0 if there is none."""
     steps = _steps(directory) if directory.is_dir() else []
     return max((step for step in steps if (directory / str(step) / MANIFEST).exists()), default=0)
+
+
+def meta_of(hosts: list[dict[str, Any]], index: int, count: int) -> dict[str, Any]:
+    """The meta from which a host goes on.
+
+    Args:
+        hosts: the meta of all hosts that saved.
+        index: the number of this host.
+        count: the number of hosts now.
+
+    Raises:
+        UserError: there are more or fewer hosts than before, and each had a position of its own in
+            the data.
+    """
+    if count == len(hosts):
+        return hosts[index]
+    if any(meta.get("data") != hosts[0].get("data") for meta in hosts):
+        raise UserError(
+            f"saved by {len(hosts)} hosts, each with a position of its own in the data, which can "
+            f"only continue on as many; found {count}"
+        )
+    return hosts[0]
 
 
 def damage(checkpoint: Path) -> str | None:

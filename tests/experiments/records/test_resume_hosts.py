@@ -21,14 +21,18 @@ OPTIONS = ("checkpoint_every=5", "eval_every=10", "mesh.fsdp=4")
 
 
 def start_two_hosts(directory, options, *flags, which=(0, 1)):
+    return start(directory, options, *flags, hosts=2, devices=4, which=which)
+
+
+def start(directory, options, *flags, hosts, devices, which=None):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {k.upper(): str(v) for k, v in CACHE.items()}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     flags = [f"--config={CONFIG}:80/60", f"--workdir={directory}", *flags]
     flags += [f"--config.{option}" for option in options]
-    flags += ["--distributed", f"--coordinator={address}", "--processes=2"]
+    flags += ["--distributed", f"--coordinator={address}", f"--processes={hosts}"]
     return [
         subprocess.Popen(
             [sys.executable, "-m", "experiments.main", f"--process={i}", *flags],
@@ -38,14 +42,18 @@ def start_two_hosts(directory, options, *flags, which=(0, 1)):
             env=environment,
             cwd=HERE.parents[1],
         )
-        for i in which
+        for i in (range(hosts) if which is None else which)
     ]
 
 
 def on_two_hosts(directory, options, *flags):
-    processes = start_two_hosts(directory, options, *flags)
+    return on(directory, options, *flags, hosts=2, devices=4)
+
+
+def on(directory, options, *flags, hosts, devices):
+    processes = start(directory, options, *flags, hosts=hosts, devices=devices)
     outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [process.returncode for process in processes] == [0] * hosts, outputs
     return [out for out, _ in outputs]
 
 
@@ -91,6 +99,26 @@ def ends(processes):
         [line for line in err.splitlines() if not line.startswith(told)] for _, err in outputs
     ]
     return [process.returncode for process in processes], [out for out, _ in outputs], errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [(), ("method.always_sparse=True",)], ids=["masked", "compact"])
+def test_a_run_goes_on_on_other_hosts_and_devices(tmp_path, form):
+    """From 2 x 4 over 1 x 8, 1 x 4 and 1 x 1 back to 2 x 4, against 1 x 8 from end to end."""
+    options = ("log_every=1", "checkpoint_every=100", *form)
+    stages = ((2, 4, 5), (1, 8, 9), (1, 4, 13), (1, 1, 16), (2, 4, 20))
+    for hosts, devices, end in stages:
+        directory = tmp_path / "moved"
+        on(directory, options, f"--stop_at={end}", hosts=hosts, devices=devices)
+    run(tmp_path / "one", "80/60", *options)
+    left, right = records(tmp_path / "one"), records(tmp_path / "moved")
+    assert [(r["step"], r["split"]) for r in left] == [(r["step"], r["split"]) for r in right]
+    for one, other in zip(left, right, strict=True):
+        assert one.get("loss") == pytest.approx(other.get("loss"), abs=1e-5)
+    states = [last_state(tmp_path / name, "80/60", *options)[0] for name in ("one", "moved")]
+    found = [s.reservoir.sets if form else sets(s) for s in states]
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.slow
