@@ -14,6 +14,7 @@ from experiments.records import summary, workdir
 from experiments.records.checkpoints import Checkpoints
 from experiments.records.metrics import Metrics
 from experiments.records.set_files import SetFiles
+from experiments.records.speed import Speed
 from experiments.task import DataIterator
 from experiments.training.evaluation import check_data, evaluate, evaluated_splits
 from experiments.training.metric_sums import NonFiniteError, Window
@@ -37,6 +38,7 @@ class Session:
     window: Window
     counts: SetCounts
     sets: SetFiles
+    speed: Speed
     began: float
     saved: int | None
 
@@ -50,7 +52,8 @@ class Session:
         with self.window.paused():
             values: dict[str, Any] = task.final_metrics(totals)
             values = values | {"learning_rate": self.program.learning_rate(step - 1)}
-            timing = self.window.timing(task.unit, task.units_per_step, batches.waited)
+            times = self.window.timing()
+            timing = self.speed.of(times, batches.waited, self.counts, step) if times else {}
             self.metrics.write(step, "train", values | {"timing": timing})
             if masks := self.program.representation.mask_statistics(state):
                 self.metrics.write(step, "masks", masks)
@@ -147,8 +150,10 @@ def _train_from(
     began = time.time() - meta.get("seconds", 0.0)
     counts = SetCounts(program.representation, state, meta.get("set_counts"))
     sets = SetFiles(directory, program.config.write_sets_every)
-    saved = start if restored else None
-    session = Session(program, directory, checkpoints, metrics, window, counts, sets, began, saved)
+    saved, speed = start if restored else None, Speed(program)
+    session = Session(
+        program, directory, checkpoints, metrics, window, counts, sets, speed, began, saved
+    )
     try:
         with Prefetcher(data, program.put) as batches, StopRequest() as stop:
             state, stopped = _loop(session, state, batches, stop, stop_at)
@@ -184,7 +189,7 @@ def _loop(
         gradients = program.step.gradients(state, batch, step + 1)
         state, sums = program.step(state, batch)
         step += 1
-        window.add(step, sums)
+        window.add(step, sums, program.representation.chooses(step))
         state = program.representation.between_steps(state, step, gradients)
         session.counts.add(state, step)
         session.metrics.tick(step)
@@ -193,7 +198,6 @@ def _loop(
         if step % config.log_every == 0 or step == config.steps:
             session.log(state, step, batches)
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:
-            window.totals.settled()
             with window.paused():
                 values = evaluate(program, state, program.task.eval_split)
                 session.metrics.write(step, program.task.eval_split, values)

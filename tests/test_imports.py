@@ -76,8 +76,9 @@ ROOMS = {
     "config": {"errors", "task", "training"},
     "image_classification": TASK,
     "language_modelling": TASK,
-    "tpu": {"errors", "training"},
-    "records": {"errors", "task", "training", "config"},
+    "chips": {"errors"},
+    "tpu": {"errors", "chips", "training"},
+    "records": {"errors", "chips", "task", "training", "config"},
     "reporting": {"errors", "records"},
     "loop": {"errors", "task", "training", "records"},
 }

@@ -18,7 +18,8 @@ class Prefetcher:
 
     Attributes:
         position: the position of the data after the last batch that `next` returned.
-        waited: the seconds spent waiting in `next`; a caller may set it back to zero.
+        waited: the seconds spent waiting in `next`, but for the first batch, for which the first
+            step waits, which is not timed either; a caller may set it back to zero.
     """
 
     def __init__(self, data: DataIterator, put: Callable[[Batch], Any]):
@@ -30,6 +31,7 @@ class Prefetcher:
         """
         self.position = data.get_state()
         self.waited = 0.0
+        self._first = True
         self._data, self._put = data, put
         self._ready: queue.Queue[tuple[Any, Any, BaseException | None]] = queue.Queue(AHEAD)
         self._error: BaseException | None = None
@@ -52,7 +54,8 @@ class Prefetcher:
         start = time.perf_counter()
         if self._error is None:
             batch, position, self._error = self._ready.get()
-        self.waited += time.perf_counter() - start
+        self.waited += 0.0 if self._first else time.perf_counter() - start
+        self._first = False
         if self._error is not None:
             raise self._error
         self.position = position
