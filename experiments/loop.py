@@ -19,6 +19,7 @@ from experiments.task import DataIterator
 from experiments.training.evaluation import check_data, evaluate, evaluated_splits
 from experiments.training.metric_sums import NonFiniteError, Window
 from experiments.training.prefetch import Prefetcher
+from experiments.training.profiling import Profile
 from experiments.training.program import Program, build
 from experiments.training.set_counts import SetCounts
 from experiments.training.state import TrainState
@@ -101,13 +102,19 @@ class Session:
         )
 
 
-def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Outcome:
+def train(
+    config: ConfigDict,
+    directory: Path,
+    stop_at: int | None = None,
+    profile: tuple[int, int] | None = None,
+) -> Outcome:
     """Trains from the beginning or from the last checkpoint.
 
     Args:
         config: a config from `experiments.config.resolve`.
         directory: the folder of the run.
         stop_at: the number of steps after which the run stops, with a checkpoint.
+        profile: the first and the last step of a trace, which goes beside the TensorBoard events.
 
     Returns:
         How the call ended. A stopped run continues when the function is called again.
@@ -115,6 +122,8 @@ def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Ou
     if workdir.finished(directory):
         workdir.claim(directory, config)
         return "finished before"
+    if profile and profile[1] > (end := min(config.steps, stop_at or config.steps)):
+        raise UserError(f"--profile={profile[0]}:{profile[1]}: must end by step {end}, the last")
     program = build(config)  # Most mistakes show here, before the folder is touched.
     data = program.task.train_data()
     check_data(program)
@@ -122,7 +131,7 @@ def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Ou
         workdir.claim(directory, config)
         checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, config.keep_checkpoints)
         try:
-            return _train_from(program, data, directory, checkpoints, stop_at)
+            return _train_from(program, data, directory, checkpoints, stop_at, profile)
         finally:
             checkpoints.close()
 
@@ -133,6 +142,7 @@ def _train_from(
     directory: Path,
     checkpoints: Checkpoints,
     stop_at: int | None,
+    profile: tuple[int, int] | None,
 ) -> Outcome:
     restored = checkpoints.restore(program.representation.abstract)
     state, meta = restored or (program.representation.init(), {})
@@ -141,9 +151,13 @@ def _train_from(
             raise UserError(f"{directory}: its checkpoints are of an earlier version, without sums")
         data.set_state(meta["data"])
     start = int(state.step)
+    first, last = profile or (0, 0)
+    traced = range(max(first, start + 1), last + 1)
     metrics = Metrics(directory, start, program.config.steps, program.config.log_every)
     if restored:
         metrics.say(f"going on from the checkpoint of step {start}")
+        if profile and first <= start:
+            metrics.say(f"--profile={first}:{last}: no trace of the steps up to {start}")
     else:
         metrics.say(summary.leaf_table(program.config, program.task))
     window = Window(meta.get("first", start + 1), meta.get("sums"))
@@ -155,8 +169,12 @@ def _train_from(
         program, directory, checkpoints, metrics, window, counts, sets, speed, began, saved
     )
     try:
-        with Prefetcher(data, program.put) as batches, StopRequest() as stop:
-            state, stopped = _loop(session, state, batches, stop, stop_at)
+        with (
+            Prefetcher(data, program.put) as batches,
+            Profile(directory / workdir.TENSORBOARD, traced) as traces,
+            StopRequest() as stop,
+        ):
+            state, stopped = _loop(session, state, batches, stop, stop_at, traces)
         if not stopped:
             session.finish(state)
         return "stopped" if stopped else "finished"
@@ -172,6 +190,7 @@ def _loop(
     batches: Prefetcher,
     stop: StopRequest,
     stop_at: int | None,
+    traces: Profile,
 ) -> tuple[TrainState, bool]:
     """Trains until the last step, or until the process is asked to stop.
 
@@ -185,12 +204,13 @@ def _loop(
     if step == 0 and session.sets.due(step):
         session.write_sets(state, step)
     while step < end and not stopping:
-        batch = batches.next()
-        gradients = program.step.gradients(state, batch, step + 1)
-        state, sums = program.step(state, batch)
-        step += 1
-        window.add(step, sums, program.representation.chooses(step))
-        state = program.representation.between_steps(state, step, gradients)
+        with traces.step(step + 1, window):
+            batch = batches.next()
+            gradients = program.step.gradients(state, batch, step + 1)
+            state, sums = program.step(state, batch)
+            step += 1
+            window.add(step, sums, program.representation.chooses(step))
+            state = program.representation.between_steps(state, step, gradients)
         session.counts.add(state, step)
         session.metrics.tick(step)
         if session.sets.due(step):

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         return
     if args.distributed:
         jax.distributed.initialize()
-    outcome = train(resolve(args.config, overrides), Path(args.workdir), args.stop_at)
+    outcome = train(resolve(args.config, overrides), Path(args.workdir), args.stop_at, args.profile)
     print(ENDS[outcome].format(args.workdir))
 
 
@@ -61,6 +61,9 @@ def _parser(describes: bool) -> command_line.Parser:
         "--describe", action="store_true", help="print which leaves are sparse, and train nothing"
     )
     parser.add_argument("--stop_at", type=command_line.positive, help="stop after so many steps")
+    parser.add_argument(
+        "--profile", type=command_line.steps, help="START:STOP: trace these steps for TensorBoard"
+    )
     parser.add_argument("--distributed", action="store_true", help="one process of several hosts")
     return parser
 
