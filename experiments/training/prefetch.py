@@ -26,7 +26,8 @@ class Prefetcher:
         """Starts at the present position of the data.
 
         Args:
-            data: the batches; from now on, only the thread may read them.
+            data: the batches; from now on, only the thread may read them. At the exit they are
+                closed, if they can be: processes that read ahead leave shared memory otherwise.
             put: brings a batch to the devices.
         """
         self.position = data.get_state()
@@ -48,6 +49,8 @@ class Prefetcher:
             if not self._ready.empty():
                 self._ready.get_nowait()
             self._thread.join(0.01)
+        if close := getattr(self._data, "close", None):
+            close()
 
     def next(self) -> Any:
         """The next batch, on the devices. An error from reading it is raised here, every time."""

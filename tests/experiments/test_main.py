@@ -329,6 +329,14 @@ def test_a_run_may_go_on_with_another_backend(tmp_path):
         workdir.claim(tmp_path, resolve(f"{CONFIG}:80/60", (*blocks, "method.refresh_delay=1")))
 
 
+def test_a_run_may_go_on_with_other_processes_for_its_data(tmp_path):
+    """Which are there in one config and not in an older one, and change no batch."""
+    imagenet = "configs/imagenet_resnet50.py:dense"
+    workdir.claim(tmp_path, resolve(imagenet, ["data.workers=16"]))
+    (tmp_path / workdir.METRICS).write_text('{"step": 1, "split": "train"}\n')
+    workdir.claim(tmp_path, resolve(imagenet, ["data.workers=2", "data.read_ahead=5"]))
+
+
 def test_a_folder_without_results_may_be_taken_over(tmp_path):
     """A run that failed before its first record left only its config: nothing is lost."""
     first = resolve(f"{CONFIG}:dense", [])
