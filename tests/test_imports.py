@@ -70,7 +70,7 @@ ROOMS = {
     "errors": set(),
     "registry": {"errors"},
     "layers": set(),
-    "grain_batches": set(),
+    "grain_batches": {"errors"},
     "task": {"errors", "registry"},
     "training": {"errors", "registry", "task"},
     "config": {"errors", "task", "training"},
