@@ -5,10 +5,13 @@ This module imports no JAX, so that Grain's worker processes start quickly.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
+
+from experiments.errors import UserError
 
 
 class EndlessBatches:
@@ -39,7 +42,7 @@ class EndlessBatches:
         """The next batch of this host."""
         if self._iterator is None:
             self._iterator = iter(self._read(self._batches[self.position :]))
-        batch: dict[str, Any] = next(self._iterator)
+        batch = _next(self._iterator)
         self.position += 1
         return batch
 
@@ -53,3 +56,14 @@ class EndlessBatches:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+            gc.collect()  # What an error left behind refers to itself, and to shared memory.
+
+
+def _next(iterator: grain.DatasetIterator) -> dict[str, Any]:
+    """The next batch. A UserError is raised anew, without the frames of Grain that hold batches."""
+    try:
+        batch: dict[str, Any] = next(iterator)
+        return batch
+    except UserError as error:
+        message = str(error)
+    raise UserError(message)

@@ -14,10 +14,12 @@ from experiments.records import summary, workdir
 from experiments.records.checkpoints import Checkpoints, Kept
 from experiments.records.metrics import Metrics
 from experiments.records.set_files import SetFiles
+from experiments.records.speed import Speed
 from experiments.task import DataIterator
 from experiments.training.evaluation import check_data, evaluate, evaluated_splits, metric_names
 from experiments.training.metric_sums import NonFiniteError, Window
 from experiments.training.prefetch import Prefetcher
+from experiments.training.profiling import Profile
 from experiments.training.program import Program, build
 from experiments.training.set_counts import SetCounts
 from experiments.training.state import TrainState
@@ -43,6 +45,7 @@ class Session:
     window: Window
     counts: SetCounts
     sets: SetFiles
+    speed: Speed
     began: float
     step: int
     evaluated: tuple[int, dict[str, Any]] = (0, {})
@@ -58,7 +61,8 @@ class Session:
         with self.window.paused():
             values: dict[str, Any] = task.final_metrics(totals)
             values = values | {"learning_rate": self.program.learning_rate(step - 1)}
-            timing = self.window.timing(task.unit, task.units_per_step, batches.waited)
+            times = self.window.timing()
+            timing = self.speed.of(times, batches.waited, self.counts, step) if times else {}
             self.metrics.write(step, "train", values | {"timing": timing})
             if masks := self.program.representation.mask_statistics(state):
                 self.metrics.write(step, "masks", masks)
@@ -67,7 +71,6 @@ class Session:
 
     def evaluate(self, state: TrainState, step: int) -> None:
         """Writes the record of an evaluation during training."""
-        self.window.totals.settled()
         with self.window.paused():
             split = self.program.task.eval_split
             self.evaluated = step, evaluate(self.program, state, split)
@@ -119,13 +122,19 @@ class Session:
         )
 
 
-def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Outcome:
+def train(
+    config: ConfigDict,
+    directory: Path,
+    stop_at: int | None = None,
+    profile: tuple[int, int] | None = None,
+) -> Outcome:
     """Trains from the beginning or from the last checkpoint.
 
     Args:
         config: a config from `experiments.config.resolve`.
         directory: the folder of the run.
         stop_at: the number of steps after which the run stops, with a checkpoint.
+        profile: the first and the last step of a trace, which goes beside the TensorBoard events.
 
     Returns:
         How the call ended: "interrupted" if a signal asked the process to end. A run that was
@@ -133,15 +142,23 @@ def train(config: ConfigDict, directory: Path, stop_at: int | None = None) -> Ou
     """
     with StopRequest() as stop:
         try:
-            return _train(config, directory, stop_at, stop)
+            return _train(config, directory, stop_at, profile, stop)
         except Stopped:
             return "interrupted"
 
 
-def _train(config: ConfigDict, directory: Path, stop_at: int | None, stop: StopRequest) -> Outcome:
+def _train(
+    config: ConfigDict,
+    directory: Path,
+    stop_at: int | None,
+    profile: tuple[int, int] | None,
+    stop: StopRequest,
+) -> Outcome:
     if workdir.finished(directory):
         workdir.claim(directory, config)
         return "finished before"
+    if profile and profile[1] > (end := min(config.steps, stop_at or config.steps)):
+        raise UserError(f"--profile={profile[0]}:{profile[1]}: must end by step {end}, the last")
     program = build(config)  # Most mistakes show here, before the folder is touched.
     data = program.task.train_data()
     check_data(program)
@@ -150,7 +167,7 @@ def _train(config: ConfigDict, directory: Path, stop_at: int | None, stop: StopR
         workdir.claim(directory, config)
         checkpoints = Checkpoints(directory / workdir.CHECKPOINTS, kept)
         try:
-            return _train_from(program, data, directory, checkpoints, stop_at, stop)
+            return _train_from(program, data, directory, checkpoints, stop_at, profile, stop)
         finally:
             checkpoints.close()
 
@@ -161,6 +178,7 @@ def _train_from(
     directory: Path,
     checkpoints: Checkpoints,
     stop_at: int | None,
+    profile: tuple[int, int] | None,
     stop: StopRequest,
 ) -> Outcome:
     restored = checkpoints.restore(program.representation.abstract)
@@ -170,19 +188,29 @@ def _train_from(
             raise UserError(f"{directory}: its checkpoints are of an earlier version, without sums")
         data.set_state(meta["data"])
     start = int(state.step)
+    first, last = profile or (0, 0)
+    traced = range(max(first, start + 1), last + 1)
     metrics = Metrics(directory, start, program.config.steps, program.config.log_every)
     if restored:
         metrics.say(f"going on from the checkpoint of step {start}")
+        if profile and first <= start:
+            metrics.say(f"--profile={first}:{last}: no trace of the steps up to {start}")
     else:
         metrics.say(summary.leaf_table(program.config, program.task))
     window = Window(meta.get("first", start + 1), meta.get("sums"))
     began = time.time() - meta.get("seconds", 0.0)
     counts = SetCounts(program.representation, state, meta.get("set_counts"))
     sets = SetFiles(directory, program.config.write_sets_every)
-    session = Session(program, directory, checkpoints, metrics, window, counts, sets, began, start)
+    session = Session(
+        program, directory, checkpoints, metrics, window, counts, sets, Speed(program), began, start
+    )
     try:
-        with Prefetcher(data, program.put) as batches, stop.steps():
-            state, stopped = _loop(session, state, batches, stop, stop_at)
+        with (
+            Prefetcher(data, program.put) as batches,
+            Profile(directory / workdir.TENSORBOARD, traced) as traces,
+            stop.steps(),
+        ):
+            state, stopped = _loop(session, state, batches, stop, stop_at, traces)
         if not stopped:
             session.finish(state)
         return "stopped" if stopped else "finished"
@@ -206,6 +234,7 @@ def _loop(
     batches: Prefetcher,
     stop: StopRequest,
     stop_at: int | None,
+    traces: Profile,
 ) -> tuple[TrainState, bool]:
     """Trains until the last step, or until the process is asked to stop.
 
@@ -219,12 +248,13 @@ def _loop(
     if step == 0 and session.sets.due(step):
         session.write_sets(state, step)
     while step < end and not stopping:
-        batch = batches.next()
-        gradients = program.step.gradients(state, batch, step + 1)
-        state, sums = program.step(state, batch)
-        step = session.step = step + 1
-        window.add(step, sums)
-        state = program.representation.between_steps(state, step, gradients)
+        with traces.step(step + 1, window):
+            batch = batches.next()
+            gradients = program.step.gradients(state, batch, step + 1)
+            state, sums = program.step(state, batch)
+            step = session.step = step + 1
+            window.add(step, sums, program.representation.chooses(step))
+            state = program.representation.between_steps(state, step, gradients)
         session.counts.add(state, step)
         session.metrics.tick(step)
         if session.sets.due(step):

@@ -54,7 +54,8 @@ def main(argv: list[str]) -> int:
     if args.distributed and not hosts.watched():
         return hosts.watch("experiments.main", argv, args)
     with hosts.member(args) if args.distributed else contextlib.nullcontext():
-        outcome = train(resolve(args.config, overrides), directory, args.stop_at)
+        config = resolve(args.config, overrides)
+        outcome = train(config, directory, args.stop_at, args.profile)
     print(ENDS[outcome].format(args.workdir))
     return RESUMABLE if outcome == "interrupted" else 0
 
@@ -77,6 +78,9 @@ def _parser(describes: bool) -> command_line.Parser:
         "--describe", action="store_true", help="print which leaves are sparse, and train nothing"
     )
     parser.add_argument("--stop_at", type=command_line.positive, help="stop after so many steps")
+    parser.add_argument(
+        "--profile", type=command_line.steps, help="START:STOP: trace these steps for TensorBoard"
+    )
     hosts.add_flags(parser)
     return parser
 

@@ -32,9 +32,9 @@ from typing import Any
 
 import jax
 
+from experiments.chips import Chip
 from experiments.config import command_line, resolve
 from experiments.tpu import compiling, hlo, library
-from experiments.tpu.chips import Chip
 from experiments.tpu.cost import Cost, cost, dearest
 from experiments.training.program import build
 

@@ -113,6 +113,16 @@ def count(text: str) -> int:
     return int(text)
 
 
+def steps(text: str) -> tuple[int, int]:
+    """Two numbers START:STOP, the first and the last of some steps."""
+    found = re.fullmatch("([0-9]+):([0-9]+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}; must be START:STOP, the first and the last step, from 1 on"
+        )
+    return int(found[1]), int(found[2])
+
+
 def path(text: str) -> str:
     """A path; an unset shell variable leaves it empty."""
     if not text.strip():

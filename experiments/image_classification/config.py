@@ -15,6 +15,7 @@ _CHECKS = {
     "data.image_size": integer(8),
     "data.threads": integer(1),
     "data.workers": integer(0),
+    "data.read_ahead": integer(1),
 }
 
 
@@ -42,6 +43,8 @@ def default_config() -> ConfigDict:
                 "cache": True,  # Decodes every image once and keeps it in memory.
                 "threads": 1,  # The number of batches that are made at the same time.
                 "workers": 0,  # The number of processes that make batches; 0 uses this process.
+                # The number of batches that each process makes ahead; at least one for each thread.
+                "read_ahead": 2,
             },
         }
     )

@@ -182,6 +182,7 @@ class ImageClassification:
             seed=self._seed,
             threads=self._data.threads,
             workers=self._data.workers,
+            read_ahead=self._data.read_ahead,
             host=jax.process_index(),
             hosts=jax.process_count(),
         )

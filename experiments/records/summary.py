@@ -121,11 +121,11 @@ def _flops(config: ConfigDict, task: Task, counts: Counts, over_run: Counts) -> 
 
     Fractions are of the dense network; of the one of full width, if this is a narrower one.
     """
-    by_leaf = _leaf_flops(task)
+    by_leaf = leaf_flops(task)
     found = tk.statistics.flops(by_leaf, counts)
     of_full = 1.0
     if (full := small_dense.full_width(config)) is not None:
-        of_full = found.dense / tk.statistics.flops(_leaf_flops(make_task(full)), {}).dense
+        of_full = found.dense / tk.statistics.flops(leaf_flops(make_task(full)), {}).dense
     return {
         "dense_forward_per_step": found.dense,
         "inference_fraction": of_full * found.inference_fraction,
@@ -133,7 +133,9 @@ def _flops(config: ConfigDict, task: Task, counts: Counts, over_run: Counts) -> 
     }
 
 
-def _leaf_flops(task: Task) -> Any:
+def leaf_flops(task: Task) -> dict[str, float]:
+    """The FLOPs of the forward pass on one training batch, by leaf, from shapes alone."""
+
     def forward(params: Any, model_state: Any, batch: Any) -> Any:
         return task.loss(params, model_state, batch, jax.random.key(0))[0]
 

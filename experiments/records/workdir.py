@@ -25,7 +25,8 @@ TENSORBOARD, LOCK, SWEEP, SETS = "tensorboard", ".lock", ".sweep.json", "sets"
 # Keys that may change when a run continues, because they do not change what it computes.
 FREE = (
     "name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints",
-    "keep_checkpoints_every", "keep_best_checkpoint", "write_sets_every",
+    "keep_checkpoints_every", "keep_best_checkpoint", "write_sets_every", "data.threads",
+    "data.workers", "data.read_ahead",
 )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
+from experiments.chips import Chip, chip_of
 from experiments.errors import UserError
-from experiments.tpu.chips import Chip, chip_of
 from experiments.training.partition import BATCH, make_mesh
 from experiments.training.program import Program
 

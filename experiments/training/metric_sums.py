@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -68,6 +69,9 @@ class MetricSums:
 class Window:
     """The training steps between two log records.
 
+    A step is timed from the arrival of the sums of the step before it to that of its own. The
+    loop fetches these sums anyway, so timing does not make the host wait for the device.
+
     Attributes:
         first: the first step of the window.
         totals: the metric sums of its steps.
@@ -76,38 +80,71 @@ class Window:
     def __init__(self, first: int, sums: Mapping[str, Any] | None = None):
         """Starts at a step, with the sums that an interrupted run already had for the window."""
         self.first, self.totals = first, MetricSums(sums)
-        self._timed, self._seconds = 0, 0.0
-        self._mark = time.perf_counter()
-        self._compiled = False
+        self._plain: list[float] = []  # The seconds of steps,
+        self._choosing: list[float] = []  # and those of steps in which sets are chosen.
+        # When the sums of the last step arrived, or a pause ended; None before the first step.
+        self._mark: float | None = None
+        self._running: list[float] | None = None  # Where the time of the pending step goes.
 
-    def add(self, step: int, sums: Any) -> None:
-        """Adds a step. The first step of a process compiles the program and is not timed."""
+    def add(self, step: int, sums: Any, chooses: bool = False) -> None:
+        """Adds a step. The first step of a process compiles the program and is not timed.
+
+        Args:
+            step: the number of the step.
+            sums: its sums, which the device may still compute.
+            chooses: whether sets are chosen in the time of this step.
+        """
         self.totals.add(step, sums)
-        self._timed += self._compiled
-        if not self._compiled:
-            self._compiled, self._mark = True, time.perf_counter()
+        self._arrived()
+        self._running = self._choosing if chooses else self._plain
+
+    def _arrived(self) -> None:
+        if self._running is None:
+            return
+        now = time.perf_counter()
+        if self._mark is not None:
+            self._running.append(now - self._mark)
+        self._running, self._mark = None, now
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """A context whose time is not counted."""
-        self._seconds += time.perf_counter() - self._mark
+        """A context whose time is not counted. It waits for the pending step first."""
+        self.totals.settled()
+        self._arrived()
         try:
             yield
         finally:
-            self._mark = time.perf_counter()
+            if self._mark is not None:
+                self._mark = time.perf_counter()
 
-    def timing(self, unit: str, units: int, waited: float) -> dict[str, float]:
-        """The speed, and the share of the time spent waiting for data. Call it while paused."""
-        if not self._timed:
-            return {}
-        rate = self._timed / self._seconds
-        return {
-            "steps_per_second": rate,
-            f"{unit}_per_second": rate * units,
-            "data_wait": min(1.0, waited / self._seconds),
-        }
+    def timing(self) -> Timing | None:
+        """The times of the steps; None if no step was timed. Call it while paused."""
+        times = [*self._plain, *self._choosing]
+        if not times:
+            return None
+        refresh: float | None = 0.0
+        if self._choosing:
+            usual = statistics.median(self._plain) if self._plain else None
+            refresh = None if usual is None else sum(self._choosing) - usual * len(self._choosing)
+        return Timing(len(times), sum(times), refresh if refresh is None else max(0.0, refresh))
 
     def next(self, first: int) -> None:
         """Starts the next window."""
         self.first, self.totals = first, MetricSums()
-        self._timed, self._seconds = 0, 0.0
+        self._plain, self._choosing = [], []
+
+
+class Timing(NamedTuple):
+    """The times of the steps of a window.
+
+    Attributes:
+        steps: how many steps were timed.
+        seconds: how long they took together.
+        refresh_seconds: by how much those in which sets are chosen took longer than as many of the
+            others (their median), at least 0. It is None if every step chooses, because then
+            nothing outside the device tells the two apart.
+    """
+
+    steps: int
+    seconds: float
+    refresh_seconds: float | None

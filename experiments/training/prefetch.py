@@ -18,18 +18,21 @@ class Prefetcher:
 
     Attributes:
         position: the position of the data after the last batch that `next` returned.
-        waited: the seconds spent waiting in `next`; a caller may set it back to zero.
+        waited: the seconds spent waiting in `next`, but for the first batch, for which the first
+            step waits, which is not timed either; a caller may set it back to zero.
     """
 
     def __init__(self, data: DataIterator, put: Callable[[Batch], Any]):
         """Starts at the present position of the data.
 
         Args:
-            data: the batches; from now on, only the thread may read them.
+            data: the batches; from now on, only the thread may read them. At the exit they are
+                closed, if they can be: processes that read ahead leave shared memory otherwise.
             put: brings a batch to the devices.
         """
         self.position = data.get_state()
         self.waited = 0.0
+        self._first = True
         self._data, self._put = data, put
         self._ready: queue.Queue[tuple[Any, Any, BaseException | None]] = queue.Queue(AHEAD)
         self._error: BaseException | None = None
@@ -46,13 +49,16 @@ class Prefetcher:
             if not self._ready.empty():
                 self._ready.get_nowait()
             self._thread.join(0.01)
+        if close := getattr(self._data, "close", None):
+            close()
 
     def next(self) -> Any:
         """The next batch, on the devices. An error from reading it is raised here, every time."""
         start = time.perf_counter()
         if self._error is None:
             batch, position, self._error = self._ready.get()
-        self.waited += time.perf_counter() - start
+        self.waited += 0.0 if self._first else time.perf_counter() - start
+        self._first = False
         if self._error is not None:
             raise self._error
         self.position = position

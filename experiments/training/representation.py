@@ -135,6 +135,11 @@ class Representation(abc.ABC):
         del step
         return False
 
+    def chooses(self, step: int) -> bool:
+        """Whether the time of a step includes a choice of sets; the first step is 1."""
+        del step
+        return False
+
     def to_masked(self, state: TrainState) -> TrainState:
         """The same state with dense parameters and masks."""
         return state
@@ -217,6 +222,10 @@ class Masked(Representation):
     def needs_dense_gradient(self, step: int) -> bool:
         """As the method says."""
         return self._method.plan.needs_dense_gradient(step)
+
+    def chooses(self, step: int) -> bool:
+        """A choice that is due after a step is made in the next one."""
+        return step > 1 and self._method.plan.chooses_after(step - 1)
 
     def export(self, state: TrainState, form: str) -> tuple[str, Tree]:
         """Blocks and stacked layers are kept where the run could be always sparse.
@@ -304,6 +313,10 @@ class Compact(Representation):
     def needs_dense_gradient(self, step: int) -> bool:
         """As the method says."""
         return self.sparse.needs_gradients(step)
+
+    def chooses(self, step: int) -> bool:
+        """The host chooses, or brings sets that it chose ahead, before the next step starts."""
+        return self.sparse.changes_after(step)
 
     def between_steps(
         self, state: TrainState, step: int, gradients: dict[str, np.ndarray] | None = None

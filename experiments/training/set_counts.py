@@ -25,7 +25,7 @@ class SetCounts:
             state: the state before the first step that is to be added.
             saved: what `CountsOverSteps.saved` returned after the steps before.
         """
-        self._held, self._sums = held, CountsOverSteps(saved)
+        self._held, self._sums, self._window = held, CountsOverSteps(saved), CountsOverSteps()
         counts = held.leaf_counts(state)
         self._first, self._counts = int(state.step) + 1, lambda: counts
 
@@ -41,9 +41,16 @@ class SetCounts:
         self._close(step + 1)
         return self._sums
 
+    def window(self, step: int) -> CountsOverSteps:
+        """The sums of the steps of this process since the last call, up to this step."""
+        self._close(step + 1)
+        found, self._window = self._window, CountsOverSteps()
+        return found
+
     def _close(self, first: int) -> None:
         """Adds the steps before `first`, all of which used the present counts."""
         steps = range(self._first, first)
-        dense = sum(map(self._held.needs_dense_gradient, steps))
-        self._sums.add(self._counts(), len(steps), dense)
+        dense, counts = sum(map(self._held.needs_dense_gradient, steps)), self._counts()
+        for sums in (self._sums, self._window):
+            sums.add(counts, len(steps), dense)
         self._first = first

@@ -1,5 +1,6 @@
 """A mistake on a bench script's command line is one line that says what is wrong, and status 2."""
 
+import json
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,7 @@ from experiments.task import make_task
 from scripts import (
     bench_always_sparse,
     bench_checkpoints,
+    bench_input,
     bench_refresh,
     bench_selection,
     bench_step,
@@ -25,6 +27,9 @@ from scripts import (
         (bench_always_sparse, "--repeats=0", "--repeats", "at least 1"),
         (bench_checkpoints, "--every=0", "--every", "at least 1"),
         (bench_checkpoints, "--folder=/not/there", "/not/there", "a folder that exists"),
+        (bench_input, "--seconds=0", "--seconds", "at least 1"),
+        (bench_input, "--chip=v1", "v1", "v5e"),
+        (bench_input, "--config.data.read_ahead=0", "data.read_ahead: found 0", "at least 1"),
         (bench_refresh, "--variant=nope", "'nope'", "small-dense-F"),
         (bench_refresh, "--config.method.patern=block:16x16", "method.patern", "pattern"),
         (bench_refresh, "--config.method.refresh_delay=1", "refresh_delay: found 1", "must be 0"),
@@ -58,6 +63,18 @@ def test_devices_that_are_not_here(script, monkeypatch, capsys):
     assert (out, err.count("\n")) == ("", 1)
     assert "no such devices here" in err
     assert "(JAX says no more)" in err
+
+
+def test_the_input_of_a_config_is_timed(capsys):
+    config = "configs/imagenet_resnet50.py:dense,smoke"
+    flags = ["--images=8", "--seconds=1", "--chip_images=1000", "--config.batch_size=8"]
+    assert bench_input.main([f"--config={config}", *flags, "--config.data.read_ahead=3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["read_ahead"] == 3
+    assert found["bytes_an_image"] == pytest.approx(110_000, rel=0.05)
+    assert found["images_per_second"] > 0
+    cores = 1000 / found["images_per_second_per_core"]
+    assert cores <= found["cores_per_chip"] < cores * 1.01 + 1
 
 
 def test_tokens_are_those_of_the_vocabulary():

@@ -161,6 +161,7 @@ def test_prefetcher_knows_the_last_batch_taken():
         for i in range(1, 9):
             assert batches.next() == 10 * i
             assert batches.position == i
+            assert (batches.waited > 0) == (i > 1)  # The first step is not timed either.
         for _ in range(2):
             with pytest.raises(OSError, match="torn file"):
                 batches.next()

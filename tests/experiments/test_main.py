@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 from toy_runs import CACHE, CONFIG, last_state, records
 
@@ -13,6 +14,8 @@ from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.main import main
 from experiments.records import workdir
+from experiments.training.metric_sums import Window
+from experiments.training.profiling import Profile
 
 
 def call(capsys, *args):
@@ -230,6 +233,11 @@ BAD_FLAGS = {
     ("--config.mesh.fsdp=3",): "config.mesh",
     ("--config.batch_size=3",): "config.batch_size: found 3; must be a multiple of",
     ("--stop_at=0",): "found '0'; must be an integer of at least 1",
+    ("--profile=3",): "found '3'; must be START:STOP, the first and the last step",
+    ("--profile=0:3",): "found '0:3'; must be START:STOP",
+    ("--profile=5:4",): "found '5:4'; must be START:STOP",
+    ("--profile=5:21",): "--profile=5:21: must end by step 20, the last",
+    ("--profile=5:9", "--stop_at=8"): "--profile=5:9: must end by step 8, the last",
     ("--stop=3",): "unrecognized arguments: --stop=3",
     ("more",): "unrecognized arguments: more",
 }
@@ -239,6 +247,36 @@ BAD_FLAGS = {
 def test_bad_flags(capsys, tmp_path, args):
     assert_refused(call(capsys, *command(tmp_path / "run", *args)), BAD_FLAGS[args])
     assert not (tmp_path / "run").exists()
+
+
+def traced_steps(directory):
+    """The steps that the traces of a run hold, and the names of all events of any thread."""
+    numbers, names = [], set()
+    for path in directory.glob("tensorboard/plugins/profile/*/*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for event in (event for line in plane.lines for event in line.events):
+                names.add(event.name)
+                numbers += [v for k, v in event.stats if (event.name, k) == ("train", "step_num")]
+    return sorted(numbers), names
+
+
+def test_a_profile_is_of_the_steps_that_were_named(capsys, tmp_path, finished):
+    assert not [path for path in finished.rglob("*") if "profile" in path.name]
+    run = command(tmp_path / "run", "--config.eval_at_end=False")
+    assert call(capsys, *run, "--profile=4:6", "--stop_at=10")[0] == 0
+    numbers, names = traced_steps(tmp_path / "run")
+    assert numbers == [4, 5, 6]
+    assert "PjitFunction(_step)" in names
+    status, out, _ = call(capsys, *run, "--profile=9:12")  # A command may be given again.
+    assert status == 0
+    assert "--profile=9:12: no trace of the steps up to 10\n" in out
+    assert traced_steps(tmp_path / "run")[0] == [*numbers, 11, 12]
+
+
+def test_a_profile_is_written_where_a_run_ends_within_it(tmp_path):
+    with Profile(tmp_path, range(1, 9)) as traces, traces.step(1, Window(1)):
+        pass
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
 
 
 def test_missing_flags(capsys, tmp_path):
@@ -290,6 +328,14 @@ def test_a_run_may_go_on_with_another_backend(tmp_path):
     workdir.claim(tmp_path, resolve(f"{CONFIG}:80/60", (*blocks, "method.backend=xla")))
     with pytest.raises(UserError, match="refresh_delay is 0 there and 1 here"):
         workdir.claim(tmp_path, resolve(f"{CONFIG}:80/60", (*blocks, "method.refresh_delay=1")))
+
+
+def test_a_run_may_go_on_with_other_processes_for_its_data(tmp_path):
+    """Which are there in one config and not in an older one, and change no batch."""
+    imagenet = "configs/imagenet_resnet50.py:dense"
+    workdir.claim(tmp_path, resolve(imagenet, ["data.workers=16"]))
+    (tmp_path / workdir.METRICS).write_text('{"step": 1, "split": "train"}\n')
+    workdir.claim(tmp_path, resolve(imagenet, ["data.workers=2", "data.read_ahead=5"]))
 
 
 def test_a_folder_without_results_may_be_taken_over(tmp_path):

@@ -28,6 +28,7 @@ class Options:
         seed: the seed of the order and of the augmentation.
         threads: the number of batches that one process makes at the same time.
         workers: the number of processes that make batches; 0 makes them in this process.
+        read_ahead: the number of batches that one process makes ahead, if not fewer than threads.
         host: the number of this host.
         hosts: the number of hosts; each of them makes its part of every batch.
     """
@@ -38,6 +39,7 @@ class Options:
     seed: int
     threads: int
     workers: int = 0
+    read_ahead: int = 2
     host: int = 0
     hosts: int = 1
 
@@ -85,9 +87,8 @@ def cached(source: Source, recipe: Recipe, size: int) -> ArraySource:
 
 
 def _prefetch(batches: grain.MapDataset, options: Options) -> grain.IterDataset:
-    read = grain.ReadOptions(
-        num_threads=options.threads, prefetch_buffer_size=max(2, options.threads)
-    )
+    ahead = max(options.read_ahead, options.threads)
+    read = grain.ReadOptions(num_threads=options.threads, prefetch_buffer_size=ahead)
     made = batches.to_iter_dataset(read)
     if options.workers:
         if (
@@ -95,7 +96,14 @@ def _prefetch(batches: grain.MapDataset, options: Options) -> grain.IterDataset:
         ):  # The processes of Grain read its flags, which a test does not parse.
             flags.FLAGS.mark_as_parsed()
         made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=options.workers))
+        # Batches come in shared memory, which Grain frees in a thread when they are dropped. Those
+        # that an error keeps until the process ends would never be freed, and be complained of.
+        made = made.map(_copied)
     return made
+
+
+def _copied(batch: Batch) -> Batch:
+    return {name: np.array(values) for name, values in batch.items()}
 
 
 class _Augment(grain.transforms.RandomMap):

@@ -8,8 +8,9 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments import chips
 from experiments.errors import UserError
-from experiments.tpu import chips, compiling, hlo, library
+from experiments.tpu import compiling, hlo, library
 from experiments.tpu.cost import cost, dearest
 from topkast_jax import Block
 from topkast_jax.always_sparse import CompactKernel, matmul

@@ -1,6 +1,10 @@
 """Image folders: what they give, and one line for each thing that can be wrong with them."""
 
 import os
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -177,6 +181,45 @@ def test_a_damaged_image_is_named_from_a_thread_or_a_process(root, workers):
     with pytest.raises(UserError) as error:
         list(pipeline.eval_batches(source(root), settings))
     assert str(path) in one_line(error)
+
+
+# Large enough batches come from the processes in shared memory.
+READ_ALL = """
+import sys
+from experiments.errors import UserError
+from experiments.image_classification.data import pipeline, sources
+from experiments.image_classification.data.preprocessing import RECIPES
+from experiments.training.prefetch import Prefetcher
+
+if __name__ == "__main__":
+    folder = sources.split_folder(sys.argv[1], "train")
+    source = sources.FolderSource(folder, sources.folder_classes(sys.argv[1]), 3)
+    options = pipeline.Options(
+        recipe=RECIPES.get("imagenet"), image_size=224, batch_size=8, seed=0, threads=1, workers=2
+    )
+    with Prefetcher(pipeline.TrainBatches(source, options), lambda batch: batch) as batches:
+        try:
+            while True:
+                batches.next()
+        except UserError as error:
+            print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_damaged_image_among_processes_leaves_nothing_behind(root, tmp_path):
+    """As a run that ends by it: with one line, and none about shared memory."""
+    path = damage(root, "half")
+    for i in range(60):
+        shutil.copy(root / "train/dog/1.png", root / f"train/dog/1.{i}.png")
+    (tmp_path / "read_all.py").write_text(READ_ALL)
+    repository = str(pathlib.Path(__file__).parents[4])
+    line = [sys.executable, str(tmp_path / "read_all.py"), str(root)]
+    environment = os.environ | {"PYTHONPATH": repository}
+    found = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
+    assert found.stderr == ""
+    (told,) = found.stdout.splitlines()
+    assert str(path) in told
 
 
 @pytest.mark.slow

@@ -1,12 +1,16 @@
-"""Published peaks of TPU chips.
+"""Published peaks of chips.
 
-From the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of Google Cloud's TPU documentation.
+Those of TPUs are from the pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" of Google Cloud's TPU
+documentation. Those of GPUs are from NVIDIA's data sheets of the A100, the H100 and the H200; where
+a sheet states the rate with structured sparsity, half of it is the rate without.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+import jax
 
 from experiments.errors import UserError
 
@@ -52,6 +56,35 @@ CHIPS: Mapping[str, Chip] = {
     "v5p": Chip(459e12, 95 * 2**30, 2765e9, 600e9),
     "v6e": Chip(918e12, 32 * 2**30, 1638e9, 448e9),
 }
+
+
+# What JAX calls the devices of these chips, and bfloat16 operations per second of one chip.
+_FLOPS: Mapping[str, float] = {
+    **{f"TPU {kind}": CHIPS["v5e"].flops for kind in ("v5 lite", "v5e")},
+    **{f"TPU {kind}": CHIPS["v6e"].flops for kind in ("v6 lite", "v6e")},
+    **{f"TPU {kind}": CHIPS["v5p"].flops for kind in ("v5", "v5p")},
+    "TPU v4": CHIPS["v4"].flops,
+    **{f"NVIDIA A100-{form}": 312e12 for form in ("SXM4-40GB", "SXM4-80GB", "PCIE-40GB")},
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The bfloat16 operations per second of the device's chip; None if they are not known here."""
+    return _FLOPS.get(device.device_kind)
+
+
+def chip_count(devices: Iterable[jax.Device]) -> int:
+    """The number of chips. Some TPUs show more than one device for each chip."""
+    return len({_place(device) for device in devices})
+
+
+def _place(device: jax.Device) -> tuple[int, ...]:
+    if device.platform != "tpu":
+        return (device.id,)
+    return getattr(device, "slice_index", 0), *device.coords
 
 
 def chip_of(topology: str) -> Chip:
