@@ -19,7 +19,6 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import FrameType
 from unittest import mock
 
@@ -28,7 +27,7 @@ from jax._src.lib import _jax
 
 from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.records import checkpoints, workdir
+from experiments.records import checkpoints, files, workdir
 from experiments.signals import ASK, RESUMABLE
 from topkast_jax.errors import SparsityError
 
@@ -137,7 +136,7 @@ def _told(fatal: str, args: argparse.Namespace) -> str:
             f"--start_timeout={args.start_timeout}: {lost} is missing; start every process within "
             "that time"
         )
-    step = checkpoints.newest(Path(args.workdir) / workdir.CHECKPOINTS)
+    step = checkpoints.newest(files.path(args.workdir) / workdir.CHECKPOINTS)
     return (
         f"{lost} was lost; the same command, given to every process, goes on from step {step} in "
         f"{args.workdir}"
