@@ -40,10 +40,10 @@ def test_top_kast_is_ahead_of_a_random_mask_and_behind_dense(scope):
 def test_the_sets_settle_where_the_digits_are(scope):
     shares, seen = scope["shares"], scope["seen"]
     assert np.mean(shares[-3:]) < np.mean(shares[:3]) / 2
-    used = {step: np.asarray(seen[step][0]["first"]["kernel"]).sum(1) for step in (0, 600)}
+    used = {step: np.asarray(seen[step][0]["first"]["kernel"]).sum(1) for step in (0, 300)}
     border = np.ones((28, 28), bool)
     border[4:-4, 4:-4] = False
-    start, end = (used[step][border.ravel()].sum() for step in (0, 600))
+    start, end = (used[step][border.ravel()].sum() for step in (0, 300))
     assert end < start / 2
 
 

@@ -498,7 +498,7 @@ def _whole_number(name: str, value: Any, least: int) -> Any:
     if value is None or isinstance(value, jax.core.Tracer):
         return value
     try:
-        whole = not isinstance(value, bool) and int(value) == value and least <= value < 2**31
+        whole = not isinstance(value, bool) and int(value) == value and least <= int(value) < 2**31
     except (TypeError, ValueError, OverflowError):
         whole = False
     if not whole:

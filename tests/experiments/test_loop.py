@@ -176,13 +176,14 @@ def test_prefetcher_stops_in_the_middle():
 def test_on_many_hosts_a_step_waits_for_no_other_host(monkeypatch):
     """JAX's preemption service is asked, which only looks at what it was told."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.delattr(multihost_utils, "process_allgather")
     reached = lambda step: step == 3  # noqa: E731
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
         assert signal.getsignal(signal.SIGTERM) is before
-        assert [stop.asked(step) for step in range(1, 5)] == [False, False, True, False]
+        assert [stop.asked(step) for step in range(1, 5)] == [False, False, True, True]
 
 
 def test_learning_rate_schedules():

@@ -70,6 +70,7 @@ def test_images():
         assert sorted(one["label"]) == sorted(other["label"])
 
 
+@pytest.mark.slow
 def test_text():
     for one, other in zip(taken(text, STAGES), taken(text, [(1, 10)]), strict=True):
         np.testing.assert_array_equal(one["tokens"], other["tokens"])

@@ -162,6 +162,7 @@ def rigl_configs(*overrides):
     ]
 
 
+@pytest.mark.slow
 def test_rigl_chooses_by_the_dense_gradient_of_leaves_that_no_device_holds():
     """Alone, and on eight devices, where the gradient is a sum over the parts of a batch."""
     masked, compact = rigl_configs("method.pattern=block:4x2")

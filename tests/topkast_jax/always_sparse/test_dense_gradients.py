@@ -78,9 +78,9 @@ def rigl(optimizer="momentum", **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"optimizer": "adam", "pattern": tk.Block(4, 2)},
-        {"pattern": tk.FanIn(), "skips_update": True},
+        pytest.param({"pattern": tk.FanIn(), "skips_update": True}, marks=pytest.mark.slow),
         {"last_choice_at": 7, "optimizer": "adam", "skips_update": True},
     ],
     ids=str,
