@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from types import FrameType
+from typing import NoReturn
 
 ASK = (signal.SIGTERM, signal.SIGINT)
 # The exit status of a run that was asked to end and goes on from there: EX_TEMPFAIL in sysexits.h.
@@ -17,8 +18,12 @@ def end_at_once() -> None:
         signal.signal(number, _end)
 
 
+def end(number: int) -> NoReturn:
+    """Ends this process at once, with a line that names the signal."""
+    os.write(1, f"stopped by {signal.Signals(number).name}; the same command goes on\n".encode())
+    os._exit(RESUMABLE)
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     del frame
-    line = f"stopped by {signal.Signals(number).name}; the same command goes on\n"
-    os.write(1, line.encode())
-    os._exit(RESUMABLE)
+    end(number)

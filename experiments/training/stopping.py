@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from experiments.signals import ASK
+from experiments.signals import ASK, end
 
 
 class Stopped(BaseException):
-    """The process was asked to end, and no step is under way. No Exception, as an interrupt."""
+    """The process was asked to end, and no step is under way. No Exception, as an interrupt.
+
+    Attributes:
+        number: the signal that asked.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM):
+        super().__init__()
+        self.number = number
 
 
 class StopRequest:
@@ -31,16 +41,19 @@ class StopRequest:
     def __init__(self) -> None:
         self._asked = self._in_steps = False
         self._before: dict[signal.Signals, object] = {}
+        self._hook = sys.unraisablehook
 
     def __enter__(self) -> StopRequest:
         # To ask for the number of processes would start the devices, which may not be there.
         signals = (signal.SIGINT,) if jax.distributed.is_initialized() else ASK
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._ask) for s in signals}
+        sys.unraisablehook = self._swallowed
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+        sys.unraisablehook = self._hook
 
     @contextlib.contextmanager
     def steps(self) -> Iterator[None]:
@@ -64,14 +77,20 @@ class StopRequest:
         return self._asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
+        del frame
         self._restore()
         if jax.distributed.is_initialized():
             signal.raise_signal(signal.SIGTERM)
             return
         self._asked = True
         if not self._in_steps:
-            raise Stopped
+            raise Stopped(number)
+
+    def _swallowed(self, unraisable: Any) -> None:
+        """Ends the process where Stopped was raised in a callback, from which nothing is raised."""
+        if isinstance(unraisable.exc_value, Stopped):
+            end(unraisable.exc_value.number)
+        self._hook(unraisable)
 
     def _restore(self) -> None:
         for s, handler in self._before.items():

@@ -149,3 +149,20 @@ def test_signals_without_a_step_under_way(tmp_path, whole, monkeypatch, number, 
     assert signal.getsignal(number) is before
     assert run(tmp_path / "run", "80/60", *EVERY) == "finished"
     assert_equal_runs(whole, tmp_path / "run", *EVERY)
+
+
+def test_a_signal_in_a_callback_is_not_swallowed():
+    """What is raised while Python collects garbage goes nowhere, and neither does the signal."""
+    program = """
+import gc, signal
+from experiments.training.stopping import StopRequest
+def ask(phase, info):
+    signal.raise_signal(signal.SIGTERM)
+with StopRequest():
+    gc.callbacks.append(ask)
+    gc.collect()
+    print("went on")
+"""
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (RESUMABLE, "")
+    assert found.stdout == "stopped by SIGTERM; the same command goes on\n"
