@@ -24,13 +24,13 @@ def start_two_hosts(directory, options, *flags, which=(0, 1)):
     return start(directory, options, *flags, hosts=2, devices=4, which=which)
 
 
-def start(directory, options, *flags, hosts, devices, which=None):
+def start(directory, options, *flags, hosts, devices, which=None, spec=f"{CONFIG}:80/60"):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     environment = os.environ | {k.upper(): str(v) for k, v in CACHE.items()}
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    flags = [f"--config={CONFIG}:80/60", f"--workdir={directory}", *flags]
+    flags = [f"--config={spec}", f"--workdir={directory}", *flags]
     flags += [f"--config.{option}" for option in options]
     flags += ["--distributed", f"--coordinator={address}", f"--processes={hosts}"]
     return [
@@ -50,8 +50,8 @@ def on_two_hosts(directory, options, *flags):
     return on(directory, options, *flags, hosts=2, devices=4)
 
 
-def on(directory, options, *flags, hosts, devices):
-    processes = start(directory, options, *flags, hosts=hosts, devices=devices)
+def on(directory, options, *flags, hosts, devices, **which):
+    processes = start(directory, options, *flags, hosts=hosts, devices=devices, **which)
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0] * hosts, outputs
     return [out for out, _ in outputs]
