@@ -63,7 +63,8 @@ HOLDINGS = {"masked": (), "always sparse": ALWAYS_SPARSE, "delayed": DELAYED}
 STOPPED = (0, RESUMABLE, -signal.SIGTERM)
 MOMENTS = ("start", "step", "save", "save", "any")
 CHAIN = {signal.SIGKILL: 9, signal.SIGTERM: 2, signal.SIGINT: 2}
-GROWTH = {"memory": 1.1, "descriptors": 1.0, "threads": 1.0, "cpu_per_step": 1.25}
+# Thread pools start their threads one by one, up to a limit.
+GROWTH = {"memory": 1.1, "descriptors": 1.0, "threads": 1.1, "cpu_per_step": 1.25}
 
 
 @dataclasses.dataclass
