@@ -308,6 +308,7 @@ def test_another_text_under_a_checkpoint_is_one_line(runs, tmp_path, change, cap
     assert {p.name for p in (run / workdir.CHECKPOINTS).iterdir()} == {"1"}
 
 
+@pytest.mark.slow
 def test_one_device_is_like_eight(runs):
     whole, _, text = runs
     config = config_of(text)

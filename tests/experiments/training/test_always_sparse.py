@@ -171,6 +171,7 @@ def test_rigl_chooses_by_the_dense_gradient_of_leaves_that_no_device_holds():
     assert_followed(list(steps(compact, 31, jax.devices()[:1])), list(steps(together, 31)))
 
 
+@pytest.mark.slow
 def test_rigl_always_sparse_stopped_and_continued(tmp_path):
     overrides = ("method.name=rigl", "method.always_sparse=True", "method.refresh_every=3")
     assert toy_runs.run(tmp_path / "whole", "80/60", *overrides) == "finished"

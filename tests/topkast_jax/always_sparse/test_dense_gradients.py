@@ -81,7 +81,10 @@ def rigl(optimizer="momentum", **options):
         pytest.param({}, marks=pytest.mark.slow),
         {"optimizer": "adam", "pattern": tk.Block(4, 2)},
         pytest.param({"pattern": tk.FanIn(), "skips_update": True}, marks=pytest.mark.slow),
-        {"last_choice_at": 7, "optimizer": "adam", "skips_update": True},
+        pytest.param(
+            {"last_choice_at": 7, "optimizer": "adam", "skips_update": True},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
