@@ -8,6 +8,7 @@ import functools
 import logging
 import re
 import sys
+import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -91,11 +92,14 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
 
 
 def _without_orbax(unraisable: Any) -> None:
-    """Python's own hook, but for the writes that were under way when another one failed.
+    """Python's own hook, but for what Orbax leaves behind when a save or a restore has failed.
 
-    Orbax no longer waits for their end, of which TensorStore tells an event loop that is closed.
+    It no longer waits for the reads and writes that were under way: TensorStore tells their ends to
+    an event loop that is closed, and their coroutines, of which there are no others here, are left
+    to the garbage collector.
     """
-    if str(unraisable.exc_value) != "Event loop is closed":
+    left = str(unraisable.exc_value) == "Event loop is closed"
+    if not left and not isinstance(unraisable.object, types.CoroutineType):
         sys.__unraisablehook__(unraisable)
 
 

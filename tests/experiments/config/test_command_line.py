@@ -2,6 +2,8 @@
 
 import errno
 import os
+import sys
+import types
 
 import pytest
 
@@ -62,3 +64,24 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(PermissionError):
         command([])
+
+
+def test_what_orbax_leaves_to_the_garbage_collector_is_not_shown(capsys):
+    """Of a restore that failed, thousands of lines; anything else is shown as Python shows it."""
+
+    async def read():
+        pass
+
+    left = read()
+    found = {"exc_type": ValueError, "exc_value": ValueError("x"), "exc_traceback": None}
+    try:
+        command_line._without_orbax(types.SimpleNamespace(**found, err_msg=None, object=left))
+        assert capsys.readouterr().err == ""
+    finally:
+        left.close()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "__unraisablehook__", seen.append)
+        other = types.SimpleNamespace(**found, err_msg=None, object=print)
+        command_line._without_orbax(other)
+    assert seen == [other]
