@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from experiments.config import command_line, resolve
 from experiments.errors import UserError
 from experiments.records.checkpoints import Checkpoints, Kept
 from experiments.training.program import Program, build
 from experiments.training.state import TrainState
+from scripts.bench_refresh import random_batch
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_small.py"
 
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 def measure(args: argparse.Namespace, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     """Times pairs of windows; the first pair compiles and is not counted."""
     program = build(resolve(f"{CONFIG}:{args.variant}", overrides))
-    batch, state = _batch(program), program.representation.init()
+    batch, state = random_batch(program), program.representation.init()
     store = Checkpoints(folder, Kept(last=1))
     seconds: dict[bool, list[float]] = {False: [], True: []}
     held_up, step = [], 0
@@ -96,15 +96,6 @@ def _save(program: Program, store: Checkpoints, state: TrainState, step: int) ->
             "the parameters are not finite; try a smaller config.optimizer.learning_rate"
         )
     store.save(step, program.representation.settled(state), {})
-
-
-def _batch(program: Program) -> Any:
-    rng = np.random.default_rng(0)
-    tokens = {
-        name: rng.integers(0, program.config.data.vocabulary_size, x.shape).astype(x.dtype)
-        for name, x in program.task.example_batch().items()
-    }
-    return program.put(tokens)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -56,7 +56,7 @@ def measure(variant: str, steps: int, repeats: int, overrides: Sequence[str]) ->
         raise UserError("config.method.always_sparse: found False; must be True")
     program = build(config)
     held = program.representation
-    state, batch = held.init(), _batch(program)
+    state, batch = held.init(), random_batch(program)
     step_seconds, refresh_seconds, entering = [], [], []
     for i in range(1, (repeats + WARM) * steps + 1):
         dense_seconds, gradients = _timed(program.step.gradients, state, batch, i)
@@ -104,7 +104,8 @@ def _check_finite(step: int, loss: float) -> None:
         )
 
 
-def _batch(program: Program) -> Any:
+def random_batch(program: Program) -> Any:
+    """A batch of random tokens, on the devices."""
     rng = np.random.default_rng(0)
     tokens = {
         name: rng.integers(0, program.config.data.vocabulary_size, x.shape).astype(x.dtype)

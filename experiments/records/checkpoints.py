@@ -139,8 +139,8 @@ class Checkpoints:
         self._orbax.save(self.directory / str(step), ocp.args.Composite(**items))
         self._pending = step, self._background.submit(self._complete, step, value)
 
-    def wait(self) -> int | None:
-        """Waits until the last save is complete; returns the step of the last complete one.
+    def wait(self) -> None:
+        """Waits until the last save is complete.
 
         Raises:
             UserError: it cannot be written.
@@ -157,7 +157,6 @@ class Checkpoints:
             finally:
                 self._pending = None
             self._last = step
-        return self._last
 
     def kept(self) -> str:
         """The words that say which checkpoint a run goes on from."""

@@ -80,13 +80,14 @@ def test_the_input_of_a_config_is_timed(capsys):
 def test_tokens_are_those_of_the_vocabulary():
     config = resolve(f"{bench_refresh.CONFIG}:90/80,smoke")
     run = SimpleNamespace(config=config, task=make_task(config), put=lambda batch: batch)
-    for tokens in bench_refresh._batch(run).values():
+    for tokens in bench_refresh.random_batch(run).values():
         assert 0.9 * config.data.vocabulary_size < tokens.max() < config.data.vocabulary_size
 
 
 def test_a_loss_that_is_not_finite_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(bench_refresh, "CONFIG", toy_runs.CONFIG)
-    monkeypatch.setattr(bench_refresh, "_batch", lambda run: run.put(next(run.task.train_data())))
+    first = lambda run: run.put(next(run.task.train_data()))  # noqa: E731
+    monkeypatch.setattr(bench_refresh, "random_batch", first)
     flags = ["--variant=80/60", "--steps=2", "--repeats=1"]
     assert bench_refresh.main(flags) == 0
     capsys.readouterr()

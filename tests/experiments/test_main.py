@@ -336,6 +336,8 @@ def test_a_run_may_go_on_with_other_processes_for_its_data(tmp_path):
     workdir.claim(tmp_path, resolve(imagenet, ["data.workers=16"]))
     (tmp_path / workdir.METRICS).write_text('{"step": 1, "split": "train"}\n')
     workdir.claim(tmp_path, resolve(imagenet, ["data.workers=2", "data.read_ahead=5"]))
+    with pytest.raises(UserError, match="image_size is 224 there and 160 here"):
+        workdir.claim(tmp_path, resolve(imagenet, ["data.image_size=160"]))
 
 
 def test_a_folder_without_results_may_be_taken_over(tmp_path):
