@@ -1,8 +1,12 @@
 """Runs of the toy task, and what they leave behind."""
 
+import dataclasses
+import json
+import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import resolve
@@ -10,6 +14,7 @@ from experiments.loop import train
 from experiments.records import workdir
 from experiments.records.checkpoints import load
 from experiments.records.metrics import read_records
+from experiments.task import make_task
 from experiments.training.program import build
 from topkast_jax.flags import BACKWARD, FORWARD
 from topkast_jax.sets import presents
@@ -36,9 +41,39 @@ def run(directory, variant="80/60", *overrides, stop_at=None):
 
 def last_state(directory, variant="80/60", *overrides):
     """The state of the newest checkpoint, as NumPy arrays, and the data's position."""
-    abstract = build(config(variant, *overrides)).representation.abstract
+    abstract = shared_program(config(variant, *overrides)).representation.abstract
     state, meta = load(directory / workdir.CHECKPOINTS, abstract)
     return jax.tree.map(np.asarray, state), meta["data"]
+
+
+SECTIONS = ("task", "batch_size", "steps", "seed", "mesh", "model", "data", "optimizer", "method")
+"""The keys of a config on which its compiled functions depend."""
+_PROGRAMS = {}
+
+
+def shared_program(config):
+    """`build(config)`, with the functions of an earlier program where these keys are the same.
+
+    A program with a state of its own (always sparse) and one of a test's own files are built anew.
+    """
+    key = json.dumps([config.to_dict()[name] for name in SECTIONS], sort_keys=True)
+    if config.method.get("always_sparse") or re.search(r'"\w+:\w+"', key):
+        return build(config)
+    if key not in _PROGRAMS:
+        _PROGRAMS[key] = build(config)
+        _PROGRAMS[key].representation.init = _first_state(_PROGRAMS[key].representation.init)
+    return dataclasses.replace(_PROGRAMS[key], config=config, task=make_task(config))
+
+
+def _first_state(init):
+    """Calls `init` once. What it returns is a copy, which a step may donate."""
+    made = []
+
+    def copy():
+        made[:] = made or [init()]
+        return jax.tree.map(jnp.copy, made[0])
+
+    return copy
 
 
 def records(directory, timing=False):

@@ -113,12 +113,12 @@ def test_another_mesh_may_go_on(tmp_path, whole):
 def test_signals(tmp_path, number, status):
     """A process that is asked to end leaves a checkpoint; one that is killed, its last one."""
     command = [sys.executable, "-m", "experiments.main", f"--config={CONFIG}:80/60"]
-    command += [f"--workdir={tmp_path}/run", "--config.steps=1000000", "--config.log_every=1000"]
-    command += ["--config.checkpoint_every=1000"]
+    command += [f"--workdir={tmp_path}/run", "--config.steps=1000000", "--config.log_every=100"]
+    command += ["--config.checkpoint_every=100"]
     environment = os.environ | {k.upper(): str(v) for k, v in CACHE.items()} | {"XLA_FLAGS": ""}
     with open(tmp_path / "output", "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-    manifest = tmp_path / "run" / "checkpoints" / "1000" / "MANIFEST.json"
+    manifest = tmp_path / "run" / "checkpoints" / "100" / "MANIFEST.json"
     for _ in range(600):
         if manifest.exists() or process.poll() is not None:
             break
@@ -126,7 +126,7 @@ def test_signals(tmp_path, number, status):
     process.send_signal(number)
     text = (tmp_path / "output").read_text()
     assert process.wait(60) == status, text
-    more = ("steps=1000000", "log_every=1000", "checkpoint_every=1000")
+    more = ("steps=1000000", "log_every=100", "checkpoint_every=100")
     state, position = last_state(tmp_path / "run", "80/60", *more)
     assert position == {"position": int(state.step)}
     text = (tmp_path / "output").read_text()

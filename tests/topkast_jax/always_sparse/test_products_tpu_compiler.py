@@ -94,6 +94,7 @@ def test_blocks_that_the_kernels_refuse_run_on_xla():
     assert "tpu_custom_call" not in compiled.as_text()
 
 
+@pytest.mark.slow
 def test_the_widest_published_layer_fits_vmem():
     """4096 → 16384 and back: v4's 16 MiB are the least."""
     mesh = mesh_of("v4:2x2x1", 1)

@@ -16,6 +16,7 @@ from topkast_jax.always_sparse import host as hosts
 from topkast_jax.sets import CompactState, find_compact, leaf_flags, presents
 
 ALL = [("stack/.*", tk.Sparse(stacked=0)), (".*kernel", tk.Sparse()), (".*", tk.Dense())]
+LAYERS = [("stack/.*", tk.Sparse(stacked=0)), (".*", tk.Dense())]
 ONE = [("first/kernel", tk.Sparse()), (".*", tk.Dense())]  # compiles in a third of the time
 
 
@@ -124,7 +125,8 @@ INNER = {
     ("inner", "rules", "pattern", "stop"),
     [
         pytest.param("momentum", ALL, tk.Unstructured(), None, marks=pytest.mark.slow),
-        ("adam", ALL, tk.Block(4, 2), None),
+        pytest.param("adam", ALL, tk.Block(4, 2), None, marks=pytest.mark.slow),
+        ("adam", LAYERS, tk.Block(4, 2), None),
         ("adam", ONE, tk.Unstructured(), 100),
         ("momentum", ONE, tk.Unstructured(), 0),
         *[
