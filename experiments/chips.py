@@ -33,7 +33,7 @@ class Chip:
     ici_bandwidth: float
 
     def shared_by(self, devices: int) -> Chip:
-        """The peaks of one of several devices on a chip. JAX sees two devices on each v4 chip."""
+        """The peaks of one of several devices on a chip, for chips that are not one device."""
         return Chip(
             self.flops / devices,
             self.hbm_bytes // devices,

@@ -9,40 +9,87 @@ dense gradients by which RigL chooses (--variant=rigl-90) count as a part of the
 line is JSON: the medians `step_seconds` and `refresh_seconds`, `refresh_ratio` (a refresh over a
 step), `amortised` (the cost that one refresh in 100 steps adds to each step), and `entering`, the
 share of B that is new after a refresh.
+
+    .venv/bin/python scripts/bench_refresh.py --params=277M [--patterns=unstructured,block128]
+        [--repeats=N] [--delay]
+
+times start and refresh of an AlwaysSparse alone, 90/80 with Adam, on so many parameters: the
+stacked kernels of 24 layers, of the proportions of configs/enwik8_large.py. Each pattern has a
+process of its own. The unit is one pass, `sum(abs(x) > t)` over all parameters, compiled, in the
+same process. The last line is JSON; in "results" there is for each pattern:
+
+start_passes, refresh_passes   median times in passes, without what compiles
+start_seconds, refresh_seconds, pass_seconds
+first_run_seconds              a start, two steps and two refreshes, and what they compile
+peak_host_bytes                most memory of the process during start and refreshes, less what it
+                               had before the parameters were made; `theta_bytes` and
+                               `device_bytes` are those of θ and of what the steps work on
+held_up_passes                 with --delay, in place of refresh_passes: how long steps wait for
+                               sets that are chosen ahead
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import json
 import math
+import multiprocessing
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
+import topkast_jax as tk
 from experiments.config import command_line, resolve
 from experiments.errors import UserError
 from experiments.training.methods import representation
 from experiments.training.metric_sums import LOSS
 from experiments.training.program import Program, build
+from topkast_jax.always_sparse import AlwaysSparse
 from topkast_jax.flags import BACKWARD
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_small.py"
 EVERY = 100
 WARM = 3
+PATTERNS = {"unstructured": tk.Unstructured(), "block128": tk.Block(128, 128)}
+LAYERS = 24
+PROPORTIONS = {  # of the kernels of one layer, in widths of the model
+    "attention/qkv/kernel": (1, 3),
+    "attention/out/kernel": (1, 1),
+    "attention/position/kernel": (1, 1),
+    "feed_forward/up/kernel": (1, 3),
+    "feed_forward/down/kernel": (3, 1),
+}
+DELAY = 2
 
 
 @command_line.command
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     args, overrides = command_line.parse(_parser(), argv)
-    print(json.dumps(measure(args.variant, args.steps, args.repeats, overrides)))
+    if args.params is None:
+        print(json.dumps(measure(args.variant, args.steps, args.repeats, overrides)))
+        return
+    if overrides:
+        raise UserError(f"--params: found {overrides[0]} beside it, which belongs to --variant")
+    results = []
+    for pattern in args.patterns:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            done = process.submit(measure_alone, args.params, pattern, args.repeats, args.delay)
+            results.append(done.result())
+            print(results[-1])
+    print(json.dumps({"device": jax.devices()[0].device_kind, "results": results}))
 
 
 def measure(variant: str, steps: int, repeats: int, overrides: Sequence[str]) -> dict[str, Any]:
@@ -79,6 +126,102 @@ def measure(variant: str, steps: int, repeats: int, overrides: Sequence[str]) ->
         "amortised": round(float(refresh / step) / EVERY, 5),
         "entering": round(float(np.mean(entering[WARM:])), 4),
     }
+
+
+def measure_alone(parameters: int, pattern: str, repeats: int, delayed: bool) -> dict[str, Any]:
+    """Times start and refresh without a model; see the module's docstring."""
+    width = 128 * max(1, round((parameters / (11 * LAYERS)) ** 0.5 / 128))
+    shapes = {
+        name: (LAYERS, rows * width, cols * width) for name, (rows, cols) in PROPORTIONS.items()
+    }
+    abstract = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    tx = tk.top_kast(
+        optax.adam(1e-3), 0.1, 0.2, refresh_every=DELAY if delayed else 1, inner_state="reset",
+        pattern=PATTERNS[pattern], rules=[(".*", tk.Sparse(stacked=0))],
+    )  # fmt: skip
+    sparse = AlwaysSparse(tx, abstract, delay=DELAY - 1 if delayed else 0)
+    start = functools.partial(sparse.start, donate=True)
+    step = jax.jit(lambda *args: _random_step(sparse, *args), donate_argnums=(0, 1))
+
+    def run(repeats: int) -> dict[str, Any]:
+        theta = _random_parameters(shapes)
+        one_pass = sum(_pass_seconds(leaf) for leaf in theta.values())
+        _memory("VmRSS", reset=True)
+        started, (values, state, reservoir) = _timed(start, theta)
+        peaks = [_memory("VmHWM")]
+        del theta
+        refreshes: list[float] = []
+        for i in range(1, repeats * (DELAY if delayed else 1) + 1):
+            values, state = step(values, state, jax.random.key(i))
+            jax.block_until_ready((values, state))
+            if delayed and i % DELAY and i > 1:  # What chooses ahead runs beside steps; let it end.
+                sparse.settled(reservoir)
+            time.sleep(0.5)  # XLA frees the temporaries of a step a moment after its results.
+            _memory("VmRSS", reset=True)
+            took, (values, state, reservoir) = _timed(sparse.refresh, i, values, state, reservoir)
+            peaks.append(_memory("VmHWM"))
+            refreshes.append(took)
+        device = sum(x.nbytes for x in jax.tree.leaves((values, state)))
+        if delayed:
+            refreshes = [sum(pair) for pair in zip(refreshes[1::2], refreshes[2::2], strict=False)]
+        return {
+            "pass": one_pass,
+            "start": started,
+            "refresh": float(np.median(refreshes)),
+            "device": device,
+            "peak": max(peaks),
+        }
+
+    compiling, _ = _timed(run, 2)
+    gc.collect()
+    before = _memory("VmRSS")
+    found = run(repeats)
+    return {
+        "pattern": pattern,
+        "parameters": sum(map(math.prod, shapes.values())),
+        "held_up_passes" if delayed else "refresh_passes": found["refresh"] / found["pass"],
+        "start_passes": found["start"] / found["pass"],
+        "pass_seconds": found["pass"],
+        "start_seconds": found["start"],
+        "refresh_seconds": found["refresh"],
+        "first_run_seconds": compiling,
+        "peak_host_bytes": found["peak"] - before,
+        "theta_bytes": 4 * sum(map(math.prod, shapes.values())),
+        "device_bytes": found["device"],
+    }
+
+
+def _random_parameters(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    theta = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    for array in theta.values():
+        array *= 0.02
+    return theta
+
+
+@jax.jit
+def _one_pass(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.abs(x) > 0.03)
+
+
+def _pass_seconds(leaf: np.ndarray) -> float:
+    held = jax.device_put(leaf)
+    return float(np.median([_timed(_one_pass, held)[0] for _ in range(4)][1:]))
+
+
+def _random_step(sparse: AlwaysSparse, values: Any, state: Any, key: jax.Array) -> Any:
+    keys = dict(zip(values, jax.random.split(key, len(values)), strict=True))
+    grads = {name: jax.random.normal(keys[name], x.shape) for name, x in values.items()}
+    updates, state = sparse.transform.update(grads, state, values)
+    return optax.apply_updates(values, updates), state
+
+
+def _memory(name: str, reset: bool = False) -> int:
+    """`VmRSS`, what this process has of the memory in bytes, or `VmHWM`, its most since a reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
 def _check_refreshes(method: ConfigDict, steps: int, last: int) -> None:
@@ -126,9 +269,21 @@ def _entering(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> fl
     return float(new / sum(np.count_nonzero(v) for v in before.values()))
 
 
+def _parameters(text: str) -> int:
+    found = re.fullmatch(r"(\d{1,6})([KMG]?)", text, re.ASCII)
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"found {text!r}; must be a number such as 277M")
+    return int(found[1]) * 1000 ** " KMG".index(found[2] or " ")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.Parser(prog="bench_refresh", description=__doc__)
     parser.add_argument("--variant", default="90/80")
+    parser.add_argument("--params", type=_parameters, help="how many, for example 277M")
+    parser.add_argument(
+        "--patterns", type=command_line.some_of(PATTERNS), default=",".join(PATTERNS)
+    )
+    parser.add_argument("--delay", action="store_true", help="sets are chosen ahead")
     parser.add_argument(
         "--steps", type=command_line.positive, default=10, help="between two refreshes"
     )

@@ -49,8 +49,12 @@ class Target:
 def target(topology: str, count: int | None = None) -> Target:
     """The first `count` devices of a topology such as `v5e:2x2`; None takes all of them."""
     chip = chip_of(topology)
+    # Cloud TPU runs the two cores of a v4 chip as one device; the compiler's default does not.
+    settings = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, **settings
+        ).devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
             f"--topology={topology}: {error}; v4:2x2x1, v5e:2x2, v5e:16x16, v5p:2x2x1 and v6e:2x2 "

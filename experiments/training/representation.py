@@ -282,15 +282,13 @@ class Compact(Representation):
         """Dense parameters are initialised on the host and never leave it."""
         shardings = states.shardings_of(self.abstract(0)._replace(reservoir=()))
         with jax.default_device(host_device()):
-            params, model_state = jax.device_get(
-                jax.jit(lambda: states.init_model(self._task, self._seed))()
-            )
+            params, model_state = jax.jit(lambda: states.init_model(self._task, self._seed))()
         tx = optax.GradientTransformation(
             jax.jit(self.tx.init, out_shardings=shardings.opt_state), self.tx.update
         )
-        values, opt_state, reservoir = self.sparse.start(params, tx)
+        values, opt_state, reservoir = self.sparse.start(params, tx, donate=True)
         step, model_state = jax.device_put(
-            (np.int32(0), model_state), (shardings.step, shardings.model_state)
+            (np.int32(0), jax.device_get(model_state)), (shardings.step, shardings.model_state)
         )
         state = TrainState(step, values, opt_state, model_state, reservoir)
         return self._scaled_to_fan_in(state) if self._scales else state

@@ -36,6 +36,8 @@ from scripts import (
         (bench_refresh, "--config.method.refresh_every=3", "found 3", "--steps=10"),
         (bench_refresh, "--config.method.stop_exploring_at=100", "found 100", "None or above"),
         (bench_refresh, "--config.method.always_sparse=False", "found False", "must be True"),
+        (bench_refresh, "--params=277 M", "'277 M'", "277M"),
+        (bench_refresh, "--patterns=block64", "block64", "unstructured, block128"),
         (bench_selection, "--entries=4194304,abc", "abc", "multiples of 2048"),
         (bench_selection, "--entries=100", "'100'", "multiples of 2048"),
         (bench_step, "--cases=mlp", "'mlp'", "mlp_b128_r100"),
@@ -75,6 +77,20 @@ def test_the_input_of_a_config_is_timed(capsys):
     assert found["images_per_second"] > 0
     cores = 1000 / found["images_per_second_per_core"]
     assert cores <= found["cores_per_chip"] < cores * 1.01 + 1
+
+
+def test_start_and_refresh_are_timed_alone(monkeypatch, capsys):
+    assert bench_refresh.main(["--params=277M", "--config.steps=3"]) == 2
+    assert "--params: found steps=3 beside it" in capsys.readouterr().err
+    monkeypatch.setattr(bench_refresh, "LAYERS", 2)
+    found = bench_refresh.measure_alone(1, "unstructured", 1, False)
+    assert found["parameters"] == 2 * 11 * 128**2
+    assert found["theta_bytes"] == 4 * found["parameters"]
+    # B is a fifth of it; the device has its places, its values and two moments of them.
+    assert found["device_bytes"] == pytest.approx(0.2 * 4 * found["theta_bytes"], rel=1e-3)
+    assert found["refresh_passes"] == pytest.approx(
+        found["refresh_seconds"] / found["pass_seconds"]
+    )
 
 
 def test_tokens_are_those_of_the_vocabulary():

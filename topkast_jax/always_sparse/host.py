@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-from topkast_jax.always_sparse.kernel import CompactKernel, from_masks, units_of
+from topkast_jax.always_sparse.kernel import CompactKernel, units_of
 from topkast_jax.choosing import (
     Chooser,
     Static,
@@ -34,6 +36,7 @@ from topkast_jax.patterns import Block, units_in
 from topkast_jax.sparsify import Plan
 
 T = TypeVar("T")
+_AT_ONCE = 2**17  # flags whose temporaries stay in the cache of a core
 
 
 class Reservoir(NamedTuple):
@@ -61,12 +64,15 @@ class Move(NamedTuple):
       index: int32 `[S, m]`, places of the fresh units, padded.
       values: `[S, m, *unit]`, θ of the fresh units, padded.
       forward: how many of the b units are in A.
+      leaving: for each layer, if asked for, the units that leave B: their numbers in the last one
+        and their places.
     """
 
     source: np.ndarray
     index: np.ndarray  # type: ignore[assignment]  # hides tuple.index
     values: np.ndarray
     forward: int
+    leaving: list[tuple[np.ndarray, np.ndarray]]
 
 
 def host_device() -> jax.Device:
@@ -141,60 +147,129 @@ class HostLeaf:
 
     def index(self, flags: np.ndarray) -> tuple[np.ndarray, int]:
         """Units of B, those of A first, both ascending: int32 `[S, b]`, and the size of A."""
-        return _same_sizes(self.path, [self._layer_index(layer) for layer in self.layers(flags)])
+        sets = in_threads(self._layer_index, self.layers(flags))
+        self._check_same(sets)
+        return np.stack([units for units, _ in sets]), sets[0][1]
 
-    def _layer_index(self, flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _layer_index(self, flags: np.ndarray) -> tuple[np.ndarray, int]:
         units = self.units(flags)
         first = units if units.ndim == len(self.grid) else units[..., 0, 0]
-        kept = first.reshape(-1) & np.uint8(FORWARD | BACKWARD)
-        return np.flatnonzero(kept & FORWARD), np.flatnonzero(kept == BACKWARD)
+        flat, forward, rest = np.ravel(first), [], []
+        for start in range(0, flat.size, _AT_ONCE):
+            kept = flat[start : start + _AT_ONCE] & np.uint8(FORWARD | BACKWARD)
+            # NumPy finds what is True in an array of bool much faster than what is not 0.
+            for found, places in ((forward, kept & FORWARD != 0), (rest, kept == BACKWARD)):
+                found.append((np.flatnonzero(places) + start).astype(np.int32))
+        return np.concatenate([*forward, *rest]), sum(places.size for places in forward)
+
+    def _check_same(self, sets: Sequence[tuple[np.ndarray, int]]) -> None:
+        if len({(units.size, forward) for units, forward in sets}) != 1:
+            raise SparsityError(
+                f"{self.path}: layers of a stacked leaf must keep the same number of units each; "
+                f"found forward sets of {[forward for _, forward in sets]}"
+            )
+
+    def _at(self, layer: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, Any]:
+        """A view of one layer, and what has to stand in its brackets for the units at `index`."""
+        if self.pattern.unit_shape:
+            return self.units(layer), np.unravel_index(index, self.grid)
+        return layer.reshape(-1), index
 
     def gather(self, dense: np.ndarray, index: np.ndarray) -> np.ndarray:
         """The units at `index [S, m]`: `[S, m, *unit]`."""
-        rows = zip(self.layers(dense), index, strict=True)
-        return np.stack([self.units(x)[np.unravel_index(i, self.grid)] for x, i in rows])
+        found = np.empty((*index.shape, *self.pattern.unit_shape), dense.dtype)
+
+        def layer(s: int) -> None:
+            units, places = self._at(self.layers(dense)[s], index[s])
+            found[s] = units[places]
+
+        in_threads(layer, range(len(index)))
+        return found
 
     def scatter(self, dense: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
         """Writes units `values [S, m, *unit]` at `index [S, m]` into the dense leaf."""
         values = values.reshape(*index.shape, *self.pattern.unit_shape)
-        for x, i, v in zip(self.layers(dense), index, values, strict=True):
-            self.units(x)[np.unravel_index(i, self.grid)] = v
+        for layer, places, units in zip(self.layers(dense), index, values, strict=True):
+            self._write(layer, places, units)
+
+    def _write(self, layer: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
+        units, places = self._at(layer, index)
+        units[places] = values
+
+    def write_back(self, theta: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
+        """Makes θ current on B: units `values [*stack, b, *unit]` at places `index [*stack, b]`."""
+        index = index.reshape(-1, index.shape[-1])
+        values = values.reshape(*index.shape, *self.pattern.unit_shape)
+        layers = self.layers(theta)
+        in_threads(lambda s: self._write(layers[s], index[s], values[s]), range(len(layers)))
+
+    def write_leaving(self, theta: np.ndarray, move: Move, values: np.ndarray) -> None:
+        """Makes θ current on the units that leave B with a move."""
+        values = values.reshape(-1, *values.shape[len(self.leaf.stack) :])
+        for layer, (numbers, places), held in zip(
+            self.layers(theta), move.leaving, values, strict=True
+        ):
+            self._write(layer, places, held[numbers])
 
     def kernel(self, theta: np.ndarray, flags: np.ndarray) -> CompactKernel:
         """The backward set as the device will hold it, in NumPy arrays."""
-        layers = self.layers(flags)
-        made = from_masks(
-            self.layers(theta), layers & FORWARD != 0, layers & BACKWARD != 0, self.pattern, True
+        index, forward = self.index(flags)
+        values = self.gather(theta, index)
+        return CompactKernel(
+            values.reshape(*self.leaf.stack, *values.shape[1:]),  # type: ignore[arg-type]
+            index.reshape(*self.leaf.stack, -1),  # type: ignore[arg-type]
+            self.leaf.shape, self.leaf.pattern, forward,
+        )  # fmt: skip
+
+    def move(
+        self,
+        theta: np.ndarray,
+        index: np.ndarray,
+        old: np.ndarray,
+        new: np.ndarray,
+        leaving: bool = False,
+    ) -> Move:
+        """From the set that the device holds to another one.
+
+        Args:
+          theta: dense; must be current on the units that enter B.
+          index: the places of the units that the device holds, in their order, `[*stack, b]`.
+          old: the flags of the same.
+          new: the flags of what the device will hold.
+          leaving: whether to say which units leave B.
+        """
+        index = index.reshape(-1, index.shape[-1])
+        olds, news = self.layers(old), self.layers(new)
+        moved = in_threads(
+            lambda s: self._move_layer(index[s], olds[s], news[s], leaving), range(len(olds))
         )
-        return jax.tree.map(lambda x: x.reshape(*self.leaf.stack, *x.shape[1:]), made)
+        source, forward, fresh, left = zip(*moved, strict=True)
+        self._check_same(list(zip(source, forward, strict=True)))
+        fresh_index = _padded(fresh, source[0].size)
+        values = self.gather(theta, fresh_index)
+        return Move(np.stack(source), fresh_index, values, forward[0], list(left))
 
-    def move(self, theta: np.ndarray, old: np.ndarray, new: np.ndarray) -> Move:
-        """From old flags to new ones; `theta` must be current on the old backward set."""
-        (before, _), (after, forward) = self.index(old), self.index(new)
-        place = np.empty(units_in(self.leaf.pattern, self.leaf.shape), np.int32)
-        source, fresh = np.empty_like(after), []
-        for s, (was, now) in enumerate(zip(before, after, strict=True)):
-            place.fill(-1)
-            place[was] = np.arange(was.size, dtype=np.int32)
-            source[s] = place[now]
-            entering = source[s] < 0
-            source[s, entering] = -1 - np.arange(np.count_nonzero(entering), dtype=np.int32)
-            fresh.append(now[entering])
-        index = _padded(fresh, after.shape[1])
-        return Move(source, index, self.gather(theta, index), forward)
+    def _move_layer(
+        self, was: np.ndarray, old: np.ndarray, new: np.ndarray, leaving: bool
+    ) -> tuple[Any, ...]:
+        now, forward = self._layer_index(new)
+        number = np.empty(units_in(self.leaf.pattern, self.leaf.shape), np.int32)
+        number[was] = np.arange(was.size, dtype=np.int32)
+        source = number[now]
+        entering = np.flatnonzero(self._in_b(old, now) == 0)
+        source[entering] = -1 - np.arange(entering.size, dtype=np.int32)
+        # No view of what the device holds: with one it could not be moved in place.
+        left = np.flatnonzero(self._in_b(new, was) == 0) if leaving else np.empty(0, np.intp)
+        return source, forward, now[entering], (left, was[left])
 
-
-def _same_sizes(path: str, sets: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, int]:
-    if len({(a.size, rest.size) for a, rest in sets}) != 1:
-        raise SparsityError(
-            f"{path}: layers of a stacked leaf must keep the same number of units each; found "
-            f"forward sets of {[a.size for a, _ in sets]}"
-        )
-    rows = [np.concatenate(pair).astype(np.int32) for pair in sets]
-    return np.stack(rows), sets[0][0].size
+    def _in_b(self, flags: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Not 0 where the units at `index` of one layer are in B."""
+        units, places = self._at(flags, index)
+        found = units[places]
+        return (found[..., 0, 0] if self.pattern.unit_shape else found) & np.uint8(BACKWARD)
 
 
-def _padded(fresh: list[np.ndarray], most: int) -> np.ndarray:
+def _padded(fresh: Sequence[np.ndarray], most: int) -> np.ndarray:
     """Rows filled up with unit 0 to one of few lengths, so that few programs are compiled."""
     need, length = max(row.size for row in fresh), 16
     while length < need:
@@ -237,26 +312,62 @@ class Choice:
 
         `gradients`: dense ones, for a method that chooses by them.
         """
+        parts = self.in_groups([tuple(theta)], step, theta, sets, memory, gradients)
+        return next(iter(parts))
+
+    def in_groups(
+        self,
+        groups: Sequence[tuple[str, ...]],
+        step: int,
+        theta: dict[str, np.ndarray],
+        sets: dict[str, np.ndarray] | None = None,
+        memory: dict[str, Any] | None = None,
+        gradients: dict[str, np.ndarray] | None = None,
+    ) -> Iterable[dict[str, tuple[np.ndarray, Any]]]:
+        """The same for one group of leaves after another, each chosen when it is asked for.
+
+        Each layer of a stacked leaf is chosen on its own, so that none waits for another.
+        """
         if not self._method.needs_gradient:
             gradients = None
         with jax.default_device(host_device()):
             counts = self._counts(np.int32(step), theta, sets, memory)
         empty = dict.fromkeys(theta)
         columns = theta, gradients or empty, sets or empty, memory or empty, counts
+        for group in groups:
+            yield self._of_group(group, step, sets is None, columns)
 
-        def choose(
-            host: HostLeaf, theta: Any, grad: Any, flags: Any, memory: Any, counts: Counts
-        ) -> Any:
-            chooser = self.chooser
+    def _of_group(
+        self, group: tuple[str, ...], step: int, first: bool, columns: tuple[Any, ...]
+    ) -> dict[str, tuple[np.ndarray, Any]]:
+        flags = {name: np.empty(columns[0][name].shape, np.uint8) for name in group}
+
+        def choose(layer: tuple[HostLeaf, np.ndarray, Any, tuple[Any, ...]]) -> Any:
+            host, flags, key, here = layer
+            one = dataclasses.replace(host.leaf, stack=(), axes=())
             with jax.default_device(host_device()):
-                keys = layer_keys(chooser.seed, [host.path], host.leaf, step)[0]
                 new, remembered = _choose(
-                    chooser.frame, Static(kind_of(host.leaf)), sets is None, chooser.numbers,
-                    theta, grad, flags, memory, counts, keys, np.int32(step),
+                    self.chooser.frame, Static(kind_of(one)), first, self.chooser.numbers,
+                    *here, key, np.int32(step),
                 )  # fmt: skip
-                return np.asarray(new), jax.device_get(remembered)
+                flags[...] = new
+                return jax.device_get(remembered)
 
-        return in_parallel(choose, self._leaves, *columns)
+        layers: list[Any] = []
+        for name in group:
+            host = self._leaves[name]
+            with jax.default_device(host_device()):
+                keys = layer_keys(self.chooser.seed, [name], host.leaf, step)[0].reshape(-1)
+            rows = _by_layer(tuple(column[name] for column in columns), host)
+            layers += zip([host] * len(rows), host.layers(flags[name]), keys, rows, strict=True)
+        remembered = iter(in_threads(choose, layers))
+        result = {}
+        for name in group:
+            stack = self._leaves[name].leaf.stack
+            found = [next(remembered) for _ in range(math.prod(stack))]
+            whole = jax.tree.map(lambda *x, stack=stack: _whole(x, stack), *found)
+            result[name] = flags[name], whole
+        return result
 
     def _counts(self, step: Any, theta: Any, sets: Any, memory: Any) -> dict[str, Counts]:
         chooser = self.chooser
@@ -277,7 +388,8 @@ class Choice:
                 fresh = over_stack(lambda x: self._method.enter(x, host.leaf), host.leaf)(theta)
             theta[enters] = np.asarray(fresh)[enters]
 
-        in_parallel(enter, self._leaves, theta, old, new)
+        for name in new:
+            enter(self._leaves[name], theta[name], old[name], new[name])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -321,12 +433,27 @@ def as_precise_as_here(function: Callable[..., T]) -> Callable[..., T]:
     return there
 
 
-def in_parallel(function: Any, leaves: Mapping[str, HostLeaf], *columns: Any) -> dict[str, Any]:
-    """`function(leaf, *what each column has of it)` for all leaves, by name, in threads."""
-    function = as_precise_as_here(function)
-    with ThreadPoolExecutor() as pool:
-        futures = {
-            name: pool.submit(function, leaf, *(column[name] for column in columns))
-            for name, leaf in leaves.items()
-        }
-        return {name: future.result() for name, future in futures.items()}
+def in_threads(function: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
+    """`function` of each item, in order; as many at once as this process may use cores."""
+    with ThreadPoolExecutor(_cores()) as pool:
+        return list(pool.map(as_precise_as_here(function), items))
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
+
+
+def _by_layer(columns: tuple[Any, ...], host: HostLeaf) -> list[tuple[Any, ...]]:
+    """What each column has of each layer of a leaf; its stacked axes are in front."""
+    stack = host.leaf.stack
+    flat = jax.tree.map(lambda x: np.reshape(x, (-1, *np.shape(x)[len(stack) :])), columns)
+    layers = math.prod(stack)
+    return [jax.tree.map(lambda x, s=s: x[s], flat) for s in range(layers)]
+
+
+def _whole(layers: Sequence[Any], stack: tuple[int, ...]) -> np.ndarray:
+    """The inverse of `_by_layer` for one array."""
+    return np.reshape(np.stack(layers), (*stack, *np.shape(layers[0])))

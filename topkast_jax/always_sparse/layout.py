@@ -59,14 +59,24 @@ class Layout:
             for leaf, dense in zip(self.leaves, self.dense, strict=True)
         )
 
-    def theta(self, what: str, params: Tree) -> dict[str, np.ndarray]:
-        """A copy of the sparse leaves of dense parameters, checked for `what`, on the host."""
+    def theta(self, what: str, params: Tree, donate: bool = False) -> dict[str, np.ndarray]:
+        """The sparse leaves of dense parameters, checked for `what`, on the host, to write to.
+
+        A copy; with `donate`, the arrays themselves, or copies after each of which the original is
+        deleted.
+        """
         leaves = leaves_like(what, params, self._treedef, self.names, self.dense)
-        return {
-            name: np.array(x, leaf_type.dtype, order="C")
-            for name, x, leaf_type in zip(self.names, leaves, self.dense, strict=True)
-            if name in self.sparse
-        }
+        theta = {}
+        for name, x, like in zip(self.names, leaves, self.dense, strict=True):
+            if name not in self.sparse:
+                continue
+            if donate and isinstance(x, np.ndarray):
+                theta[name] = np.require(x, like.dtype, ["C", "W"])
+                continue
+            theta[name] = np.array(x, like.dtype, order="C")
+            if donate and isinstance(x, jax.Array):
+                x.delete()
+        return theta
 
     def values(self, what: str, params: Tree, state: Any) -> dict[str, Any]:
         """Values of the sparse leaves, checked for `what` to belong to an optimizer state."""
@@ -81,15 +91,18 @@ class Layout:
         ]
         return self.of_sparse(leaves_like(what, params, self._treedef, self.names, expected))
 
-    def kernels(self, params: Tree, reservoir: Reservoir) -> Tree:
-        """The tree with compact kernels, on the host; dense leaves are those of `params`."""
+    def kernels(self, params: Tree, reservoir: Reservoir, put: Callable[[Any], jax.Array]) -> Tree:
+        """The tree with compact kernels; dense leaves are those of `params`.
+
+        `put` brings each array to the device, one leaf after another.
+        """
 
         def kernel(name: str, leaf: HostLeaf | None, array: Any) -> Any:
             if leaf is None:
-                return array
+                return put(array)
             made = leaf.kernel(reservoir.theta[name], reservoir.sets[name])
             check_sizes(leaf, made.forward, made.backward)
-            return made
+            return jax.tree.map(put, made)
 
         rows = zip(self.names, self.leaves, self.flatten(params), strict=True)
         return self.unflatten(kernel(*row) for row in rows)

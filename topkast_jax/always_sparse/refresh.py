@@ -92,15 +92,19 @@ def _unit_axis(
 
 
 def first_arrays(
-    init: Callable[[Any], Any], axes: dict[Path, tuple[int, int]], number: int
+    init: Callable[[Any], Any], axes: dict[Path, tuple[int, int]], number: int, values: Any
 ) -> Callable[[Any], dict[str, jax.Array]]:
-    """What an optimizer's `init` makes of one leaf: values → arrays by `keystr` of their paths.
+    """What an optimizer's `init` makes of one leaf: its values → arrays by `keystr` of their paths.
 
-    Compiled for this leaf alone, so that no others take memory.
+    Compiled for this leaf alone, so that no others take memory: of `values`, the abstract tree, all
+    others are zeros there.
     """
+    others, treedef = flatten(values)
 
-    def first(values: Any) -> dict[str, jax.Array]:
-        state = jax.tree_util.tree_leaves_with_path(init(values))
+    def first(mine_alone: Any) -> dict[str, jax.Array]:
+        arrays = [jnp.zeros(x.shape, x.dtype) for x in others]
+        arrays[number] = mine_alone
+        state = jax.tree_util.tree_leaves_with_path(init(treedef.unflatten(arrays)))
         mine = {path for path, (of, _) in axes.items() if of == number}
         return {jax.tree_util.keystr(path): x for path, x in state if path in mine}
 
@@ -174,8 +178,9 @@ def _compiled(
 
     def move(array: jax.Array, source: jax.Array, fresh: jax.Array) -> jax.Array:
         stays = (source >= 0).reshape(-1, *(1,) * (array.ndim - 1))
-        old = array[jnp.maximum(source, 0)]
-        new = fresh if in_place else fresh[jnp.clip(-1 - source, 0, fresh.shape[0] - 1)]
+        old = array.at[jnp.maximum(source, 0)].get(mode="promise_in_bounds")
+        number = jnp.clip(-1 - source, 0, fresh.shape[0] - 1)
+        new = fresh if in_place else fresh.at[number].get(mode="promise_in_bounds")
         return jnp.where(stays, old, new)
 
     for _ in range(stack):

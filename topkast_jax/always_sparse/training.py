@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -29,14 +29,14 @@ from topkast_jax.always_sparse.checks import (
     whole_number,
 )
 from topkast_jax.always_sparse.convert import replace_nodes
-from topkast_jax.always_sparse.gradients import DenseGradients
-from topkast_jax.always_sparse.host import HostLeaf, Reservoir
+from topkast_jax.always_sparse.gradients import DenseGradients, groups
+from topkast_jax.always_sparse.host import HostLeaf, Move, Reservoir
 from topkast_jax.always_sparse.kernel import CompactKernel, values_of
 from topkast_jax.always_sparse.layout import Layout, is_here, on_host, places_of
 from topkast_jax.always_sparse.refresh import Mover, Place, first_arrays, unit_axes
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
-from topkast_jax.method import Sets
+from topkast_jax.method import Sets, enters_anew
 from topkast_jax.serialization import register_with_flax
 from topkast_jax.sets import CompactState, SparsifyState, find_compact, forward_params
 from topkast_jax.sparsify import Plan, SparseTransform, held_where_skipped, shape_gradient
@@ -98,11 +98,16 @@ class AlwaysSparse:
         check_inner_state(self.plan, layout.unflatten(layout.dense), values_of(self.abstract()))
         init, leaves = self.plan.inner.init, self.plan.leaves(params)
         self._axes = unit_axes(init, values_of(self.abstract()), leaves)
-        self._firsts = [first_arrays(init, self._axes, number) for number in range(len(leaves))]
+        self._groups = groups(layout.sparse)
+        values = values_of(self.abstract())
+        self._firsts = [
+            first_arrays(init, self._axes, number, values) for number in range(len(leaves))
+        ]
         self.transform = optax.GradientTransformationExtraArgs(self._init, self._update)
         self._is_starting = False
         self._chooser = ThreadPoolExecutor(1)
         self._ahead: Future[dict[str, Any]] | None = None
+        self._moves: dict[str, tuple[np.ndarray, Move]] = {}  # of a choice made ahead, by its flags
         self._refreshed = -1  # the last step that `refresh` was called with
 
     def frozen(self, step: int) -> bool:
@@ -149,13 +154,19 @@ class AlwaysSparse:
         return Reservoir(theta, sets, memory, chosen)
 
     def start(
-        self, params: Tree, tx: optax.GradientTransformation | None = None
+        self,
+        params: Tree,
+        tx: optax.GradientTransformation | None = None,
+        *,
+        donate: bool = False,
     ) -> tuple[Tree, Any, Reservoir]:
         """The first sets, chosen on the host.
 
         Args:
           params: dense parameters, best as NumPy arrays or on the host's device; copied.
           tx: what trains, if `transform` is only a part of it (of an `optax.chain`, …).
+          donate: take the sparse leaves of `params` over, so that the host never holds them twice.
+            NumPy arrays become θ of the reservoir and are written to; JAX arrays are deleted.
 
         Returns:
           The tree of values and the optimizer state, on the device, and the reservoir.
@@ -165,12 +176,15 @@ class AlwaysSparse:
             it, or sets of another size than the densities say.
         """
         self._ahead = None
-        theta = self._layout.theta("start", params)
-        chosen = self._choose(0, theta)
+        theta = self._layout.theta("start", params, donate)
+        chosen: dict[str, Any] = {}
+        for group in self._choose.in_groups(self._groups, 0, theta):
+            chosen |= group
         if self.frozen(0):
             chosen = {
                 name: (hosts.freeze(flags), memory) for name, (flags, memory) in chosen.items()
             }
+        chosen = {name: chosen[name] for name in theta}
         reservoir = self._reservoir(theta, chosen)
         kernels = self._kernels(params, reservoir)
         state = self._first_state((self.transform if tx is None else tx).init, kernels)
@@ -298,15 +312,23 @@ class AlwaysSparse:
             reservoir = self._choose_ahead(step, params, state, reservoir, gradients)
         if not self.changes_after(step):
             return params, state, reservoir
+        if self.delay and not self.frozen(step) and not enters_anew(self.plan.method):
+            reservoir = hosts.writable(self.settled(reservoir))
+            return self._apply(params, state, reservoir, self._chosen_ahead(step, reservoir), True)
         reservoir = self._current("refresh", params, state, reservoir)
         if self.frozen(step):
-            new = {
-                name: (hosts.freeze(flags), reservoir.memory[name])
-                for name, flags in reservoir.sets.items()
-            }
+            new: Iterable[dict[str, Any]] = (
+                {name: (hosts.freeze(reservoir.sets[name]), reservoir.memory[name])}
+                for name in self._layout.sparse
+            )
+        elif self.delay:
+            new = self._chosen_ahead(step, reservoir)
         else:
-            new = self._chosen(step, reservoir, gradients)
-        return self._apply(params, state, reservoir, self._reservoir(reservoir.theta, new))
+            new = self._choose.in_groups(
+                self._groups, step, reservoir.theta, reservoir.sets, reservoir.memory,
+                gradients,
+            )  # fmt: skip
+        return self._apply(params, state, reservoir, new)
 
     def changes_after(self, step: int) -> bool:
         """Whether `refresh` brings other sets to the device after so many finished steps."""
@@ -346,15 +368,13 @@ class AlwaysSparse:
             reservoir = reservoir._replace(chosen=self._ahead.result())
         return reservoir
 
-    def _chosen(self, step: int, reservoir: Reservoir, gradients: Any) -> dict[str, Any]:
-        if not self.delay:
-            return self._choose(step, reservoir.theta, reservoir.sets, reservoir.memory, gradients)
+    def _chosen_ahead(self, step: int, reservoir: Reservoir) -> list[dict[str, Any]]:
         if not reservoir.chosen:
             raise SparsityError(
                 f"refresh: the choice made at step {step - self.delay} is not in this reservoir: "
                 "what is saved must be AlwaysSparse.settled(reservoir)"
             )
-        return reservoir.chosen
+        return [{name: reservoir.chosen[name]} for name in self._layout.sparse]
 
     def _choose_ahead(
         self, step: int, params: Tree, state: Any, reservoir: Reservoir, gradients: Any
@@ -368,8 +388,21 @@ class AlwaysSparse:
         reservoir = hosts.writable(reservoir)._replace(chosen={})
 
         def choose() -> dict[str, Any]:
-            self._scatter(copies, reservoir)
-            return self._choose(step, reservoir.theta, reservoir.sets, reservoir.memory, gradients)
+            theta, sets = reservoir.theta, reservoir.sets
+            index = {name: leaf.index(sets[name])[0] for name, leaf in self._layout.sparse.items()}
+            self._write_back(theta, index, copies)
+            chosen = self._choose(step, theta, sets, reservoir.memory, gradients)
+            if not enters_anew(self.plan.method):  # What enters is what θ holds, then as now.
+                self._moves = {
+                    name: (
+                        flags,
+                        self._layout.sparse[name].move(
+                            theta[name], index[name], sets[name], flags, leaving=True
+                        ),
+                    )
+                    for name, (flags, _) in chosen.items()
+                }
+            return chosen
 
         self._ahead = self._chooser.submit(hosts.as_precise_as_here(choose))
         return reservoir
@@ -379,70 +412,115 @@ class AlwaysSparse:
         values = self._layout.values(what, params, state)
         reservoir = hosts.writable(self.settled(reservoir))
         # What others hold a part of is a collective: one at a time, the same order everywhere.
+        places = self._places(state)
         here = {name: x if is_here(x) else on_host(x) for name, x in values.items()}
-        self._scatter(here, reservoir)
+        index = {name: x if is_here(x) else on_host(x) for name, x in places.items()}
+        self._write_back(reservoir.theta, index, here)
         return reservoir
 
-    def _scatter(self, values: dict[str, Any], reservoir: Reservoir) -> None:
-        def write(leaf: HostLeaf, values: Any, theta: np.ndarray, flags: np.ndarray) -> None:
-            leaf.scatter(theta, leaf.index(flags)[0], np.asarray(values))
+    def _places(self, state: Any) -> dict[str, Any]:
+        """Where the units stand that the device holds, in their order, by leaf."""
+        compact: Any = find_compact(state)
+        kernels = self._layout.of_sparse(self._layout.flatten(compact.kernels))
+        return {name: kernel.index for name, kernel in kernels.items()}
 
-        hosts.in_parallel(write, self._layout.sparse, values, reservoir.theta, reservoir.sets)
+    def _write_back(
+        self, theta: dict[str, np.ndarray], index: dict[str, Any], values: dict[str, Any]
+    ) -> None:
+        for name, leaf in self._layout.sparse.items():
+            leaf.write_back(theta[name], np.asarray(index[name]), np.asarray(values[name]))
 
     def _apply(
-        self, params: Tree, state: T, old: Reservoir, new: Reservoir
+        self,
+        params: Tree,
+        state: T,
+        reservoir: Reservoir,
+        chosen: Iterable[dict[str, Any]],
+        ahead: bool = False,
     ) -> tuple[Tree, T, Reservoir]:
-        """Brings new sets to the device: only what is new of them is sent."""
+        """Brings new sets to the device, a few leaves at a time: only what is new of them is sent.
+
+        Args:
+          params: the tree of values.
+          state: the optimizer state.
+          reservoir: its sets and memory are replaced leaf by leaf, so that no leaf has them twice.
+          chosen: flags and memory by name, for one group of leaves after another.
+          ahead: whether θ has yet to become current on what leaves B.
+        """
         self._ahead = None
-        self._choose.enter(new.theta, old.sets, new.sets)
-        moves = hosts.in_parallel(HostLeaf.move, self._layout.sparse, new.theta, old.sets, new.sets)
-        for name, leaf in self._layout.sparse.items():
-            check_sizes(leaf, moves[name].forward, moves[name].source.shape[-1])
-        arrays = self._layout.flatten(params)
+        now: dict[str, tuple[np.ndarray, Any]] = {}
         twice = _held_twice((params, state))
-        columns = self._layout.names, self._layout.leaves, arrays
-        movers = [
-            None if leaf is None else Mover(moves[name], leaf.leaf.stack, self._place, array, twice)
-            for name, leaf, array in zip(*columns, strict=True)
-        ]
-        outside = map_parameter_shaped(
-            lambda array, mover: mover.carry(array),
-            replace_nodes(state, CompactState, lambda _: None),
-            params,
-            self._layout.unflatten(movers),
-        )
-        values = self._layout.unflatten(
-            array if mover is None else mover.values(array)
-            for mover, array in zip(movers, arrays, strict=True)
-        )
-        inside = self._moved(movers, find_compact(state), values)  # type: ignore[arg-type]
+        compact: Any = find_compact(state)
+        outside = replace_nodes(state, CompactState, lambda _: None)
+        arrays, kernels = self._layout.flatten(params), self._layout.flatten(compact.kernels)
+        by_path = dict(jax.tree_util.tree_leaves_with_path(compact.inner_state))
+        numbers = {name: number for number, name in enumerate(self._layout.names)}
+        for group in chosen:
+            movers: list[Mover | None] = [None] * len(arrays)
+            for name, (flags, _) in group.items():
+                leaf, number = self._layout.sparse[name], numbers[name]
+                held = kernels[number].index, arrays[number]
+                move = self._move(name, reservoir, flags, *held, ahead)
+                check_sizes(leaf, move.forward, move.source.shape[-1])
+                movers[number] = Mover(move, leaf.leaf.stack, self._place, arrays[number], twice)
+            outside = map_parameter_shaped(
+                lambda array, mover: mover.carry(array),
+                outside, params, self._layout.unflatten(movers),
+            )  # fmt: skip
+            for number, mover in enumerate(movers):
+                if mover is not None:
+                    arrays[number] = mover.values(arrays[number])
+                    kernels[number] = mover.places(kernels[number])
+                    moments = self._moments(number, mover, arrays[number], by_path)
+                    by_path |= moments
+                    # What the moves read is freed before the next leaves are chosen.
+                    jax.block_until_ready(
+                        (arrays[number], kernels[number].index, list(moments.values()))
+                    )
+            for name, (flags, memory) in group.items():
+                reservoir.sets[name], reservoir.memory[name] = flags, memory
+            now |= group if self.delay else {}
+            del movers, mover, move  # Before the next leaves are chosen.
+        self._moves = {}
+        inner = flatten(compact.inner_state)[1].unflatten(by_path.values())
+        inside = CompactState(compact.step, self._layout.unflatten(kernels), inner)
         state = jax.tree.map(
             lambda old, new: inside if isinstance(old, CompactState) else new,
             state, outside, is_leaf=lambda node: isinstance(node, CompactState),
         )  # fmt: skip
-        return values, state, new
+        return self._layout.unflatten(arrays), state, reservoir._replace(chosen=now)
 
-    def _moved(
-        self, movers: list[Mover | None], compact: CompactState, values: Tree
-    ) -> CompactState:
-        """Places and moments; those of fresh units are what `init` makes of the new values."""
-        kernels = [
-            old if mover is None else mover.places(old)
-            for mover, old in zip(movers, self._layout.flatten(compact.kernels), strict=True)
-        ]
-        by_path = jax.tree_util.tree_leaves_with_path(compact.inner_state)
-        moved = dict(by_path)
-        for number, mover in enumerate(movers):
-            if mover is None:
-                continue
-            first = self._firsts[number](values)
-            for path, array in by_path:
-                if self._axes.get(path, (None,))[0] == number:
-                    moved[path] = mover.moment(
-                        array, first[jax.tree_util.keystr(path)], self._axes[path][1]
-                    )
-        inner = flatten(compact.inner_state)[1].unflatten(moved.values())
-        return CompactState(compact.step, self._layout.unflatten(kernels), inner)
+    def _move(
+        self,
+        name: str,
+        reservoir: Reservoir,
+        flags: np.ndarray,
+        index: jax.Array,
+        values: jax.Array,
+        ahead: bool,
+    ) -> Move:
+        """How one leaf gets to new flags; θ is current on all that is not in their B after it."""
+        leaf, theta, old = self._layout.sparse[name], reservoir.theta, reservoir.sets
+        found, move = self._moves.pop(name, (None, None))
+        if found is not flags or move is None:
+            self._choose.enter(theta, old, {name: flags})
+            move = leaf.move(theta[name], on_host(index), old[name], flags, leaving=ahead)
+        if ahead:
+            leaf.write_leaving(theta[name], move, on_host(values))
+        return move
+
+    def _moments(
+        self, number: int, mover: Mover, values: jax.Array, by_path: dict[Any, Any]
+    ) -> dict[Any, jax.Array]:
+        """What the optimizer holds of a leaf's units; for fresh ones, what `init` makes of them."""
+        axes = {path: axis for path, (of, axis) in self._axes.items() if of == number}
+        if not axes:
+            return {}
+        first = self._firsts[number](values)
+        return {
+            path: mover.moment(by_path[path], first[jax.tree_util.keystr(path)], axis)
+            for path, axis in axes.items()
+        }
 
     def masks(self, reservoir: Reservoir) -> tuple[Tree, SparsifyState]:
         """Abstract dense parameters and the sets, on the host.
@@ -494,7 +572,7 @@ class AlwaysSparse:
         return values_of(kernels), state, reservoir
 
     def _kernels(self, params: Tree, reservoir: Reservoir) -> Tree:
-        return jax.tree.map(self._put, self._layout.kernels(params, reservoir))
+        return self._layout.kernels(params, reservoir, self._put)
 
 
 def _held_twice(tree: Any) -> Callable[[jax.Array], bool]:

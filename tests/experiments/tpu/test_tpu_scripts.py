@@ -70,7 +70,7 @@ REFUSED = {
     "--topology=v5e:3x5": "v5e:3x5",
     "--topology=v5e:2x2 --devices=9": "--devices=9",
     "--topology=v5e:2x2 --devices=3": "form no mesh; must be one of 1, 2, 4",
-    "--topology=v4:2x2x1": "--devices=8: the first 8 of v4:2x2x1 form no mesh; must be one of 1",
+    "--topology=v4:2x2x1 --devices=5": "--devices=5: v4:2x2x1 has 4",
     "--topology=v5e:2x2 --devices=0": "--devices",
     "--topology=v5e:2x2 --config.batch_size=3": "config.batch_size",
     "--topology=v5e:2x2 --config.stepss=3": "'steps'",

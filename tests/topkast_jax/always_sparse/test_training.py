@@ -1,5 +1,6 @@
 """Always-sparse training against the masked path with its inner state reset."""
 
+import dataclasses
 import gc
 import threading
 import weakref
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 import topkast_jax as tk
-from topkast_jax.always_sparse import AlwaysSparse, matmul, values_of, with_tile
+from topkast_jax.always_sparse import AlwaysSparse, matmul, to_dense, values_of, with_tile
 from topkast_jax.always_sparse import host as hosts
 from topkast_jax.sets import CompactState, find_compact, leaf_flags, presents
 
@@ -387,7 +388,7 @@ def test_what_stays_is_moved_in_place():
     sparse, _, values, state, reservoir = refreshed(tx, {"w": grid(16, 16)})
     gone = [values["w"], state.inner_state[0].mu["w"], find_compact(state).kernels["w"].index]
     sparse.refresh(1, values, at_step(state, 1), reservoir)
-    assert all(array.is_deleted() for array in gone)
+    assert [array.is_deleted() for array in gone] == [True] * 3
 
 
 def test_theta_in_another_order_of_memory_is_written_to():
@@ -596,3 +597,59 @@ def test_nothing_keeps_an_object_alive():
     del sparse
     gc.collect()
     assert gone() is None
+
+
+def test_start_may_take_the_parameters_over():
+    tx = tk.top_kast(optax.adam(1e-2), 0.2, 0.4, rules=ALL)
+    expected = AlwaysSparse(tx, parameters()).start(parameters())
+    arrays = jax.tree.map(np.array, parameters())
+    found = AlwaysSparse(tx, parameters()).start(arrays, donate=True)
+    assert found[2].theta["first/kernel"] is arrays["first"]["kernel"]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    given = parameters()
+    found = AlwaysSparse(tx, parameters()).start(given, donate=True)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert given["stack"]["kernel"].is_deleted()
+    assert not given["first"]["bias"].is_deleted()
+
+
+def test_no_layer_of_a_stack_is_chosen_with_another(monkeypatch):
+    """The loop of a stack would run until the last of its layers has found its threshold."""
+    choose, shapes = hosts._choose, []
+
+    def seen(*args):
+        shapes.append(np.shape(args[4]))
+        return choose(*args)
+
+    monkeypatch.setattr(hosts, "_choose", seen)
+    tx = tk.top_kast(optax.adam(1e-2), 0.2, 0.4, refresh_every=1, rules=ALL)
+    sparse = AlwaysSparse(tx, parameters())
+    sparse.start(parameters())
+    assert sorted(shapes) == [(3, 1, 8, 8), *[(8, 8)] * 3, (12, 8)]
+
+
+@pytest.mark.parametrize("pattern", [tk.Unstructured(), tk.Block(4, 2)], ids=str)
+def test_a_choice_made_ahead_says_what_leaves(pattern):
+    """What leaves is written back to θ when the sets come to the device, and nothing else is."""
+    tx = tk.top_kast(
+        optax.sgd(0.5), 0.2, 0.4, refresh_every=2, inner_state="reset", pattern=pattern, rules=ONE
+    )
+    sparse = AlwaysSparse(tx, parameters(), delay=1)
+    values, state, reservoir = sparse.start(parameters())
+    for step in (1, 2, 3):
+        kernel = find_compact(state).kernels["first"]["kernel"]
+        held = jax.tree.map(lambda x: 0.3 * x, values)
+        shaped = dataclasses.replace(kernel, values=held["first"]["kernel"])
+        before = to_dense(jax.device_get(shaped))
+        old = np.array(reservoir.sets["first/kernel"]) & 2 != 0
+        state = at_step(state, step)
+        values, state, reservoir = sparse.refresh(step, held, state, reservoir)
+    new = reservoir.sets["first/kernel"] & 2 != 0
+    left = old & ~new
+    assert left.any()
+    theta = reservoir.theta["first/kernel"]
+    np.testing.assert_array_equal(theta[left], before[left])
+    kernel = find_compact(state).kernels["first"]["kernel"]
+    now = to_dense(jax.device_get(dataclasses.replace(kernel, values=values["first"]["kernel"])))
+    np.testing.assert_array_equal(now[old & new], before[old & new])
+    np.testing.assert_array_equal(now[new & ~old], theta[new & ~old])
