@@ -39,7 +39,7 @@ import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,10 @@ from topkast_jax.flags import BACKWARD
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_small.py"
 EVERY = 100
 WARM = 3
-PATTERNS = {"unstructured": tk.Unstructured(), "block128": tk.Block(128, 128)}
+PATTERNS: dict[str, tk.patterns.Pattern] = {
+    "unstructured": tk.Unstructured(),
+    "block128": tk.Block(128, 128),
+}
 LAYERS = 24
 PROPORTIONS = {  # of the kernels of one layer, in widths of the model
     "attention/qkv/kernel": (1, 3),
@@ -191,7 +194,7 @@ def measure_alone(parameters: int, pattern: str, repeats: int, delayed: bool) ->
     }
 
 
-def _random_parameters(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def _random_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     theta = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     for array in theta.values():

@@ -68,7 +68,7 @@ class Move(NamedTuple):
         and their places.
     """
 
-    source: np.ndarray
+    source: np.ndarray | jax.Array
     index: np.ndarray  # type: ignore[assignment]  # hides tuple.index
     values: np.ndarray
     forward: int
@@ -154,7 +154,9 @@ class HostLeaf:
     def _layer_index(self, flags: np.ndarray) -> tuple[np.ndarray, int]:
         units = self.units(flags)
         first = units if units.ndim == len(self.grid) else units[..., 0, 0]
-        flat, forward, rest = np.ravel(first), [], []
+        flat = np.ravel(first)
+        forward: list[np.ndarray] = []
+        rest: list[np.ndarray] = []
         for start in range(0, flat.size, _AT_ONCE):
             kept = flat[start : start + _AT_ONCE] & np.uint8(FORWARD | BACKWARD)
             # NumPy finds what is True in an array of bool much faster than what is not 0.

@@ -111,6 +111,18 @@ def first_arrays(
     return jax.jit(first)
 
 
+def sent(move: Move, stack: tuple[int, ...], like: jax.Array) -> Move:
+    """A move whose `source` is on the devices of `like`, with a layer axis if there is a stack."""
+    if isinstance(move.source, jax.Array):
+        return move
+    source, sharding = move.source.reshape(*stack, -1), like.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return move._replace(
+        source=jax.make_array_from_callback(source.shape, sharding, source.__getitem__)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Mover:
     """Moves what the device holds of one leaf to the next backward set.
@@ -131,11 +143,10 @@ class Mover:
 
     @functools.cached_property
     def source(self) -> jax.Array:
-        """`Move.source`, sent once; with a layer axis only if the leaf is stacked."""
-        source, sharding = self.move.source.reshape(*self.stack, -1), self.like.sharding
-        if isinstance(sharding, jax.sharding.NamedSharding):
-            sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-        return jax.make_array_from_callback(source.shape, sharding, source.__getitem__)
+        """`Move.source` on the device, sent once."""
+        source = sent(self.move, self.stack, self.like).source
+        assert isinstance(source, jax.Array)
+        return source
 
     def places(self, kernel: CompactKernel) -> CompactKernel:
         """A kernel without values, at its new places."""

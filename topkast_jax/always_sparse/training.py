@@ -33,7 +33,7 @@ from topkast_jax.always_sparse.gradients import DenseGradients, groups
 from topkast_jax.always_sparse.host import HostLeaf, Move, Reservoir
 from topkast_jax.always_sparse.kernel import CompactKernel, values_of
 from topkast_jax.always_sparse.layout import Layout, is_here, on_host, places_of
-from topkast_jax.always_sparse.refresh import Mover, Place, first_arrays, unit_axes
+from topkast_jax.always_sparse.refresh import Mover, Place, first_arrays, sent, unit_axes
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.method import Sets, enters_anew
@@ -384,7 +384,10 @@ class AlwaysSparse:
         The reservoir that comes back holds no choice until the thread is done.
         """
         values = self._layout.values("refresh", params, state)
-        copies = {name: jnp.copy(x) if is_here(x) else on_host(x) for name, x in values.items()}
+        here = all(map(is_here, values.values()))
+        copies: dict[str, Any] = {
+            name: jnp.copy(x) if here else on_host(x) for name, x in values.items()
+        }
         reservoir = hosts.writable(reservoir)._replace(chosen={})
 
         def choose() -> dict[str, Any]:
@@ -393,15 +396,11 @@ class AlwaysSparse:
             self._write_back(theta, index, copies)
             chosen = self._choose(step, theta, sets, reservoir.memory, gradients)
             if not enters_anew(self.plan.method):  # What enters is what θ holds, then as now.
-                self._moves = {
-                    name: (
-                        flags,
-                        self._layout.sparse[name].move(
-                            theta[name], index[name], sets[name], flags, leaving=True
-                        ),
-                    )
-                    for name, (flags, _) in chosen.items()
-                }
+                for name, (flags, _) in chosen.items():
+                    leaf, held = self._layout.sparse[name], (index[name], sets[name])
+                    move = leaf.move(theta[name], *held, flags, leaving=True)
+                    move = sent(move, leaf.leaf.stack, copies[name]) if here else move
+                    self._moves[name] = flags, move
             return chosen
 
         self._ahead = self._chooser.submit(hosts.as_precise_as_here(choose))
