@@ -1,5 +1,6 @@
 """`matmul` of a dense or compact kernel on the XLA path, against NumPy."""
 
+import functools
 import math
 
 import jax
@@ -240,6 +241,13 @@ def test_mistakes_are_told_in_one_line():
         "powers of 2 from 16": lambda: matmul(x, kernel, backend="pallas_gpu"),
         "needs a kernel": lambda: matmul(x, CompactKernel(*_args(kernel, shape=(3, 32, 32)))),
         "must be one of xla": lambda: matmul(x, jnp.ones((32, 3)), backend="mosaic"),
+        r"\('pallas_tpu', 'mosaic'\): must be": lambda: matmul(
+            x, kernel, backend=["pallas_tpu", "mosaic"]
+        ),
+        r"backend \(\): must be": lambda: matmul(x, kernel, backend=()),
+        "with these blocks runs on nothing and this is cpu": lambda: matmul(
+            x, kernel, backend=("pallas_tpu", "pallas_gpu")
+        ),
         "a stack of .2,. kernels": lambda: matmul(
             x, jax.tree.map(lambda a: jnp.stack([a, a]), kernel)
         ),
@@ -274,6 +282,42 @@ def test_a_kernel_on_the_wrong_platform(backend, platform):
         matmul(jnp.ones((2, 256)), kernel, backend=backend)
     with options(backend), pytest.raises(SparsityError, match="use backend 'xla'"):
         jax.jit(matmul)(jnp.ones((2, 256)), kernel)
+
+
+KERNEL_OF = {"tpu": "tpu_custom_call", "cuda": "triton"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "block", "platforms"),
+    [
+        (None, 128, {"tpu", "cuda"}),
+        (("pallas_tpu", "pallas_gpu", "xla"), 128, {"tpu", "cuda"}),
+        (("pallas_gpu", "xla"), 128, {"cuda"}),
+        (("xla", "pallas_tpu"), 128, set()),
+        (("pallas_tpu", "pallas_gpu", "xla"), 64, {"cuda"}),  # TPU kernels refuse blocks of 64.
+        (["xla"], 128, set()),
+    ],
+    ids=str,
+)
+def test_the_first_of_several_backends_that_fits_is_used(backend, block, platforms):
+    kernel = random_case((256, 256), Block(block, block), 1, 2).kernel
+    x = jnp.ones((128, 256))
+    traced = jax.jit(functools.partial(matmul, backend=backend)).trace(x, kernel)
+    for platform, name in KERNEL_OF.items():
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert (name in text) == (platform in platforms), platform
+    np.testing.assert_array_equal(
+        matmul(x, kernel, backend=backend), matmul(x, kernel, backend="xla")
+    )
+
+
+def test_several_backends_of_which_none_fits_are_refused_where_the_step_is_lowered():
+    kernel = random_case((256, 256), Block(64, 64), 1, 2).kernel
+    product = functools.partial(matmul, backend=("pallas_tpu", "pallas_gpu"))
+    traced = jax.jit(product).trace(jnp.ones((128, 256)), kernel)
+    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    with pytest.raises(SparsityError, match="runs on cuda and this is tpu"):
+        traced.lower(lowering_platforms=("tpu",))
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (0, 3, 8)])

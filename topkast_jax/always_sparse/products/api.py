@@ -40,6 +40,7 @@ KERNELS: dict[str, tuple[str, ModuleType]] = {
     "pallas_gpu": ("cuda", pallas_gpu),
 }
 BACKENDS = ("xla", *KERNELS)
+Backend = str | Sequence[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Options:
     """How block products run.
 
     Attributes:
-      backend: one of `BACKENDS`; None: the platform's own kernels, or "xla" where it has none or
-        they do not take this block.
+      backend: one of `BACKENDS`, which has to take the block and the platform; or several, of which
+        the first that does is used; None: the platform's own kernels, then "xla".
       interpret: run the Pallas kernels in interpret mode, on any platform (tests).
       mesh: devices to split the first axis of x over, in a `shard_map` around each product; where
         they do not divide it, and where x has no other axis, each computes the whole product.
@@ -57,14 +58,19 @@ class Options:
       axes: the mesh axes that x is split over.
     """
 
-    backend: str | None = None
+    backend: Backend = None
     interpret: bool = False
     mesh: Mesh | None = None
     axes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.backend is not None and self.backend not in BACKENDS:
-            raise SparsityError(f"backend {self.backend!r}: must be one of {', '.join(BACKENDS)}")
+        if self.backend is not None and not isinstance(self.backend, str):
+            object.__setattr__(self, "backend", tuple(self.backend))
+        names = (self.backend,) if isinstance(self.backend, str) else self.backend
+        if names is not None and (not names or not set(names) <= set(BACKENDS)):
+            raise SparsityError(
+                f"backend {self.backend!r}: must be one of {', '.join(BACKENDS)}, or several"
+            )
         if self.interpret and self.backend not in KERNELS:
             raise SparsityError(
                 f"interpret=True with backend {self.backend!r}: must be with one of "
@@ -82,7 +88,7 @@ _OPTIONS = contextvars.ContextVar("always_sparse_options", default=_PLATFORM)
 
 @contextlib.contextmanager
 def options(
-    backend: str | None = None,
+    backend: Backend = None,
     *,
     interpret: bool = False,
     mesh: Mesh | None = None,
@@ -109,7 +115,7 @@ def options(
 
 
 def matmul(
-    x: jax.Array, kernel: jax.Array | CompactKernel, *, backend: str | None = None
+    x: jax.Array, kernel: jax.Array | CompactKernel, *, backend: Backend = None
 ) -> jax.Array:
     """x·W for a dense or a compact W.
 
@@ -117,7 +123,8 @@ def matmul(
       x: `[..., K]`.
       kernel: `[K, N]`, or a compact kernel of that shape. With single entries its dense tile is
         made for the moment it is used; with blocks no dense buffer is made anywhere.
-      backend: one of `BACKENDS`, in place of the one `options` or the platform gives.
+      backend: one of `BACKENDS`, or several in the order in which they are tried, in place of what
+        `options` or the platform gives.
 
     Returns:
       `[..., N]` in the dtype that x and the kernel promote to.
@@ -149,7 +156,7 @@ class _Static:
     n: int
     forward: int
     block: tuple[int, ...]
-    backend: str | None
+    backend: Backend
     interpret: bool
 
 
@@ -234,33 +241,44 @@ def _run(static: _Static, name: str, settings: tuple[Any, ...], *arrays: jax.Arr
     def of(module: ModuleType, **extra: Any) -> Any:
         return lambda *arrays: getattr(module, name)(*arrays, *settings, **extra)
 
+    def only_on(module: ModuleType, platforms: tuple[str, ...]) -> Any:
+        def guarded(*arrays: jax.Array) -> Any:
+            last = _only_on_p.bind(arrays[-1], backend=static.backend, platforms=platforms)
+            return of(module)(*arrays[:-1], last)
+
+        return guarded
+
+    if not isinstance(static.backend, str):
+        tried = (*KERNELS, "xla") if static.backend is None else static.backend
+        tried = tried[: tried.index("xla")] if "xla" in tried else tried
+        found = [KERNELS[name] for name in tried if not KERNELS[name][1].refuses(static.block)]
+        fitting = {platform: of(module) for platform, module in found}
+        ends = static.backend is None or "xla" in static.backend
+        default = of(xla) if ends else only_on(xla, tuple(fitting))
+        return lax.platform_dependent(*arrays, **fitting, default=default)
     if static.backend == "xla":
         return of(xla)(*arrays)
-    if static.backend is None:
-        fitting = {p: of(m) for p, m in KERNELS.values() if not m.refuses(static.block)}
-        return lax.platform_dependent(*arrays, **fitting, default=of(xla))
     platform, module = KERNELS[static.backend]
     if reason := module.refuses(static.block):
         raise SparsityError(f"backend {static.backend!r}: {reason}")
     if static.interpret:
         return of(module, interpret=True)(*arrays)
-    guarded = _only_on_p.bind(arrays[-1], backend=static.backend, platform=platform)
-    return of(module)(*arrays[:-1], guarded)
+    return only_on(module, (platform,))(*arrays)
 
 
-# The identity, which lowers for one platform only. Which platform a function is for is known when
+# The identity, which lowers for some platforms only. Which platform a function is for is known when
 # it is lowered and not before (a CPU host compiles for TPUs), so the check has to sit there.
 _only_on_p = Primitive("always_sparse_only_on")
 _only_on_p.def_abstract_eval(lambda x, **_: x)
 _only_on_p.def_impl(lambda x, **params: jax.jit(lambda y: _only_on_p.bind(y, **params))(x))
 
 
-def _lower_only_on(ctx: Any, x: Any, *, backend: str, platform: str) -> list[Any]:
+def _lower_only_on(ctx: Any, x: Any, *, backend: Any, platforms: tuple[str, ...]) -> list[Any]:
     found = tuple(ctx.platforms or ctx.module_context.platforms)
-    if found != (platform,):
+    if not set(found) <= set(platforms):
         raise SparsityError(
-            f"backend {backend!r} runs on {platform} and this is {'/'.join(found)}:"
-            " use backend 'xla', or none"
+            f"backend {backend!r} with these blocks runs on {' and '.join(platforms) or 'nothing'} "
+            f"and this is {'/'.join(found)}: use backend 'xla', or none"
         )
     return [x]
 
