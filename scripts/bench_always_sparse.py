@@ -8,8 +8,12 @@ dense time of the same repeat. `limit` is the ratio of multiplications, (2D + D_
 are named by their forward/backward sparsity in percent.
 
     .venv/bin/python scripts/bench_always_sparse.py [--repeats 9] [--patterns block128,unstructured]
+        [--keep_freed]
 
-The last line is JSON. SparseLab (PyTorch, CPU) runs in the same repeats when it is installed.
+`--keep_freed` lets the process keep the memory that it frees (`host_memory.keep_freed`), as a run
+does not by default. Ratios depend on the machine: the record names the CPU's widest vectors
+(`instruction_set`) and the rate of the dense step (`dense_gflops`). The last line is JSON.
+SparseLab (PyTorch, CPU) runs in the same repeats when it is installed.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import command_line
+from experiments.errors import UserError
 from experiments.training import host_memory
 from experiments.training.partition import all_devices
 from topkast_jax import Block, Unstructured
@@ -179,9 +185,26 @@ def bench(patterns: list[str], densities: list[str], repeats: int) -> dict[str, 
         "results": [row(p, d, True) for p, d in rows],
         "sparselab": [row("sparselab", d, False) for d in peer] or "not installed",
         "dense_ms": round(1e3 * measured["dense"][0], 2),
+        "dense_gflops": round(flops(sizes) / measured["dense"][0] / 1e9, 1),
+        "instruction_set": instruction_set() if device.platform == "cpu" else None,
         "device": device.device_kind,
         "sizes": dataclasses.asdict(sizes),
     }
+
+
+def flops(sizes: Sizes) -> int:
+    """Of the three products of each of the two layers in a dense step, 2 for a multiply-add."""
+    return 2 * 3 * 2 * sizes.tokens * sizes.features * sizes.hidden
+
+
+def instruction_set() -> str:
+    """The widest vectors that this CPU has instructions for, as far as Linux tells."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return "unknown"
+    known = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
+    return next((name for flag, name in known.items() if flag in flags), "unknown")
 
 
 def _add_sparselab(
@@ -213,11 +236,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--densities", type=command_line.some_of(DENSITIES), default=",".join(DENSITIES)
     )
+    parser.add_argument("--keep_freed", action="store_true", help="see above")
     args = parser.parse_args(argv)
-    host_memory.keep_freed()
+    if args.keep_freed and not host_memory.keep_freed():
+        raise UserError("--keep_freed: this C library does not take the settings; only glibc does")
     all_devices()  # Raises UserError if JAX_PLATFORMS names devices that are absent.
     record = bench(args.patterns, args.densities, args.repeats)
-    print(f"dense step {record['dense_ms']} ms on {record['device']}, {record['sizes']}")
+    print(
+        f"dense step {record['dense_ms']} ms, {record['dense_gflops']} GFLOP/s, on "
+        f"{record['device']} ({record['instruction_set']}), {record['sizes']}"
+    )
     peer = record["sparselab"] if isinstance(record["sparselab"], list) else []
     for row in record["results"] + peer:
         limit = f"  limit {row['limit']:.3f}" if "limit" in row else "  (of PyTorch's dense)"

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 import toy_runs
 
@@ -77,6 +78,18 @@ def test_the_input_of_a_config_is_timed(capsys):
     assert found["images_per_second"] > 0
     cores = 1000 / found["images_per_second_per_core"]
     assert cores <= found["cores_per_chip"] < cores * 1.01 + 1
+
+
+def test_the_rate_of_the_dense_step_counts_what_xla_counts():
+    sizes = bench_always_sparse.Sizes(256, 512, 128, "float32")
+
+    def loss(first, second, x):
+        return jnp.mean(jnp.square(jax.nn.relu(x @ first) @ second))
+
+    shapes = ((256, 512), (512, 256), (128, 256))
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    counted = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).cost_analysis()["flops"]
+    assert bench_always_sparse.flops(sizes) == pytest.approx(counted, rel=0.01)
 
 
 def test_start_and_refresh_are_timed_alone(monkeypatch, capsys):
