@@ -32,15 +32,6 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float
 
-    def shared_by(self, devices: int) -> Chip:
-        """The peaks of one of several devices on a chip, for chips that are not one device."""
-        return Chip(
-            self.flops / devices,
-            self.hbm_bytes // devices,
-            self.hbm_bandwidth / devices,
-            self.ici_bandwidth / devices,
-        )
-
     def seconds(self, flops: float, moved: float, sent: float) -> Mapping[str, float]:
         """The shortest time that each part of the chip needs for its work."""
         return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ class TooLarge(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The devices to compile for, and the peaks of one device."""
+    """The devices to compile for, each a chip, and the peaks of one."""
 
     devices: Sequence[jax.Device]
     peaks: Chip
@@ -69,8 +68,7 @@ def target(topology: str, count: int | None = None) -> Target:
             f"--devices={used}: the first {used} of {topology} form no mesh; must be one of "
             f"{', '.join(map(str, fitting))}"
         )
-    chips = math.prod(int(n) for n in re.findall(r"\d+", topology.partition(":")[2]))
-    return Target(devices[:count], chip.shared_by(len(devices) // chips))
+    return Target(devices[:count], chip)
 
 
 def _form_a_mesh(devices: Sequence[jax.Device]) -> bool:
