@@ -1,6 +1,7 @@
 """Runs of the toy task, and what they leave behind."""
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -67,13 +68,8 @@ def shared_program(config):
 
 def _first_state(init):
     """Calls `init` once. What it returns is a copy, which a step may donate."""
-    made = []
-
-    def copy():
-        made[:] = made or [init()]
-        return jax.tree.map(jnp.copy, made[0])
-
-    return copy
+    first = functools.cache(init)
+    return lambda: jax.tree.map(jnp.copy, first())
 
 
 def records(directory, timing=False):

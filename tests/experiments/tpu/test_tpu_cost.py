@@ -231,9 +231,7 @@ def test_a_kernel_that_takes_too_much_is_not_too_large_a_program():
 def test_peaks_are_those_of_a_device():
     assert compiling.target("v5e:2x2").peaks == chips.CHIPS["v5e"]
     assert compiling.target("v4:2x2x1", 1).peaks.flops == 275e12
-    assert (
-        len(compiling.target("v4:2x2x1").devices) == 4
-    )  # A chip has two cores, and is one device.
+    assert len(compiling.target("v4:2x2x1").devices) == 4  # Two cores a chip, one device.
 
 
 @pytest.mark.parametrize(
