@@ -18,7 +18,8 @@ stacked kernels of 24 layers, of the proportions of configs/enwik8_large.py. Eac
 process of its own. The unit is one pass, `sum(abs(x) > t)` over all parameters, compiled, in the
 same process. The last line is JSON; in "results" there is for each pattern:
 
-start_passes, refresh_passes   median times in passes, without what compiles
+start_passes, refresh_passes   the time of a start and the median of --repeats refreshes in passes,
+                               without what compiles
 start_seconds, refresh_seconds, pass_seconds
 first_run_seconds              a start, two steps and two refreshes, and what they compile
 peak_host_bytes                most memory of the process during start and refreshes, less what it
@@ -75,6 +76,7 @@ PROPORTIONS = {  # of the kernels of one layer, in widths of the model
     "feed_forward/down/kernel": (3, 1),
 }
 DELAY = 2
+MEMORY = Path("/proc/self/status")
 
 
 @command_line.command
@@ -82,12 +84,17 @@ def main(argv: list[str]) -> None:
     """Runs the command line."""
     args, overrides = command_line.parse(_parser(), argv)
     if args.params is None:
-        print(json.dumps(measure(args.variant, args.steps, args.repeats, overrides)))
+        if args.patterns or args.delay:
+            raise UserError("--patterns and --delay are read only with --params")
+        variant, steps = args.variant or "90/80", args.steps or 10
+        print(json.dumps(measure(variant, steps, args.repeats, overrides)))
         return
-    if overrides:
-        raise UserError(f"--params: found {overrides[0]} beside it, which belongs to --variant")
+    if args.variant or args.steps or overrides:
+        raise UserError("--variant, --steps and --config.… are not read with --params")
+    if not MEMORY.exists():
+        raise UserError(f"--params: reads the memory of its process from {MEMORY}, as Linux has it")
     results = []
-    for pattern in args.patterns:
+    for pattern in args.patterns or PATTERNS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             done = process.submit(measure_alone, args.params, pattern, args.repeats, args.delay)
             results.append(done.result())
@@ -154,7 +161,8 @@ def measure_alone(parameters: int, pattern: str, repeats: int, delayed: bool) ->
         peaks = [_memory("VmHWM")]
         del theta
         refreshes: list[float] = []
-        for i in range(1, repeats * (DELAY if delayed else 1) + 1):
+        steps = repeats * DELAY + 1 if delayed else repeats  # The last choice is used a step later.
+        for i in range(1, steps + 1):
             values, state = step(values, state, jax.random.key(i))
             jax.block_until_ready((values, state))
             if delayed and i % DELAY and i > 1:  # What chooses ahead runs beside steps; let it end.
@@ -166,7 +174,7 @@ def measure_alone(parameters: int, pattern: str, repeats: int, delayed: bool) ->
             refreshes.append(took)
         device = sum(x.nbytes for x in jax.tree.leaves((values, state)))
         if delayed:
-            refreshes = [sum(pair) for pair in zip(refreshes[1::2], refreshes[2::2], strict=False)]
+            refreshes = [sum(pair) for pair in zip(refreshes[1::2], refreshes[2::2], strict=True)]
         return {
             "pass": one_pass,
             "start": started,
@@ -222,8 +230,8 @@ def _random_step(sparse: AlwaysSparse, values: Any, state: Any, key: jax.Array) 
 def _memory(name: str, reset: bool = False) -> int:
     """`VmRSS`, what this process has of the memory in bytes, or `VmHWM`, its most since a reset."""
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        MEMORY.with_name("clear_refs").write_text("5")
+    found = re.search(rf"{name}:\s+(\d+) kB", MEMORY.read_text())
     return int(found[1]) * 1024 if found else 0
 
 
@@ -281,14 +289,12 @@ def _parameters(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.Parser(prog="bench_refresh", description=__doc__)
-    parser.add_argument("--variant", default="90/80")
+    parser.add_argument("--variant", help="else 90/80")
     parser.add_argument("--params", type=_parameters, help="how many, for example 277M")
-    parser.add_argument(
-        "--patterns", type=command_line.some_of(PATTERNS), default=",".join(PATTERNS)
-    )
+    parser.add_argument("--patterns", type=command_line.some_of(PATTERNS), help="else all")
     parser.add_argument("--delay", action="store_true", help="sets are chosen ahead")
     parser.add_argument(
-        "--steps", type=command_line.positive, default=10, help="between two refreshes"
+        "--steps", type=command_line.positive, help="between two refreshes; else 10"
     )
     parser.add_argument(
         "--repeats", type=command_line.positive, default=7, help="refreshes counted"

@@ -39,6 +39,7 @@ from scripts import (
         (bench_refresh, "--config.method.always_sparse=False", "found False", "must be True"),
         (bench_refresh, "--params=277 M", "'277 M'", "277M"),
         (bench_refresh, "--patterns=block64", "block64", "unstructured, block128"),
+        (bench_refresh, "--delay", "--delay", "only with --params"),
         (bench_selection, "--entries=4194304,abc", "abc", "multiples of 2048"),
         (bench_selection, "--entries=100", "'100'", "multiples of 2048"),
         (bench_step, "--cases=mlp", "'mlp'", "mlp_b128_r100"),
@@ -93,9 +94,11 @@ def test_the_rate_of_the_dense_step_counts_what_xla_counts():
 
 
 def test_start_and_refresh_are_timed_alone(monkeypatch, capsys):
-    assert bench_refresh.main(["--params=277M", "--config.steps=3"]) == 2
-    assert "--params: found steps=3 beside it" in capsys.readouterr().err
+    for other in ("--config.steps=3", "--variant=80/60", "--steps=3"):
+        assert bench_refresh.main(["--params=277M", other]) == 2
+        assert "are not read with --params" in capsys.readouterr().err
     monkeypatch.setattr(bench_refresh, "LAYERS", 2)
+    assert bench_refresh.measure_alone(1, "unstructured", 1, True)["held_up_passes"] > 0
     found = bench_refresh.measure_alone(1, "unstructured", 1, False)
     assert found["parameters"] == 2 * 11 * 128**2
     assert found["theta_bytes"] == 4 * found["parameters"]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from topkast_jax.always_sparse.host import HostLeaf, Reservoir
+from topkast_jax.always_sparse.host import HostLeaf, Reservoir, in_threads
 from topkast_jax.always_sparse.kernel import values_of
 from topkast_jax.always_sparse.layout import Layout, on_host, places_of
 from topkast_jax.errors import SparsityError
@@ -40,7 +40,7 @@ def to_masked(
     def scattered(array: jax.Array, leaf: HostLeaf) -> np.ndarray:
         dense = np.zeros((*leaf.leaf.stack, *leaf.leaf.shape), array.dtype)
         flags = reservoir.sets[leaf.path]
-        leaf.scatter(dense, leaf.index(flags)[0], on_host(array))
+        in_threads(leaf.writes(dense, leaf.index(flags)[0], on_host(array)))
         return dense
 
     sets = layout.masks(reservoir)[1].sets

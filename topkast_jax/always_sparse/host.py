@@ -36,6 +36,7 @@ from topkast_jax.patterns import Block, units_in
 from topkast_jax.sparsify import Plan
 
 T = TypeVar("T")
+Task = Callable[[], Any]
 _AT_ONCE = 2**17  # flags whose temporaries stay in the cache of a core
 
 
@@ -147,7 +148,7 @@ class HostLeaf:
 
     def index(self, flags: np.ndarray) -> tuple[np.ndarray, int]:
         """Units of B, those of A first, both ascending: int32 `[S, b]`, and the size of A."""
-        sets = in_threads(self._layer_index, self.layers(flags))
+        sets = [self._layer_index(layer) for layer in self.layers(flags)]
         self._check_same(sets)
         return np.stack([units for units, _ in sets]), sets[0][1]
 
@@ -181,29 +182,27 @@ class HostLeaf:
         """The units at `index [S, m]`: `[S, m, *unit]`."""
         found = np.empty((*index.shape, *self.pattern.unit_shape), dense.dtype)
 
-        def layer(s: int) -> None:
-            units, places = self._at(self.layers(dense)[s], index[s])
-            found[s] = units[places]
-
-        in_threads(layer, range(len(index)))
+        for layer, places, row in zip(self.layers(dense), index, found, strict=True):
+            units, at = self._at(layer, places)
+            row[...] = units[at]
         return found
 
-    def scatter(self, dense: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
-        """Writes units `values [S, m, *unit]` at `index [S, m]` into the dense leaf."""
+    def writes(self, dense: np.ndarray, index: np.ndarray, values: np.ndarray) -> list[Task]:
+        """What `in_threads` does to bring units into the dense leaf, one task a layer.
+
+        Args:
+          dense: is written to.
+          index: places of the units, `[*stack, m]`.
+          values: the units, `[*stack, m, *unit]`.
+        """
+        index = index.reshape(-1, index.shape[-1])
         values = values.reshape(*index.shape, *self.pattern.unit_shape)
-        for layer, places, units in zip(self.layers(dense), index, values, strict=True):
-            self._write(layer, places, units)
+        rows = zip(self.layers(dense), index, values, strict=True)
+        return [functools.partial(self._write, *row) for row in rows]
 
     def _write(self, layer: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
         units, places = self._at(layer, index)
         units[places] = values
-
-    def write_back(self, theta: np.ndarray, index: np.ndarray, values: np.ndarray) -> None:
-        """Makes θ current on B: units `values [*stack, b, *unit]` at places `index [*stack, b]`."""
-        index = index.reshape(-1, index.shape[-1])
-        values = values.reshape(*index.shape, *self.pattern.unit_shape)
-        layers = self.layers(theta)
-        in_threads(lambda s: self._write(layers[s], index[s], values[s]), range(len(layers)))
 
     def write_leaving(self, theta: np.ndarray, move: Move, values: np.ndarray) -> None:
         """Makes θ current on the units that leave B with a move."""
@@ -223,33 +222,19 @@ class HostLeaf:
             self.leaf.shape, self.leaf.pattern, forward,
         )  # fmt: skip
 
-    def move(
-        self,
-        theta: np.ndarray,
-        index: np.ndarray,
-        old: np.ndarray,
-        new: np.ndarray,
-        leaving: bool = False,
-    ) -> Move:
-        """From the set that the device holds to another one.
-
-        Args:
-          theta: dense; must be current on the units that enter B.
-          index: the places of the units that the device holds, in their order, `[*stack, b]`.
-          old: the flags of the same.
-          new: the flags of what the device will hold.
-          leaving: whether to say which units leave B.
-        """
-        index = index.reshape(-1, index.shape[-1])
-        olds, news = self.layers(old), self.layers(new)
-        moved = in_threads(
-            lambda s: self._move_layer(index[s], olds[s], news[s], leaving), range(len(olds))
+    def _moved_layers(
+        self, index: np.ndarray, old: np.ndarray, new: np.ndarray, leaving: bool
+    ) -> list[Task]:
+        rows = zip(
+            index.reshape(-1, index.shape[-1]), self.layers(old), self.layers(new), strict=True
         )
-        source, forward, fresh, left = zip(*moved, strict=True)
+        return [functools.partial(self._move_layer, *row, leaving) for row in rows]
+
+    def _move(self, theta: np.ndarray, layers: Sequence[tuple[Any, ...]]) -> Move:
+        source, forward, fresh, left = zip(*layers, strict=True)
         self._check_same(list(zip(source, forward, strict=True)))
-        fresh_index = _padded(fresh, source[0].size)
-        values = self.gather(theta, fresh_index)
-        return Move(np.stack(source), fresh_index, values, forward[0], list(left))
+        index = _padded(fresh, source[0].size)
+        return Move(np.stack(source), index, self.gather(theta, index), forward[0], list(left))
 
     def _move_layer(
         self, was: np.ndarray, old: np.ndarray, new: np.ndarray, leaving: bool
@@ -269,6 +254,29 @@ class HostLeaf:
         units, places = self._at(flags, index)
         found = units[places]
         return (found[..., 0, 0] if self.pattern.unit_shape else found) & np.uint8(BACKWARD)
+
+
+def moves(
+    leaves: Mapping[str, HostLeaf],
+    theta: Mapping[str, np.ndarray],
+    index: Mapping[str, np.ndarray],
+    old: Mapping[str, np.ndarray],
+    new: Mapping[str, np.ndarray],
+    leaving: bool = False,
+) -> dict[str, Move]:
+    """From the sets that the device holds to others, of the leaves in `new`, by name.
+
+    Args:
+      leaves: at least those in `new`, as in all that follows.
+      theta: dense; must be current on the units that enter B.
+      index: the places of the units that the device holds, in their order, `[*stack, b]`.
+      old: the flags of the same.
+      new: the flags of what the device will hold.
+      leaving: whether to say which units leave B.
+    """
+    tasks = {n: leaves[n]._moved_layers(index[n], old[n], new[n], leaving) for n in new}
+    done = iter(in_threads([task for of_leaf in tasks.values() for task in of_leaf]))
+    return {n: leaves[n]._move(theta[n], [next(done) for _ in tasks[n]]) for n in new}
 
 
 def _padded(fresh: Sequence[np.ndarray], most: int) -> np.ndarray:
@@ -344,29 +352,28 @@ class Choice:
     ) -> dict[str, tuple[np.ndarray, Any]]:
         flags = {name: np.empty(columns[0][name].shape, np.uint8) for name in group}
 
-        def choose(layer: tuple[HostLeaf, np.ndarray, Any, tuple[Any, ...]]) -> Any:
-            host, flags, key, here = layer
-            one = dataclasses.replace(host.leaf, stack=(), axes=())
+        def choose(kind: Static, into: np.ndarray, key: Any, here: tuple[Any, ...]) -> Any:
             with jax.default_device(host_device()):
                 new, remembered = _choose(
-                    self.chooser.frame, Static(kind_of(one)), first, self.chooser.numbers,
-                    *here, key, np.int32(step),
+                    self.chooser.frame, kind, first, self.chooser.numbers, *here, key,
+                    np.int32(step),
                 )  # fmt: skip
-                flags[...] = new
+                into[...] = new
                 return jax.device_get(remembered)
 
-        layers: list[Any] = []
+        tasks: dict[str, list[Task]] = {}
         for name in group:
             host = self._leaves[name]
+            kind = Static(kind_of(dataclasses.replace(host.leaf, stack=(), axes=())))
             with jax.default_device(host_device()):
                 keys = layer_keys(self.chooser.seed, [name], host.leaf, step)[0].reshape(-1)
             rows = _by_layer(tuple(column[name] for column in columns), host)
-            layers += zip([host] * len(rows), host.layers(flags[name]), keys, rows, strict=True)
-        remembered = iter(in_threads(choose, layers))
+            layers = zip(host.layers(flags[name]), keys, rows, strict=True)
+            tasks[name] = [functools.partial(choose, kind, *layer) for layer in layers]
+        remembered = iter(in_threads([task for of_leaf in tasks.values() for task in of_leaf]))
         result = {}
         for name in group:
-            stack = self._leaves[name].leaf.stack
-            found = [next(remembered) for _ in range(math.prod(stack))]
+            stack, found = self._leaves[name].leaf.stack, [next(remembered) for _ in tasks[name]]
             whole = jax.tree.map(lambda *x, stack=stack: _whole(x, stack), *found)
             result[name] = flags[name], whole
         return result
@@ -435,10 +442,10 @@ def as_precise_as_here(function: Callable[..., T]) -> Callable[..., T]:
     return there
 
 
-def in_threads(function: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
-    """`function` of each item, in order; as many at once as this process may use cores."""
+def in_threads(tasks: Sequence[Task]) -> list[Any]:
+    """What the tasks return, in order; as many at once as this process may use cores."""
     with ThreadPoolExecutor(_cores()) as pool:
-        return list(pool.map(as_precise_as_here(function), items))
+        return list(pool.map(as_precise_as_here(lambda task: task()), tasks))
 
 
 def _cores() -> int:

@@ -111,16 +111,14 @@ def first_arrays(
     return jax.jit(first)
 
 
-def sent(move: Move, stack: tuple[int, ...], like: jax.Array) -> Move:
-    """A move whose `source` is on the devices of `like`, with a layer axis if there is a stack."""
-    if isinstance(move.source, jax.Array):
-        return move
-    source, sharding = move.source.reshape(*stack, -1), like.sharding
+def sent(source: np.ndarray | jax.Array, stack: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """`Move.source` on the devices of `like`, with a layer axis if the leaf is stacked."""
+    if isinstance(source, jax.Array):
+        return source
+    source, sharding = source.reshape(*stack, -1), like.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
         sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return move._replace(
-        source=jax.make_array_from_callback(source.shape, sharding, source.__getitem__)
-    )
+    return jax.make_array_from_callback(source.shape, sharding, source.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +142,7 @@ class Mover:
     @functools.cached_property
     def source(self) -> jax.Array:
         """`Move.source` on the device, sent once."""
-        source = sent(self.move, self.stack, self.like).source
-        assert isinstance(source, jax.Array)
-        return source
+        return sent(self.move.source, self.stack, self.like)
 
     def places(self, kernel: CompactKernel) -> CompactKernel:
         """A kernel without values, at its new places."""

@@ -177,14 +177,11 @@ class AlwaysSparse:
         """
         self._ahead = None
         theta = self._layout.theta("start", params, donate)
-        chosen: dict[str, Any] = {}
-        for group in self._choose.in_groups(self._groups, 0, theta):
-            chosen |= group
+        chosen = self._choose(0, theta)
         if self.frozen(0):
             chosen = {
                 name: (hosts.freeze(flags), memory) for name, (flags, memory) in chosen.items()
             }
-        chosen = {name: chosen[name] for name in theta}
         reservoir = self._reservoir(theta, chosen)
         kernels = self._kernels(params, reservoir)
         state = self._first_state((self.transform if tx is None else tx).init, kernels)
@@ -318,8 +315,8 @@ class AlwaysSparse:
         reservoir = self._current("refresh", params, state, reservoir)
         if self.frozen(step):
             new: Iterable[dict[str, Any]] = (
-                {name: (hosts.freeze(reservoir.sets[name]), reservoir.memory[name])}
-                for name in self._layout.sparse
+                {k: (hosts.freeze(reservoir.sets[k]), reservoir.memory[k]) for k in group}
+                for group in self._groups
             )
         elif self.delay:
             new = self._chosen_ahead(step, reservoir)
@@ -374,7 +371,7 @@ class AlwaysSparse:
                 f"refresh: the choice made at step {step - self.delay} is not in this reservoir: "
                 "what is saved must be AlwaysSparse.settled(reservoir)"
             )
-        return [{name: reservoir.chosen[name]} for name in self._layout.sparse]
+        return [reservoir.chosen]
 
     def _choose_ahead(
         self, step: int, params: Tree, state: Any, reservoir: Reservoir, gradients: Any
@@ -396,11 +393,13 @@ class AlwaysSparse:
             self._write_back(theta, index, copies)
             chosen = self._choose(step, theta, sets, reservoir.memory, gradients)
             if not enters_anew(self.plan.method):  # What enters is what θ holds, then as now.
-                for name, (flags, _) in chosen.items():
-                    leaf, held = self._layout.sparse[name], (index[name], sets[name])
-                    move = leaf.move(theta[name], *held, flags, leaving=True)
-                    move = sent(move, leaf.leaf.stack, copies[name]) if here else move
-                    self._moves[name] = flags, move
+                flags = {name: new for name, (new, _) in chosen.items()}
+                moves = hosts.moves(self._layout.sparse, theta, index, sets, flags, leaving=True)
+                for name, move in moves.items():
+                    if here:
+                        stack = self._layout.sparse[name].leaf.stack
+                        move = move._replace(source=sent(move.source, stack, copies[name]))
+                    self._moves[name] = flags[name], move
             return chosen
 
         self._ahead = self._chooser.submit(hosts.as_precise_as_here(choose))
@@ -426,8 +425,12 @@ class AlwaysSparse:
     def _write_back(
         self, theta: dict[str, np.ndarray], index: dict[str, Any], values: dict[str, Any]
     ) -> None:
-        for name, leaf in self._layout.sparse.items():
-            leaf.write_back(theta[name], np.asarray(index[name]), np.asarray(values[name]))
+        """Makes θ current on B."""
+        tasks = [
+            leaf.writes(theta[name], np.asarray(index[name]), np.asarray(values[name]))
+            for name, leaf in self._layout.sparse.items()
+        ]
+        hosts.in_threads([task for of_leaf in tasks for task in of_leaf])
 
     def _apply(
         self,
@@ -456,12 +459,13 @@ class AlwaysSparse:
         numbers = {name: number for number, name in enumerate(self._layout.names)}
         for group in chosen:
             movers: list[Mover | None] = [None] * len(arrays)
-            for name, (flags, _) in group.items():
-                leaf, number = self._layout.sparse[name], numbers[name]
-                held = kernels[number].index, arrays[number]
-                move = self._move(name, reservoir, flags, *held, ahead)
+            index = {name: kernels[numbers[name]].index for name in group}
+            values = {name: arrays[numbers[name]] for name in group}
+            moves = self._moves_to(group, reservoir, index, values, ahead)
+            for name, move in moves.items():
+                leaf, like = self._layout.sparse[name], values[name]
                 check_sizes(leaf, move.forward, move.source.shape[-1])
-                movers[number] = Mover(move, leaf.leaf.stack, self._place, arrays[number], twice)
+                movers[numbers[name]] = Mover(move, leaf.leaf.stack, self._place, like, twice)
             outside = map_parameter_shaped(
                 lambda array, mover: mover.carry(array),
                 outside, params, self._layout.unflatten(movers),
@@ -479,7 +483,7 @@ class AlwaysSparse:
             for name, (flags, memory) in group.items():
                 reservoir.sets[name], reservoir.memory[name] = flags, memory
             now |= group if self.delay else {}
-            del movers, mover, move  # Before the next leaves are chosen.
+            del movers, mover, moves, move, index, values  # Before the next leaves are chosen.
         self._moves = {}
         inner = flatten(compact.inner_state)[1].unflatten(by_path.values())
         inside = CompactState(compact.step, self._layout.unflatten(kernels), inner)
@@ -489,24 +493,28 @@ class AlwaysSparse:
         )  # fmt: skip
         return self._layout.unflatten(arrays), state, reservoir._replace(chosen=now)
 
-    def _move(
+    def _moves_to(
         self,
-        name: str,
+        chosen: dict[str, Any],
         reservoir: Reservoir,
-        flags: np.ndarray,
-        index: jax.Array,
-        values: jax.Array,
+        index: dict[str, jax.Array],
+        values: dict[str, jax.Array],
         ahead: bool,
-    ) -> Move:
-        """How one leaf gets to new flags; θ is current on all that is not in their B after it."""
-        leaf, theta, old = self._layout.sparse[name], reservoir.theta, reservoir.sets
-        found, move = self._moves.pop(name, (None, None))
-        if found is not flags or move is None:
-            self._choose.enter(theta, old, {name: flags})
-            move = leaf.move(theta[name], on_host(index), old[name], flags, leaving=ahead)
+    ) -> dict[str, Move]:
+        """How leaves get to new flags; θ is current on all that is not in their B after it."""
+        leaves, theta, old = self._layout.sparse, reservoir.theta, reservoir.sets
+        flags = {name: new for name, (new, _) in chosen.items()}
+        known = {name: self._moves.pop(name, (None, None)) for name in chosen}
+        if all(known[name][0] is flags[name] for name in chosen):
+            moves: dict[str, Any] = {name: move for name, (_, move) in known.items()}
+        else:
+            self._choose.enter(theta, old, flags)
+            held = {name: on_host(array) for name, array in index.items()}
+            moves = hosts.moves(leaves, theta, held, old, flags, leaving=ahead)
         if ahead:
-            leaf.write_leaving(theta[name], move, on_host(values))
-        return move
+            for name, move in moves.items():
+                leaves[name].write_leaving(theta[name], move, on_host(values[name]))
+        return moves
 
     def _moments(
         self, number: int, mover: Mover, values: jax.Array, by_path: dict[Any, Any]
