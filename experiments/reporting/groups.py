@@ -25,14 +25,18 @@ def _number(value: Any) -> bool:
 
 _TEXT = lambda v: isinstance(v, str), "a text"
 _AMOUNT = lambda v: _number(v) and 0 <= v < math.inf, "a finite number of at least 0"
-_OBJECT = lambda v: isinstance(v, dict), "an object"
+_PLAIN = lambda v: v is None or isinstance(v, str | bool | int | float)  # noqa: E731
+_CONTEXT = (
+    lambda v: isinstance(v, dict) and all(map(_PLAIN, v.values())),
+    "an object without others in it",
+)
 _METRICS = lambda v: isinstance(v, dict) and all(map(_number, v.values())), "an object of numbers"
 # What a report reads of every `final.json`, and what it must be.
 NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": _TEXT,
     "config.method.name": _TEXT,
     "test": _METRICS,
-    "test_context": _OBJECT,
+    "test_context": _CONTEXT,
     "densities.forward": _AMOUNT,
     "densities_over_run.backward": _AMOUNT,
     "parameters": _AMOUNT,

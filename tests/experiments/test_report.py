@@ -235,7 +235,7 @@ WRONG = {
     "name": (3, [], {}),
     "config.method.name": (3, True),
     "test": ("x", [1], {"accuracy": "x"}, {"accuracy": None}, {"accuracy": [1]}),
-    "test_context": ("x", [1]),
+    "test_context": ("x", [1], {"x": [1]}),
     "parameters": ("x", [1], {}, True, -1, float("nan"), float("inf")),
     "densities_over_run.backward": ("x", {}, -0.5),
     "flops.inference_fraction": ("x", [0.5]),
