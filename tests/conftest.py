@@ -1,6 +1,5 @@
 """Set before jax is imported: eight fake CPU devices, the TPU compiler, no silent promotion."""
 
-import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -27,5 +26,3 @@ os.environ.setdefault(
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 library.use()
-# What tests leave behind is seldom a cycle, and the heap of a process of tests is large.
-gc.set_threshold(20_000, 20, 100)
