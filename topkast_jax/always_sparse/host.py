@@ -230,11 +230,15 @@ class HostLeaf:
         )
         return [functools.partial(self._move_layer, *row, leaving) for row in rows]
 
-    def _move(self, theta: np.ndarray, layers: Sequence[tuple[Any, ...]]) -> Move:
-        source, forward, fresh, left = zip(*layers, strict=True)
-        self._check_same(list(zip(source, forward, strict=True)))
-        index = _padded(fresh, source[0].size)
-        return Move(np.stack(source), index, self.gather(theta, index), forward[0], list(left))
+    def _move(self, theta: np.ndarray, layers: list[tuple[Any, ...]]) -> Move:
+        """The layers' part is taken out of `layers`, so that nothing of it stands there twice."""
+        self._check_same([(source, forward) for source, forward, _, _ in layers])
+        _, forward, fresh, left = zip(*layers, strict=True)
+        source = np.empty((len(layers), layers[0][0].size), np.int32)
+        for row in source:
+            row[...] = layers.pop(0)[0]
+        index = _padded(fresh, source.shape[-1])
+        return Move(source, index, self.gather(theta, index), forward[0], list(left))
 
     def _move_layer(
         self, was: np.ndarray, old: np.ndarray, new: np.ndarray, leaving: bool
@@ -275,8 +279,8 @@ def moves(
       leaving: whether to say which units leave B.
     """
     tasks = {n: leaves[n]._moved_layers(index[n], old[n], new[n], leaving) for n in new}
-    done = iter(in_threads([task for of_leaf in tasks.values() for task in of_leaf]))
-    return {n: leaves[n]._move(theta[n], [next(done) for _ in tasks[n]]) for n in new}
+    done = in_threads([task for of_leaf in tasks.values() for task in of_leaf])
+    return {n: leaves[n]._move(theta[n], [done.pop(0) for _ in tasks[n]]) for n in new}
 
 
 def _padded(fresh: Sequence[np.ndarray], most: int) -> np.ndarray:

@@ -92,21 +92,30 @@ def _unit_axis(
 
 
 def first_arrays(
-    init: Callable[[Any], Any], axes: dict[Path, tuple[int, int]], number: int, values: Any
-) -> Callable[[Any], dict[str, jax.Array]]:
-    """What an optimizer's `init` makes of one leaf: its values → arrays by `keystr` of their paths.
+    init: Callable[[Any], Any],
+    axes: dict[Path, tuple[int, int]],
+    number: int,
+    values: Any,
+    stack: int,
+) -> Callable[[jax.Array], dict[str, jax.Array]]:
+    """What an optimizer's `init` makes of some units of one leaf: arrays by `keystr` of their path.
 
-    Compiled for this leaf alone, so that no others take memory: of `values`, the abstract tree, all
-    others are zeros there.
+    The units are `[*stack, m, …]`. Compiled for this leaf alone, so that no others take memory: of
+    `values`, the abstract tree, all others are zeros there.
     """
     others, treedef = flatten(values)
+    mine = {path: axis for path, (of, axis) in axes.items() if of == number}
 
-    def first(mine_alone: Any) -> dict[str, jax.Array]:
-        arrays = [jnp.zeros(x.shape, x.dtype) for x in others]
-        arrays[number] = mine_alone
-        state = jax.tree_util.tree_leaves_with_path(init(treedef.unflatten(arrays)))
-        mine = {path for path, (of, _) in axes.items() if of == number}
-        return {jax.tree_util.keystr(path): x for path, x in state if path in mine}
+    def first(units: jax.Array) -> dict[str, jax.Array]:
+        m, arrays = units.shape[stack], [jnp.zeros(x.shape, x.dtype) for x in others]
+        # `init` sees as many units as the leaf has: what it makes may depend on their number.
+        missing = [(0, all_ - n) for all_, n in zip(arrays[number].shape, units.shape, strict=True)]
+        arrays[number] = jnp.pad(units, missing)
+        state = dict(jax.tree_util.tree_leaves_with_path(init(treedef.unflatten(arrays))))
+        return {
+            jax.tree_util.keystr(path): jax.lax.slice_in_dim(state[path], 0, m, axis=axis)
+            for path, axis in mine.items()
+        }
 
     return jax.jit(first)
 
@@ -144,6 +153,11 @@ class Mover:
         """`Move.source` on the device, sent once."""
         return sent(self.move.source, self.stack, self.like)
 
+    @functools.cached_property
+    def fresh(self) -> np.ndarray:
+        """θ of the fresh units, `[*stack, m, …]`."""
+        return self.move.values.reshape(*self.stack, *self.move.values.shape[1:])
+
     def places(self, kernel: CompactKernel) -> CompactKernel:
         """A kernel without values, at its new places."""
         index = self._moved(kernel.index, self.move.index.reshape(*self.stack, -1))
@@ -151,47 +165,59 @@ class Mover:
 
     def values(self, values: jax.Array) -> jax.Array:
         """Values that stay, and those of the fresh units."""
-        fresh = self.move.values
-        return self._moved(values, fresh.reshape(*self.stack, *fresh.shape[1:]))
+        return self._moved(values, self.fresh)
 
     def moment(self, moment: jax.Array, first: jax.Array, axis: int) -> jax.Array:
-        """A moment with units along `axis`: for fresh ones what `first` holds in their places."""
-        return self._moved(moment, first, axis, True)
+        """A moment with units along `axis`; `first` are those of the fresh ones."""
+        return self._moved(moment, first, axis)
 
     def carry(self, array: jax.Array) -> jax.Array:
         """An array of the values' shape: zero for the fresh ones."""
         rest = array.shape[len(self.stack) + 1 :]
         return self._moved(array, np.zeros((*self.stack, 1, *rest), array.dtype))
 
-    def _moved(
-        self, array: jax.Array, fresh: Any, axis: int | None = None, in_place: bool = False
-    ) -> jax.Array:
+    def _moved(self, array: jax.Array, fresh: Any, axis: int | None = None) -> jax.Array:
         axis = len(self.stack) if axis is None else axis
         shape = (*array.shape[:axis], self.source.shape[-1], *array.shape[axis + 1 :])
         sharding = None if self.place is None else self.place(shape)
         donate = shape == array.shape and not self.keeps(array)
-        moved = _compiled(len(self.stack), axis - len(self.stack), in_place, sharding, donate)
+        moved = _compiled(len(self.stack), axis, sharding, donate)
         return moved(array, self.source, fresh)
 
 
 @functools.lru_cache
-def _compiled(
-    stack: int, above: int, in_place: bool, sharding: Any, donate: bool
-) -> Callable[..., jax.Array]:
-    """The move of an array `[*above axes, *stack axes, units, …]`.
+def _compiled(stack: int, axis: int, sharding: Any, donate: bool) -> Callable[..., jax.Array]:
+    """The move of an array `[…, *stack axes, units, …]` with units along `axis`.
 
-    `fresh` holds the fresh units in their places, or in the order in which `source` numbers them.
+    Layer after layer, so that an array which keeps its size is moved in place: it never needs new
+    memory for more than one layer. `fresh` holds the fresh units in the order in which `source`
+    numbers them.
     """
+    above = axis - stack
+
+    def layer(array: jax.Array, source: jax.Array, fresh: jax.Array) -> jax.Array:
+        def at(units: jax.Array, numbers: jax.Array) -> jax.Array:
+            return units.at[(*(slice(None),) * above, numbers)].get(mode="promise_in_bounds")
+
+        stays = (source >= 0).reshape(-1, *(1,) * (array.ndim - above - 1))
+        number = jnp.clip(-1 - source, 0, fresh.shape[above] - 1)
+        return jnp.where(stays, at(array, jnp.maximum(source, 0)), at(fresh, number))
 
     def move(array: jax.Array, source: jax.Array, fresh: jax.Array) -> jax.Array:
-        stays = (source >= 0).reshape(-1, *(1,) * (array.ndim - 1))
-        old = array.at[jnp.maximum(source, 0)].get(mode="promise_in_bounds")
-        number = jnp.clip(-1 - source, 0, fresh.shape[0] - 1)
-        new = fresh if in_place else fresh.at[number].get(mode="promise_in_bounds")
-        return jnp.where(stays, old, new)
+        by_layer = lambda x: x.reshape(*x.shape[:above], -1, *x.shape[axis:])  # noqa: E731
+        held, rows, fresh = by_layer(array), source.reshape(-1, source.shape[-1]), by_layer(fresh)
+        shape = (*held.shape[: above + 1], rows.shape[-1], *held.shape[above + 2 :])
 
-    for _ in range(stack):
-        move = jax.vmap(move)
-    for _ in range(above):
-        move = jax.vmap(move, in_axes=(0, None, 0 if in_place else None))
+        def body(i: jax.Array, moved: jax.Array) -> jax.Array:
+            old, new = (
+                jax.lax.dynamic_index_in_dim(x, i, above, keepdims=False)
+                for x in (moved if shape == held.shape else held, fresh)
+            )
+            here = layer(old, rows[i], new)
+            return jax.lax.dynamic_update_index_in_dim(moved, here, i, above)
+
+        start = held if shape == held.shape else jnp.zeros(shape, held.dtype)
+        moved = jax.lax.fori_loop(0, rows.shape[0], body, start)
+        return moved.reshape(*array.shape[:axis], *shape[above + 1 :])
+
     return jax.jit(move, out_shardings=sharding, donate_argnums=0 if donate else ())

@@ -101,7 +101,8 @@ class AlwaysSparse:
         self._groups = groups(layout.sparse)
         values = values_of(self.abstract())
         self._firsts = [
-            first_arrays(init, self._axes, number, values) for number in range(len(leaves))
+            first_arrays(init, self._axes, number, values, len(leaf.stack) if leaf else 0)
+            for number, leaf in enumerate(leaves.values())
         ]
         self.transform = optax.GradientTransformationExtraArgs(self._init, self._update)
         self._is_starting = False
@@ -474,7 +475,7 @@ class AlwaysSparse:
                 if mover is not None:
                     arrays[number] = mover.values(arrays[number])
                     kernels[number] = mover.places(kernels[number])
-                    moments = self._moments(number, mover, arrays[number], by_path)
+                    moments = self._moments(number, mover, by_path)
                     by_path |= moments
                     # What the moves read is freed before the next leaves are chosen.
                     jax.block_until_ready(
@@ -516,16 +517,14 @@ class AlwaysSparse:
                 leaves[name].write_leaving(theta[name], move, on_host(values[name]))
         return moves
 
-    def _moments(
-        self, number: int, mover: Mover, values: jax.Array, by_path: dict[Any, Any]
-    ) -> dict[Any, jax.Array]:
+    def _moments(self, number: int, mover: Mover, by_path: dict[Any, Any]) -> dict[Any, jax.Array]:
         """What the optimizer holds of a leaf's units; for fresh ones, what `init` makes of them."""
         axes = {path: axis for path, (of, axis) in self._axes.items() if of == number}
         if not axes:
             return {}
-        first = self._firsts[number](values)
+        first = self._firsts[number](mover.fresh)
         return {
-            path: mover.moment(by_path[path], first[jax.tree_util.keystr(path)], axis)
+            path: mover.moment(by_path[path], first.pop(jax.tree_util.keystr(path)), axis)
             for path, axis in axes.items()
         }
 
