@@ -12,7 +12,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -447,9 +447,20 @@ def as_precise_as_here(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def in_threads(tasks: Sequence[Task]) -> list[Any]:
-    """What the tasks return, in order; as many at once as this process may use cores."""
-    with ThreadPoolExecutor(_cores()) as pool:
-        return list(pool.map(as_precise_as_here(lambda task: task()), tasks))
+    """What the tasks return, in order; as many at once as this process may use cores.
+
+    All have ended before one that failed is told. No task may call this function.
+    """
+    there = as_precise_as_here(lambda task: task())
+    running = [_pool().submit(there, task) for task in tasks]
+    wait(running)
+    return [task.result() for task in running]
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """One for all: the memory that a thread has freed serves that thread alone."""
+    return ThreadPoolExecutor(_cores(), "topkast")
 
 
 def _cores() -> int:

@@ -97,7 +97,7 @@ def first_arrays(
     number: int,
     values: Any,
     stack: int,
-) -> Callable[[jax.Array], dict[str, jax.Array]]:
+) -> Callable[[jax.Array | np.ndarray], dict[str, jax.Array]]:
     """What an optimizer's `init` makes of some units of one leaf: arrays by `keystr` of their path.
 
     The units are `[*stack, m, …]`. Compiled for this leaf alone, so that no others take memory: of

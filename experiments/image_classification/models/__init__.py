@@ -8,6 +8,7 @@ from typing import Protocol
 import jax
 from ml_collections import ConfigDict
 
+from experiments.image_classification.models.perceptron import lenet_300_100
 from experiments.image_classification.models.resnet import ARCHITECTURES, residual_network
 from experiments.registry import Registry
 
@@ -26,5 +27,7 @@ class Network(Protocol):
 # returns a function (*, channels, num_classes, rngs) that builds the network.
 Factory = Callable[[ConfigDict], Callable[..., Network]]
 MODELS: Registry[Factory] = Registry(
-    "config.model.name", {name: residual_network(a) for name, a in ARCHITECTURES.items()}
+    "config.model.name",
+    {name: residual_network(a) for name, a in ARCHITECTURES.items()}
+    | {"lenet_300_100": lenet_300_100},
 )

@@ -27,8 +27,13 @@ class Conv(nnx.Module):
 class Dense(nnx.Module):
     """A linear layer with a bias."""
 
-    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
-        init = jax.nn.initializers.normal(0.01)
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        rngs: nnx.Rngs,
+        init: jax.nn.initializers.Initializer = jax.nn.initializers.normal(0.01),  # noqa: B008
+    ):
         self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), jnp.float32))
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
 

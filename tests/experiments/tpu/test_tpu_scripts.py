@@ -17,7 +17,7 @@ from experiments.errors import UserError
 from experiments.tpu import compiling, library
 from experiments.training import partition
 from experiments.training.program import build
-from scripts import aot_tpu, bench_memory
+from scripts import aot_products, aot_tpu, bench_memory
 
 ROOT = pathlib.Path(__file__).parents[3]
 needs_compiler = pytest.mark.skipif(library.find() is None, reason="no libtpu: scripts/setup aot")
@@ -104,7 +104,7 @@ def test_runs_beside_another_process_and_prints_one_line():
     assert run.stderr == "error: --devices=9: v5e:2x2 has 4\n"
 
 
-@pytest.mark.parametrize("script", [aot_tpu, bench_memory])
+@pytest.mark.parametrize("script", [aot_tpu, bench_memory, aot_products])
 def test_no_compiler_is_one_line(capsys, monkeypatch, script):
     monkeypatch.setattr(library, "find", lambda: None)
     monkeypatch.setenv("TPU_LIBRARY_PATH", "removed by the script, and restored after the test")
@@ -244,3 +244,43 @@ def test_the_compiler_is_pinned_alone():
     assert names == {"libtpu"}
     assert not any("://" in line for line in lines)
     assert sum("--hash=sha256:" in line for line in lines) >= 2
+
+
+@needs_compiler
+def test_products_of_one_kernel(capsys):
+    """Counted by hand: 20 of 200 blocks in A, 40 in B; the dense products read and write all."""
+    flags = "--topologies=v5e:2x2 --dtypes=bfloat16 --kernels=1280x2560 --densities=90/80"
+    status, out, err = call(capsys, aot_products.main, *flags.split(), "--tokens=512")
+    assert (status, err) == (0, "")
+    rows = json.loads(out.splitlines()[-1])["results"]
+    assert [row["unknown_kernels"] for row in rows] == [0] * 6
+    flops = {(row["product"], row["density"]): row["flops"] for row in rows}
+    dense, block = 2 * 512 * 1280 * 2560, 2 * 512 * 128 * 128
+    for product, blocks in (("y", 20), ("dx", 20), ("dW", 40)):
+        assert flops[product, "dense"] == dense
+        assert flops[product, "90/80"] == blocks * block
+    for row in rows:
+        if row["density"] == "dense":
+            moved = 2 * (512 * 1280 + 1280 * 2560 + 512 * 2560)
+            # What the compiler keeps on the chip does not move.
+            assert 0.3 * moved < row["bytes_moved"] <= moved
+        seconds = row["flops"] / 197e12, row["bytes_moved"] / 819e9
+        np.testing.assert_allclose(row["roofline_seconds"], max(seconds), rtol=1e-3)
+        assert row["bound"] == ("compute", "memory")[int(np.argmax(seconds))]
+    assert "| v5e bfloat16 90/80 |" in out
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--kernels=1024", "1024x3072"),
+        ("--kernels=1024x1000", "1000"),
+        ("--topologies=v9:2x2", "v9"),
+        ("--densities=91/80", "90/80"),
+    ],
+)
+def test_mistakes_about_products_are_one_line(capsys, flags, told):
+    status, _, err = call(capsys, aot_products.main, flags)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert told in err

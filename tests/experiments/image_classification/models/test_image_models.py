@@ -1,4 +1,4 @@
-"""Residual networks: parameter counts, shapes, and blocks against plain NumPy."""
+"""Networks for images: parameter counts, shapes, and blocks against plain NumPy."""
 
 import functools
 import math
@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 
 from experiments import layers
+from experiments.errors import UserError
 from experiments.image_classification.models import blocks
+from experiments.image_classification.models.perceptron import Perceptron
 from experiments.image_classification.models.resnet import ARCHITECTURES, ResNet, max_pool_3x3
 
 
@@ -233,3 +235,36 @@ def test_max_pool_against_numpy():
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
     expected = [[padded[:, r : r + 3, c : c + 3].max((1, 2)) for c in (0, 2, 4)] for r in (0, 2, 4)]
     np.testing.assert_array_equal(max_pool_3x3(jnp.asarray(x)), np.moveaxis(expected, 2, 0))
+
+
+def lenet(**options):
+    return Perceptron(channels=1, num_classes=10, rngs=nnx.Rngs(0), **options)
+
+
+def test_lenet_has_the_published_number_of_parameters():
+    """266,610: LeCun et al. 1998, as work on pruning counts it."""
+    assert count(nnx.eval_shape(lenet)) == 266_610
+    narrow = flat_params(nnx.eval_shape(lambda: lenet(width=0.2)))
+    assert [narrow[f"{name}/kernel"].shape for name in ("hidden1", "hidden2", "head")] == [
+        (784, 60),
+        (60, 20),
+        (20, 10),
+    ]
+
+
+def test_lenet_against_numpy():
+    model = lenet(width=0.1)
+    images = np.random.default_rng(0).normal(size=(3, 28, 28, 1)).astype(np.float32)
+    p = {name: np.float64(x) for name, x in flat_params(model).items()}
+    x = images.reshape(3, -1)
+    for layer in ("hidden1", "hidden2"):
+        x = np.maximum(x @ p[f"{layer}/kernel"] + p[f"{layer}/bias"], 0)
+    expected = x @ p["head/kernel"] + p["head/bias"]
+    np.testing.assert_allclose(model(images, train=True), expected, rtol=1e-4, atol=1e-6)
+    spread = np.std(p["hidden1/kernel"])
+    np.testing.assert_allclose(spread, math.sqrt(2 / 784), rtol=0.05)  # He et al. 2015
+
+
+def test_lenet_takes_digits_alone():
+    with pytest.raises(UserError, match="^config.data.image_size: found 32; must be 28"):
+        jax.eval_shape(lambda x: lenet(width=0.1)(x, train=False), jnp.zeros((1, 32, 32, 1)))
