@@ -79,6 +79,7 @@ ROOMS = {
     "language_modelling": TASK,
     "chips": {"errors"},
     "tpu": {"errors", "chips", "training"},
+    "benchmarks": {"errors", "config", "training", "tpu"},
     "records": {"errors", "chips", "task", "training", "config"},
     "reporting": {"errors", "records"},
     "hosts": {"errors", "signals", "config", "records"},

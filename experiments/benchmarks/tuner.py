@@ -158,21 +158,17 @@ def _arrays(problem: Problem, product: str) -> list[tuple[jax.Array, ...]]:
 
 def _compiled(problem: Problem, product: str, settings: Settings) -> Callable[..., Any]:
     """All densities' products in one program."""
-    module, (k, n) = tuning.MODULES[problem.backend], problem.shape
-    extra = {"interpret": True} if problem.interpret else {}
-    function, arguments = {
-        "spmm": (module.spmm, (n, False)),
-        "spmm_transposed": (module.spmm, (k, True)),
-        "sddmm": (module.sddmm, (problem.block,)),
-    }[product]
-    return jax.jit(
-        lambda arrays: [function(*each, *arguments, settings, **extra) for each in arrays]
+    run = tuning.bound(
+        problem.backend, product, problem.block, problem.shape, settings, problem.interpret
     )
+    return jax.jit(lambda arrays: [run(*each) for each in arrays])
 
 
 @jax.jit
 def _errors(found: Any, expected: Any) -> jax.Array:
-    pairs = [(f.astype(jnp.float32), e.astype(jnp.float32)) for f, e in zip(found, expected)]
+    pairs = [
+        (f.astype(jnp.float32), e.astype(jnp.float32)) for f, e in zip(found, expected, strict=True)
+    ]
     return jnp.stack([jnp.abs(f - e).max() / jnp.maximum(1, jnp.abs(e).max()) for f, e in pairs])
 
 

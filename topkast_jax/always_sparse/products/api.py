@@ -260,15 +260,10 @@ def _places(static: _Static, index: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _run(static: _Static, product: str, *arrays: jax.Array) -> jax.Array:
     """Calls a product of the backend asked for, or of the platform it is lowered for."""
 
-    def of(backend: str, **extra: Any) -> Any:
+    def of(backend: str) -> Any:
         settings = _settings(static, backend, product, arrays[0])
-        function, arguments = {
-            "spmm": ("spmm", (static.n, False)),
-            "spmm_transposed": ("spmm", (static.k, True)),
-            "sddmm": ("sddmm", (static.block,)),
-        }[product]
-        run = getattr(tuning.MODULES[backend], function)
-        return lambda *arrays: run(*arrays, *arguments, settings, **extra)
+        shape, interpret = (static.k, static.n), static.interpret
+        return tuning.bound(backend, product, static.block, shape, settings, interpret)
 
     def only_on(backend: str, platforms: tuple[str, ...]) -> Any:
         def guarded(*arrays: jax.Array) -> Any:
@@ -291,7 +286,7 @@ def _run(static: _Static, product: str, *arrays: jax.Array) -> jax.Array:
     if reason := module.refuses(static.block):
         raise SparsityError(f"backend {static.backend!r}: {reason}")
     if static.interpret:
-        return of(static.backend, interpret=True)(*arrays)
+        return of(static.backend)(*arrays)
     return only_on(static.backend, (platform,))(*arrays)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -41,6 +41,34 @@ def defaults(backend: str, product: str) -> Settings:
     module = MODULES[backend]
     found: Settings = module.SDDMM if product == "sddmm" else module.SPMM
     return found
+
+
+def bound(
+    backend: str,
+    product: str,
+    block: tuple[int, int],
+    shape: tuple[int, int],
+    settings: Settings,
+    interpret: bool = False,
+) -> Callable[..., jax.Array]:
+    """A product of a backend as a function of its arrays.
+
+    Args:
+      backend: a name in `MODULES`.
+      product: one of `PRODUCTS`.
+      block: rows and columns of a block.
+      shape: K and N of the kernel.
+      settings: of this backend's kernel.
+      interpret: run a Pallas kernel in interpret mode.
+    """
+    module, (k, n) = MODULES[backend], shape
+    function, arguments = {
+        "spmm": (module.spmm, (n, False)),
+        "spmm_transposed": (module.spmm, (k, True)),
+        "sddmm": (module.sddmm, (block,)),
+    }[product]
+    extra = {"interpret": True} if interpret else {}
+    return lambda *arrays: function(*arrays, *arguments, settings, **extra)
 
 
 @dataclasses.dataclass(frozen=True)
