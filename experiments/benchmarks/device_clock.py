@@ -32,7 +32,7 @@ class Timing:
     """The time of one run.
 
     Attributes:
-        seconds: the mean over the runs.
+        seconds: the mean over the runs, to four digits.
         clock: "device", "host" or "wall"; see the top of this file.
     """
 
@@ -60,7 +60,7 @@ def measure(run: Callable[[], Any], repeats: int) -> Timing:
         profiles = [ProfileData.from_file(str(p)) for p in Path(folder).rglob("*.xplane.pb")]
         found = [busy for profile in profiles if (busy := busy_seconds(profile))]
     seconds, clock = found[0] if found else (wall, "wall")
-    return Timing(seconds / repeats, clock)
+    return Timing(float(f"{seconds / repeats:.4g}"), clock)
 
 
 def busy_seconds(profile: ProfileData) -> tuple[float, str] | None:

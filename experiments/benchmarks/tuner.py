@@ -141,7 +141,7 @@ def _arrays(problem: Problem, product: str) -> list[tuple[jax.Array, ...]]:
     k, n = problem.shape
     x = random_array(0, (problem.tokens, k), problem.dtype)
     dy = random_array(1, (problem.tokens, n), problem.dtype)
-    arrays = []
+    arrays: list[tuple[jax.Array, ...]] = []
     for seed, densities in enumerate(problem.densities):
         kernel = random_kernel(seed, problem.shape, problem.block, densities, problem.dtype)
         row, col = kernel.index // (n // problem.block[1]), kernel.index % (n // problem.block[1])
