@@ -96,9 +96,10 @@ def _name(row: Row) -> str:
 
 def _time(row: Row, part: str) -> str:
     text = f"{1e3 * row[part]:.3g}"
-    if row["block"] is not None:
-        text += f", {row['ratio'][part]:.3f} ({row['limit'][part]:.3f})"
-    return text
+    if row["block"] is None:
+        return text
+    ratio = f", {row['ratio'][part]:.3f}" if part in row["ratio"] else ""  # Dense may be left out.
+    return f"{text}{ratio} ({row['limit'][part]:.3f})"
 
 
 def _gigabytes(row: Row) -> str:

@@ -91,7 +91,9 @@ def times(
             else (_PRODUCTS[part], (inputs, kernels), ())
         )
         with options(backend, interpret=interpret and backend != "xla"):
-            lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+            # A function of its own: what is traced already keeps its options.
+            traced = jax.jit(lambda *args, f=function: f(*args), donate_argnums=donated)
+            lowered = traced.lower(*arguments)
         compiled = lowered.compile()
         run = _training(compiled, *arguments) if part == "step" else _calling(compiled, *arguments)
         timing = device_clock.measure(run, repeats)
