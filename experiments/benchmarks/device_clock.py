@@ -57,17 +57,19 @@ def measure(run: Callable[[], Any], repeats: int) -> Timing:
                 result = run()
             jax.block_until_ready(result)
             wall = time.perf_counter() - start
+        on_host = jax.devices()[0].platform == "cpu"
         profiles = [ProfileData.from_file(str(p)) for p in Path(folder).rglob("*.xplane.pb")]
-        found = [busy for profile in profiles if (busy := busy_seconds(profile))]
+        found = [busy for profile in profiles if (busy := busy_seconds(profile, on_host))]
     seconds, clock = found[0] if found else (wall, "wall")
     return Timing(float(f"{seconds / repeats:.4g}"), clock)
 
 
-def busy_seconds(profile: ProfileData) -> tuple[float, str] | None:
+def busy_seconds(profile: ProfileData, on_host: bool) -> tuple[float, str] | None:
     """The time in which the device of a profile was busy, and whose clock says so.
 
     Args:
-        profile: of a process with one device; the times of several are added up.
+        profile: of a process that uses one device; the times of several are added up.
+        on_host: the device is the CPU. Else what the host's plane tells of XLA are its launches.
 
     Returns:
         Seconds, and "device" or "host"; None if the profile has no work of XLA.
@@ -81,6 +83,8 @@ def busy_seconds(profile: ProfileData) -> tuple[float, str] | None:
         ]
         if any(kernels):
             return sum(_union(map(_interval, events)) for events in kernels) / 1e9, "device"
+    if not on_host:
+        return None
     host = [event for plane in planes if plane.name == _HOST for event in _operations(plane)]
     return (_union(map(_interval, host)) / 1e9, "host") if host else None
 

@@ -24,11 +24,11 @@ def plane(name, **lines):
     return "\n".join([*text, "}"])
 
 
-def busy(*planes):
+def busy(*planes, on_host=False):
     profile = ProfileData.from_serialized_xspace(
         ProfileData.text_proto_to_serialized_xspace("\n".join(planes))
     )
-    return device_clock.busy_seconds(profile)
+    return device_clock.busy_seconds(profile, on_host)
 
 
 HOST = plane("/host:CPU", python=[(0, 10_000)], xla_thread=[(0, 100), (20, 50), (90, 120)])
@@ -51,8 +51,9 @@ def test_operations_of_a_tpu_where_a_loop_holds_others():
 
 
 def test_the_host_counts_where_there_is_no_device():
-    assert busy(HOST, plane("/device:GPU:0")) == (pytest.approx(120e-9), "host")
-    assert busy(plane("/host:CPU", python=[(0, 10)])) is None
+    assert busy(HOST, plane("/device:GPU:0"), on_host=True) == (pytest.approx(120e-9), "host")
+    assert busy(HOST, plane("/device:GPU:0")) is None  # A GPU that tells nothing.
+    assert busy(plane("/host:CPU", python=[(0, 10)]), on_host=True) is None
 
 
 def test_a_real_trace_on_the_cpu():
@@ -69,7 +70,7 @@ def test_a_real_trace_on_the_cpu():
 
 
 def test_without_a_profile_the_clock_on_the_wall_is_named(monkeypatch):
-    monkeypatch.setattr(device_clock, "busy_seconds", lambda profile: None)
+    monkeypatch.setattr(device_clock, "busy_seconds", lambda *_: None)
     found = device_clock.measure(lambda: jnp.ones(3) + 1, repeats=2)
     assert found.clock == "wall"
     assert found.seconds > 0
