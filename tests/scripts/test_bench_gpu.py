@@ -30,7 +30,7 @@ def few_rows(monkeypatch):
 def test_without_a_gpu_is_one_line():
     """Through the script itself, with the interpreter of the tests."""
     environment = os.environ | {"TOPKAST_PYTHON": sys.executable}
-    done = subprocess.run([SCRIPT], env=environment, capture_output=True, text=True)
+    done = subprocess.run([SCRIPT], env=environment, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (2, "")
     told = "error: scripts/bench_gpu: found cpu (cpu); needs an NVIDIA GPU, or --smoke\n"
     assert done.stderr == told

@@ -70,8 +70,9 @@ def test_wrong_and_refused_candidates_are_dropped(monkeypatch, product):
     ]
 
 
-def test_defaults_that_do_not_run_are_an_error(monkeypatch):
-    monkeypatch.setattr(xla, "spmm", lambda *_: 1 / 0)
+@pytest.mark.parametrize(("where", "what"), [(xla, "spmm"), (device_clock, "measure")])
+def test_defaults_that_do_not_run_are_an_error(monkeypatch, where, what):
+    monkeypatch.setattr(where, what, lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tuner.tune(PROBLEM, "spmm", 1, FOREVER, print)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from products_oracle import assert_close, products, random_case
 
@@ -54,7 +54,8 @@ def drawn(data, kernel):
     ],
     ids=str,
 )
-@settings(max_examples=3, deadline=None)
+# Every example compiles three kernels: a failure is not shrunk.
+@settings(max_examples=3, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(data=st.data())
 def test_any_allowed_settings_give_the_products(tmp_path_factory, backend, block, data):
     """Looked up in a table, of tokens that fill no tile."""
@@ -75,6 +76,16 @@ def test_any_allowed_settings_give_the_products(tmp_path_factory, backend, block
     with options(backend, interpret=backend != "xla", tuned=path):
         found = run_products(case.kernel, x, dy)
     for one, expected in zip(found, products(case, x, dy), strict=True):
+        assert_close(one, expected, 1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4])
+def test_some_blocks_at_once_and_the_rest(monkeypatch, at_once):
+    monkeypatch.setattr(xla, "SPMM", xla.SpmmSettings(at_once=at_once))
+    monkeypatch.setattr(xla, "SDDMM", xla.SddmmSettings(at_once=at_once))
+    case = random_case((16, 24), Block(8, 8), 3, 5)
+    x, dy = jnp.ones((3, 16)), jnp.ones((3, 24))
+    for one, expected in zip(run_products(case.kernel, x, dy), products(case, x, dy), strict=True):
         assert_close(one, expected, 1e-5)
 
 
