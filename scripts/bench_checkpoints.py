@@ -26,12 +26,12 @@ from typing import Any
 
 import jax
 
+from experiments.benchmarks.model_step import random_batch
 from experiments.config import command_line, resolve
 from experiments.errors import UserError
 from experiments.records.checkpoints import Checkpoints, Kept
 from experiments.training.program import Program, build
 from experiments.training.state import TrainState
-from scripts.bench_refresh import random_batch
 
 CONFIG = Path(__file__).parent.parent / "configs/enwik8_small.py"
 

@@ -52,11 +52,12 @@ import optax
 from ml_collections import ConfigDict
 
 import topkast_jax as tk
+from experiments.benchmarks.model_step import random_batch
 from experiments.config import command_line, resolve
 from experiments.errors import UserError
 from experiments.training.methods import representation
 from experiments.training.metric_sums import LOSS
-from experiments.training.program import Program, build
+from experiments.training.program import build
 from topkast_jax.always_sparse import AlwaysSparse
 from topkast_jax.flags import BACKWARD
 
@@ -256,16 +257,6 @@ def _check_finite(step: int, loss: float) -> None:
             f"step {step}: the loss is {loss}, with which no refresh is as in training; "
             "try a smaller config.optimizer.learning_rate"
         )
-
-
-def random_batch(program: Program) -> Any:
-    """A batch of random tokens, on the devices."""
-    rng = np.random.default_rng(0)
-    tokens = {
-        name: rng.integers(0, program.config.data.vocabulary_size, x.shape).astype(x.dtype)
-        for name, x in program.task.example_batch().items()
-    }
-    return program.put(tokens)
 
 
 def _timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:

@@ -79,6 +79,7 @@ ROOMS = {
     "language_modelling": TASK,
     "chips": {"errors"},
     "tpu": {"errors", "chips", "training"},
+    "benchmarks": {"errors", "config", "training", "tpu"},
     "records": {"errors", "chips", "task", "training", "config"},
     "reporting": {"errors", "records"},
     "hosts": {"errors", "signals", "config", "records"},
@@ -107,4 +108,5 @@ def test_an_installation_holds_the_library_alone():
     assert taken == {p for p in packages if p.split(".")[0] == "topkast_jax"}
     files = {path for glob in settings["package-data"]["topkast_jax"]
              for path in (ROOT / "topkast_jax").glob(glob)}  # fmt: skip
-    assert ROOT / "topkast_jax" / "py.typed" in files
+    for needed in ("py.typed", "always_sparse/products/tuned.json"):
+        assert ROOT / "topkast_jax" / needed in files

@@ -14,6 +14,7 @@ from products_oracle import assert_close, make_case, products, random_case
 from topkast_jax import Block
 from topkast_jax.always_sparse import CompactKernel, matmul, options
 from topkast_jax.always_sparse.products import pallas_tpu
+from topkast_jax.always_sparse.products.pallas_tpu import SddmmSettings, SpmmSettings
 
 
 def forward_and_backward(kernel, x, dy, backend, interpret):
@@ -81,7 +82,8 @@ def test_work_list_visits_each_block_once_and_each_panel(seed):
 
 def test_several_token_tiles(monkeypatch):
     """Tokens that do not fit one tile, the last tile partly padding."""
-    monkeypatch.setattr(pallas_tpu, "TILE_BYTES", 32 * 128 * 4)
+    monkeypatch.setattr(pallas_tpu, "SPMM", SpmmSettings(tile_bytes=32 * 128 * 4))
+    monkeypatch.setattr(pallas_tpu, "SDDMM", SddmmSettings(tile_bytes=16 * 128 * 4))
     case = random_case((256, 256), Block(128, 128), 2, 2)
     compare(case, "pallas_tpu", tokens=40, dtype=jnp.float32)
 
@@ -89,10 +91,19 @@ def test_several_token_tiles(monkeypatch):
 GRID = (4, 5)
 COMPILED = {
     "spmm": jax.jit(
-        functools.partial(pallas_tpu.spmm, interpret=True),
+        functools.partial(
+            pallas_tpu.spmm, settings=SpmmSettings(tile_bytes=16 * 640 * 4), interpret=True
+        ),
         static_argnames=("width", "transposed"),
     ),
-    "sddmm": jax.jit(functools.partial(pallas_tpu.sddmm, block=(128, 128), interpret=True)),
+    "sddmm": jax.jit(
+        functools.partial(
+            pallas_tpu.sddmm,
+            block=(128, 128),
+            settings=SddmmSettings(tile_bytes=16 * 320 * 4),
+            interpret=True,
+        )
+    ),
 }
 
 
@@ -109,11 +120,9 @@ def test_blocks_anywhere(order):
     x, dy = (rng.standard_normal((20, f)).astype(np.float32) for f in case.dense.shape)
     values, index = case.kernel.values, case.kernel.index
     row, col = index // GRID[1], index % GRID[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pallas_tpu, "TILE_BYTES", 16 * 640 * 4)
-        y = COMPILED["spmm"](x, values, row[:4], col[:4], width=640, transposed=False)
-        dx = COMPILED["spmm"](dy, values, col[:4], row[:4], width=512, transposed=True)
-        blocks = COMPILED["sddmm"](x, dy, row, col)
+    y = COMPILED["spmm"](x, values, row[:4], col[:4], width=640, transposed=False)
+    dx = COMPILED["spmm"](dy, values, col[:4], row[:4], width=512, transposed=True)
+    blocks = COMPILED["sddmm"](x, dy, row, col)
     dw = np.zeros((*GRID, 128, 128), np.float32)
     dw[row, col] = blocks
     found = y, dx, dw.swapaxes(1, 2).reshape(512, 640)
@@ -122,7 +131,8 @@ def test_blocks_anywhere(order):
 
 
 def test_blocks_cut_into_parts(monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "PART", 128)
+    monkeypatch.setattr(pallas_tpu, "SPMM", SpmmSettings(part=128))
+    monkeypatch.setattr(pallas_tpu, "SDDMM", SddmmSettings(part=128))
     case = random_case((512, 768), Block(256, 384), 2, 3)
     compare(case, "pallas_tpu", tokens=20, dtype=jnp.float32)
 
@@ -131,7 +141,7 @@ def test_blocks_cut_into_parts(monkeypatch):
 @pytest.mark.parametrize("features", [128, 1024, 4096, 16384])
 def test_all_that_a_kernel_holds_fits(tokens, features):
     for itemsize in (2, 4):
-        tile = pallas_tpu._spmm_tile(tokens, features, 512, 512, itemsize)
+        tile = pallas_tpu._spmm_tile(pallas_tpu.SPMM, tokens, features, 512, 512, itemsize)
         twice = tile * (features + 512) * itemsize + 512 * 512 * itemsize
         assert 2 * twice + 4 * tile * 512 <= 15 * 2**20
         tiles = -(-tokens // tile)
@@ -148,12 +158,12 @@ def cost_of(function, *arguments):
 
 
 @pytest.mark.parametrize(("a", "reads"), [(3, 9), (1, 1)])
-def test_spmm_says_what_it_fetches(monkeypatch, a, reads):
+def test_spmm_says_what_it_fetches(a, reads):
     """3 tiles of 16 tokens: x and y once, each block once a tile, a single one once; visits."""
-    monkeypatch.setattr(pallas_tpu, "TILE_BYTES", 16 * 256 * 4)
     x, values = jnp.ones((40, 256)), jnp.ones((5, 128, 128))
     source, target = jnp.array([0, 1, 0][:a]), jnp.array([1, 1, 0][:a])
-    product = functools.partial(pallas_tpu.spmm, width=384, transposed=False)
+    tiles = SpmmSettings(tile_bytes=16 * 256 * 4)
+    product = functools.partial(pallas_tpu.spmm, width=384, transposed=False, settings=tiles)
     estimate, least, most = cost_of(product, x, values, source, target)
     assert estimate.flops == 2 * 48 * a * 128 * 128
     floats = 48 * 256 + 48 * 384 + reads * 128 * 128
@@ -170,13 +180,13 @@ def changes(*places):
 @pytest.mark.parametrize(
     ("tiles", "cols", "slack"), [(3, 128, 0), (3, 256, 0), (1, 128, GRID[0] - 1), (1, 256, 99)]
 )
-def test_sddmm_says_what_it_fetches_at_the_least(monkeypatch, tiles, cols, slack, seed):
+def test_sddmm_says_what_it_fetches_at_the_least(tiles, cols, slack, seed):
     """Exact over several tiles; over one, panels stay, and only where it runs is known how many."""
-    monkeypatch.setattr(pallas_tpu, "TILE_BYTES", 2 * 48 // tiles * cols * 4)
     rng = np.random.default_rng(seed)
     index = np.sort(rng.permutation(20)[: rng.integers(1, 21)])
     row, col = index // GRID[1], index % GRID[1]
-    product = functools.partial(pallas_tpu.sddmm, block=(128, cols))
+    sizes = SddmmSettings(tile_bytes=48 // tiles * cols * 4)
+    product = functools.partial(pallas_tpu.sddmm, block=(128, cols), settings=sizes)
     x, dy = jnp.ones((48, 128 * GRID[0])), jnp.ones((48, cols * GRID[1]))
     estimate, least, most = cost_of(product, x, dy, jnp.asarray(row), jnp.asarray(col))
     step = np.tile(np.arange(tiles), index.size)

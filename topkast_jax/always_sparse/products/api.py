@@ -13,6 +13,7 @@ import contextvars
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -31,7 +32,8 @@ from topkast_jax.always_sparse.kernel import (
     matrix_shape,
     with_tile,
 )
-from topkast_jax.always_sparse.products import pallas_gpu, pallas_tpu, xla
+from topkast_jax.always_sparse.products import pallas_gpu, pallas_tpu, tuned_json, tuning
+from topkast_jax.always_sparse.products.settings import Settings
 from topkast_jax.errors import SparsityError
 from topkast_jax.varying import varying_like
 
@@ -56,12 +58,14 @@ class Options:
         Pallas kernels need it on more than one device (the compiler does not split them), and it
         sums dW once a layer in place of once a block.
       axes: the mesh axes that x is split over.
+      tuned: the table of the kernels' settings; None: the package's (`tuning`).
     """
 
     backend: Backend = None
     interpret: bool = False
     mesh: Mesh | None = None
     axes: tuple[str, ...] = ()
+    tuned: tuning.Table | None = None
 
     def __post_init__(self) -> None:
         if self.backend is not None and not isinstance(self.backend, str):
@@ -93,6 +97,7 @@ def options(
     interpret: bool = False,
     mesh: Mesh | None = None,
     axes: Sequence[str] = (),
+    tuned: str | os.PathLike[str] | None = None,
 ) -> Iterator[None]:
     """Sets `Options` for every product traced inside.
 
@@ -103,11 +108,14 @@ def options(
       interpret: needs a Pallas backend.
       mesh: as around the step that is traced.
       axes: names of axes of `mesh`.
+      tuned: the file of a table of settings, read now (`tuned_json` has its form); None: the table
+        of the options around these, or else the package's.
 
     Raises:
-      SparsityError: no such backend, or options that do not go together.
+      SparsityError: no such backend, options that do not go together, or no such table.
     """
-    token = _OPTIONS.set(Options(backend, interpret, mesh, tuple(axes)))
+    table = _OPTIONS.get().tuned if tuned is None else tuned_json.load(tuned)
+    token = _OPTIONS.set(Options(backend, interpret, mesh, tuple(axes), table))
     try:
         yield
     finally:
@@ -146,26 +154,40 @@ def matmul(
     if not kernel.pattern.unit_shape:
         return with_tile(lambda w, x: jnp.matmul(x, w.reshape(k, n)), kernel, x)
     kernel.pattern.grid((k, n))  # refuses blocks that do not divide the shape
-    return _over_mesh(x, kernel, n, how)
+    return _over_mesh(x, kernel, (k, n), how)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
     """What is fixed when a block product is traced."""
 
+    k: int
     n: int
     forward: int
-    block: tuple[int, ...]
+    block: tuple[int, int]
     backend: Backend
     interpret: bool
+    tuned: tuning.Table
+    device: Any
 
 
-def _over_mesh(x: jax.Array, kernel: CompactKernel, n: int, how: Options) -> jax.Array:
-    static = _Static(n, kernel.forward, kernel.pattern.unit_shape, how.backend, how.interpret)
+def _over_mesh(
+    x: jax.Array, kernel: CompactKernel, shape: tuple[int, int], how: Options
+) -> jax.Array:
     dtype = jnp.result_type(x, kernel.values)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise SparsityError(f"a product of {x.dtype} and {kernel.dtype} blocks: must be floating")
     arrays = jnp.asarray(x, dtype), jnp.asarray(kernel.values, dtype), jnp.asarray(kernel.index)
+    rows, cols = kernel.pattern.unit_shape
+    static = _Static(
+        *shape,
+        kernel.forward,
+        (rows, cols),
+        how.backend,
+        how.interpret,
+        how.tuned or tuned_json.package_table(),
+        tuning.target_device(how.mesh),
+    )
     product = functools.partial(_any_axes, static)
     if how.mesh is not None:
         parts = math.prod(how.mesh.shape[axis] for axis in how.axes)
@@ -206,7 +228,7 @@ def _block_matmul(
     static: _Static, x_TxK: jax.Array, values: jax.Array, index: jax.Array
 ) -> jax.Array:
     row, col = _places(static, index[: static.forward])
-    return _run(static, "spmm", (static.n, False), x_TxK, values, row, col)
+    return _run(static, "spmm", x_TxK, values, row, col)
 
 
 def _block_matmul_fwd(
@@ -221,8 +243,8 @@ def _block_matmul_bwd(
     x_TxK, values, index = saved
     row, col = _places(static, index)
     a = static.forward
-    dx_TxK = _run(static, "spmm", (x_TxK.shape[1], True), dy_TxN, values, col[:a], row[:a])
-    dvalues = _run(static, "sddmm", (static.block,), x_TxK, dy_TxN, row, col)
+    dx_TxK = _run(static, "spmm_transposed", dy_TxN, values, col[:a], row[:a])
+    dvalues = _run(static, "sddmm", x_TxK, dy_TxN, row, col)
     return dx_TxK, dvalues.astype(values.dtype), None
 
 
@@ -235,35 +257,45 @@ def _places(static: _Static, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     return index // across, index % across
 
 
-def _run(static: _Static, name: str, settings: tuple[Any, ...], *arrays: jax.Array) -> jax.Array:
-    """Calls product `name` of the backend asked for, or of the platform it is lowered for."""
+def _run(static: _Static, product: str, *arrays: jax.Array) -> jax.Array:
+    """Calls a product of the backend asked for, or of the platform it is lowered for."""
 
-    def of(module: ModuleType, **extra: Any) -> Any:
-        return lambda *arrays: getattr(module, name)(*arrays, *settings, **extra)
+    def of(backend: str) -> Any:
+        settings = _settings(static, backend, product, arrays[0])
+        shape, interpret = (static.k, static.n), static.interpret
+        return tuning.bound(backend, product, static.block, shape, settings, interpret)
 
-    def only_on(module: ModuleType, platforms: tuple[str, ...]) -> Any:
+    def only_on(backend: str, platforms: tuple[str, ...]) -> Any:
         def guarded(*arrays: jax.Array) -> Any:
             last = _only_on_p.bind(arrays[-1], backend=static.backend, platforms=platforms)
-            return of(module)(*arrays[:-1], last)
+            return of(backend)(*arrays[:-1], last)
 
         return guarded
 
     if not isinstance(static.backend, str):
         tried = (*KERNELS, "xla") if static.backend is None else static.backend
         tried = tried[: tried.index("xla")] if "xla" in tried else tried
-        found = [KERNELS[name] for name in tried if not KERNELS[name][1].refuses(static.block)]
-        fitting = {platform: of(module) for platform, module in found}
+        found = [name for name in tried if not KERNELS[name][1].refuses(static.block)]
+        fitting = {KERNELS[name][0]: of(name) for name in found}
         ends = static.backend is None or "xla" in static.backend
-        default = of(xla) if ends else only_on(xla, tuple(fitting))
+        default = of("xla") if ends else only_on("xla", tuple(fitting))
         return lax.platform_dependent(*arrays, **fitting, default=default)
     if static.backend == "xla":
-        return of(xla)(*arrays)
+        return of("xla")(*arrays)
     platform, module = KERNELS[static.backend]
     if reason := module.refuses(static.block):
         raise SparsityError(f"backend {static.backend!r}: {reason}")
     if static.interpret:
-        return of(module, interpret=True)(*arrays)
-    return only_on(module, (platform,))(*arrays)
+        return of(static.backend)(*arrays)
+    return only_on(static.backend, (platform,))(*arrays)
+
+
+def _settings(static: _Static, backend: str, product: str, x: jax.Array) -> Settings:
+    kind = tuning.device_kind(backend, static.device, static.interpret)
+    if kind is None:
+        return tuning.defaults(backend, product)
+    key = tuning.Key(kind, backend, product, static.block, x.dtype.name, (static.k, static.n))
+    return static.tuned.settings(key, x.shape[0])
 
 
 # The identity, which lowers for some platforms only. Which platform a function is for is known when

@@ -3,12 +3,13 @@
 `spmm` keeps a tile of tokens, all its features, in VMEM and walks the blocks sorted by the output
 panel they add to, so each output panel is written once, from a float32 accumulator. `sddmm` walks
 the blocks of B, the columns of tokens it reads in tiles as long as VMEM allows: ascending indices
-then load the same panel of x once for all blocks of a row. Blocks larger than 512 are cut into
-parts, each a block of its own to the kernels.
+then load the same panel of x once for all blocks of a row. Larger blocks are cut into parts, each a
+block of its own to the kernels.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -19,16 +20,45 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from topkast_jax.always_sparse.products.settings import Settings, choice, powers
 from topkast_jax.always_sparse.products.xla import padded
 from topkast_jax.varying import result_like
 
 LANES = 128
-PART = 512
-"""Largest side of what a kernel takes of a block at once."""
-TILE_BYTES = 4 * 2**20
-"""Budget of one input tile; two are in flight."""
 VMEM_BYTES = 15 * 2**20
 """Budget of all that a kernel holds at once; the compiler gives it 16 MiB."""
+_PARTS, _BYTES = range(LANES, 1025, LANES), range(2**10, VMEM_BYTES + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpmmSettings(Settings):
+    """Settings of `spmm`. What VMEM does not hold is made smaller.
+
+    Attributes:
+      tokens: largest number of tokens in a tile.
+      tile_bytes: largest size of a tile of x; two are in flight.
+      part: largest side of what the kernel takes of a block at once.
+    """
+
+    tokens: int = choice(1024, allowed=range(16, 8193, 16), tried=powers(256, 2048))
+    tile_bytes: int = choice(2**22, allowed=_BYTES, tried=powers(2**20, 2**23))
+    part: int = choice(512, allowed=_PARTS, tried=powers(128, 1024))
+
+
+@dataclasses.dataclass(frozen=True)
+class SddmmSettings(Settings):
+    """Settings of `sddmm`. What VMEM does not hold is made smaller.
+
+    Attributes:
+      tile_bytes: largest size of a tile of x or of dy; two of each are in flight.
+      part: largest side of what the kernel takes of a block at once.
+    """
+
+    tile_bytes: int = choice(2**21, allowed=_BYTES, tried=powers(2**19, 2**22))
+    part: int = choice(512, allowed=_PARTS, tried=powers(128, 1024))
+
+
+SPMM, SDDMM = SpmmSettings(), SddmmSettings()
 
 
 def refuses(block: tuple[int, int]) -> str | None:
@@ -38,10 +68,10 @@ def refuses(block: tuple[int, int]) -> str | None:
     return None
 
 
-def _part(block: tuple[int, ...]) -> tuple[int, int]:
-    """The largest parts of at most `PART` into which a block is cut evenly."""
+def _part(block: tuple[int, ...], most: int) -> tuple[int, int]:
+    """The largest parts of at most `most` into which a block is cut evenly."""
     rows, cols = (
-        max(n for n in range(LANES, min(side, PART) + 1, LANES) if side % n == 0) for side in block
+        max(n for n in range(LANES, min(side, most) + 1, LANES) if side % n == 0) for side in block
     )
     return rows, cols
 
@@ -96,6 +126,7 @@ def spmm(
     target: jax.Array,
     width: int,
     transposed: bool,
+    settings: SpmmSettings = SPMM,
     interpret: bool = False,
 ) -> jax.Array:
     """Sum over blocks i: panel `target[i]` of the output += panel `source[i]` of x @ block i.
@@ -107,20 +138,21 @@ def spmm(
       target: int32 `[a]`, panel of the output that it adds to, in any order.
       width: columns of the output.
       transposed: multiply by each block's transpose.
+      settings: sizes of tiles.
       interpret: run on any platform, in TPU interpret mode.
 
     Returns:
       `[T, width]`, accumulated in float32, in the dtype of x; zero where no block writes.
     """
     tokens, features = x_TxI.shape
-    part = _part(values.shape[1:])
+    part = _part(values.shape[1:], settings.part)
     down, across = values.shape[1] // part[0], values.shape[2] // part[1]
     if transposed:
         target, source = _cut(target, source, down, across)
     else:
         source, target = _cut(source, target, down, across)
     rows, cols = part[::-1] if transposed else part
-    tile = _spmm_tile(tokens, features, rows, cols, x_TxI.dtype.itemsize)
+    tile = _spmm_tile(settings, tokens, features, rows, cols, x_TxI.dtype.itemsize)
     x_TxI = padded(x_TxI, tile)
     panel, block, counts = work_list(target, width // cols)
     grid_spec = pltpu.PrefetchScalarGridSpec(
@@ -147,13 +179,14 @@ def spmm(
     return y_TxN[:tokens]
 
 
-def _spmm_tile(tokens: int, features: int, rows: int, cols: int, itemsize: int) -> int:
+def _spmm_tile(
+    settings: SpmmSettings, tokens: int, features: int, rows: int, cols: int, itemsize: int
+) -> int:
     """x, blocks and y are double-buffered, the float32 sum is not."""
     each = 2 * (features + cols) * itemsize + 4 * cols
     rest = 2 * rows * cols * itemsize
-    return _tile(
-        tokens, min(1024, TILE_BYTES // (features * itemsize), (VMEM_BYTES - rest) // each)
-    )
+    held = settings.tile_bytes // (features * itemsize), (VMEM_BYTES - rest) // each
+    return _tile(tokens, min(settings.tokens, *held))
 
 
 def _spmm_cost(
@@ -215,6 +248,7 @@ def sddmm(
     row: jax.Array,
     col: jax.Array,
     block: tuple[int, int],
+    settings: SddmmSettings = SDDMM,
     interpret: bool = False,
 ) -> jax.Array:
     """Blocks of xᵀ·dy, block i at panel `row[i]` of x and panel `col[i]` of dy.
@@ -225,16 +259,17 @@ def sddmm(
       row: int32 `[b]`.
       col: int32 `[b]`.
       block: rows and columns of a block.
+      settings: sizes of tiles.
       interpret: run on any platform, in TPU interpret mode.
 
     Returns:
       float32 `[b, rows, cols]`.
     """
-    rows, cols = _part(block)
+    rows, cols = _part(block, settings.part)
     down, across = block[0] // rows, block[1] // cols
     blocks = row.shape[0]
     row, col = _cut(row, col, down, across)
-    tile = _sddmm_tile(x_TxK.shape[0], rows, cols, x_TxK.dtype.itemsize)
+    tile = _sddmm_tile(settings, x_TxK.shape[0], rows, cols, x_TxK.dtype.itemsize)
     x_TxK, dy_TxN = padded(x_TxK, tile), padded(dy_TxN, tile)
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=2,
@@ -256,15 +291,15 @@ def sddmm(
     )(row, col, x_TxK, dy_TxN)
 
 
-def _sddmm_tile(tokens: int, rows: int, cols: int, itemsize: int) -> int:
-    """All tokens where `TILE_BYTES / 2` hold a panel: then x is loaded once.
+def _sddmm_tile(settings: SddmmSettings, tokens: int, rows: int, cols: int, itemsize: int) -> int:
+    """All tokens where `tile_bytes` hold a panel: then x is loaded once.
 
     The panels and the float32 output are double-buffered, x's transpose and the product are not.
     """
     each = (3 * rows + 2 * cols) * itemsize
     rest = 3 * 4 * rows * cols
     panel = max(rows, cols) * itemsize
-    return _tile(tokens, min(TILE_BYTES // 2 // panel, (VMEM_BYTES - rest) // each))
+    return _tile(tokens, min(settings.tile_bytes // panel, (VMEM_BYTES - rest) // each))
 
 
 def _sddmm_cost(

@@ -8,15 +8,39 @@ activations for each of them, and took longer on a CPU; so did one dot a block o
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from topkast_jax.always_sparse.products.settings import Settings, choice, powers
 from topkast_jax.varying import varying_like
 
-# Blocks in one batched dot, as measured on two cores.
-SPMM_AT_ONCE = 8
-SDDMM_AT_ONCE = 4
+
+@dataclasses.dataclass(frozen=True)
+class SpmmSettings(Settings):
+    """Settings of `spmm`.
+
+    Attributes:
+      at_once: blocks in one batched dot; the default was measured on two cores.
+    """
+
+    at_once: int = choice(8, allowed=range(1, 257), tried=powers(1, 64))
+
+
+@dataclasses.dataclass(frozen=True)
+class SddmmSettings(Settings):
+    """Settings of `sddmm`.
+
+    Attributes:
+      at_once: blocks in one batched dot; the default was measured on two cores.
+    """
+
+    at_once: int = choice(4, allowed=range(1, 257), tried=powers(1, 64))
+
+
+SPMM, SDDMM = SpmmSettings(), SddmmSettings()
 
 
 def spmm(
@@ -26,6 +50,7 @@ def spmm(
     target: jax.Array,
     width: int,
     transposed: bool,
+    settings: SpmmSettings = SPMM,
 ) -> jax.Array:
     """Sum over blocks i: panel `target[i]` of the output += panel `source[i]` of x @ block i.
 
@@ -36,6 +61,7 @@ def spmm(
       target: int32 `[a]`, panel of the output that it adds to, in any order.
       width: columns of the output.
       transposed: multiply by each block's transpose.
+      settings: how many blocks at once.
 
     Returns:
       `[T, width]`, accumulated in float32 or wider, in the dtype of x; zero where no block writes.
@@ -59,18 +85,22 @@ def spmm(
     zero = jnp.minimum(source[0], 0).astype(sums)
     y_PxTxC = jnp.full((width // cols, x_TxI.shape[0], cols), zero)
     (y_PxTxC,) = varying_like((y_PxTxC,), x_TxI)
-    whole, rest = divmod(source.shape[0], SPMM_AT_ONCE)
+    most = settings.at_once
+    whole, rest = divmod(source.shape[0], most)
     if whole:
-        y_PxTxC = lax.fori_loop(
-            0, whole, lambda i, y: add_blocks(i * SPMM_AT_ONCE, SPMM_AT_ONCE, y), y_PxTxC
-        )
+        y_PxTxC = lax.fori_loop(0, whole, lambda i, y: add_blocks(i * most, most, y), y_PxTxC)
     if rest:
-        y_PxTxC = add_blocks(whole * SPMM_AT_ONCE, rest, y_PxTxC)
+        y_PxTxC = add_blocks(whole * most, rest, y_PxTxC)
     return y_PxTxC.swapaxes(0, 1).reshape(x_TxI.shape[0], width).astype(x_TxI.dtype)
 
 
 def sddmm(
-    x_TxK: jax.Array, dy_TxN: jax.Array, row: jax.Array, col: jax.Array, block: tuple[int, int]
+    x_TxK: jax.Array,
+    dy_TxN: jax.Array,
+    row: jax.Array,
+    col: jax.Array,
+    block: tuple[int, int],
+    settings: SddmmSettings = SDDMM,
 ) -> jax.Array:
     """Blocks of xᵀ·dy, block i at panel `row[i]` of x and panel `col[i]` of dy.
 
@@ -80,6 +110,7 @@ def sddmm(
       row: int32 `[b]`.
       col: int32 `[b]`.
       block: rows and columns of a block.
+      settings: how many blocks at once.
 
     Returns:
       `[b, rows, cols]`, float32 or wider.
@@ -88,7 +119,7 @@ def sddmm(
     # Transposed once, each dot is a plain [rows, T] @ [T, cols], the fastest form on a CPU. The
     # narrower of the two is the cheaper one to transpose.
     if x_TxK.shape[1] > dy_TxN.shape[1]:
-        return sddmm(dy_TxN, x_TxK, col, row, (cols, rows)).swapaxes(1, 2)
+        return sddmm(dy_TxN, x_TxK, col, row, (cols, rows), settings).swapaxes(1, 2)
     sums = sums_in(x_TxK.dtype)
     x_PxRxT = x_TxK.T.reshape(x_TxK.shape[1] // rows, rows, x_TxK.shape[0])
     dy_PxTxC = panels(dy_TxN, cols)
@@ -97,7 +128,7 @@ def sddmm(
         r, c = where
         return jnp.matmul(x_PxRxT[r], dy_PxTxC[c], preferred_element_type=sums)
 
-    return lax.map(one_block, (row, col), batch_size=SDDMM_AT_ONCE)
+    return lax.map(one_block, (row, col), batch_size=settings.at_once)
 
 
 def panels(x_TxI: jax.Array, size: int) -> jax.Array:

@@ -1,0 +1,1 @@
+"""What the bench scripts share: the device's clock, the tuner of kernels, the rows of a record."""
