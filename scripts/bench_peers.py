@@ -119,7 +119,7 @@ def ratios(ours: np.ndarray, peer: np.ndarray) -> dict[str, Any]:
     }
 
 
-def ours(program: Program, batch: Any) -> Side:
+def our_step(program: Program, batch: Any) -> Side:
     """The training step of a run, on the same batch every time."""
     state = [program.representation.init()]
 
@@ -135,7 +135,7 @@ def transformer_xl(checkout: str, repeats: int) -> dict[str, Any]:
     """Our Transformer-XL against its authors', from the same weights on the same tokens."""
     program = build(resolve(TRANSFORMER_XL, ()))
     batch = random_batch(program)
-    own = ours(program, batch)
+    own = our_step(program, batch)
     weights = program.representation.init().params
     record = compare(own, reference_transformer_xl(checkout, program, weights, batch), repeats)
     first = record["first_loss"]
@@ -208,7 +208,7 @@ def resnet(repeats: int) -> dict[str, Any]:
     shape = program.task.example_batch()["image"].shape
     images = rng.integers(0, 256, shape).astype(np.uint8)
     labels = rng.integers(0, 1000, shape[0]).astype(np.int32)
-    own = ours(program, program.put({"image": images, "label": labels}))
+    own = our_step(program, program.put({"image": images, "label": labels}))
     record = compare(own, torchvision_resnet50(program.config, images, labels), repeats)
     return record | {"sizes": {"images": list(shape)}}
 

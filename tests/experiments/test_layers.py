@@ -66,3 +66,27 @@ def test_blocks_of_a_1x1_convolution_are_a_block_product():
     )
     sizes = buffer_sizes(step.lower(kernel.values, jnp.ones((1, 3, 3, 32))).compile())
     assert max(sizes) < dense.size
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("padding", [NONE, SAME])
+def test_a_1x1_convolution_is_a_matrix_product(strides, padding):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, 5, 4)).astype(np.float32)
+    kernel = rng.normal(size=(1, 1, 4, 8)).astype(np.float32)
+
+    def by_xla(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+
+    def ours(x, kernel):
+        return layers.conv(x, kernel, strides, padding)
+
+    y, back = jax.vjp(by_xla, x, kernel)
+    found, found_back = jax.vjp(ours, x, kernel)
+    np.testing.assert_allclose(found, y, rtol=1e-5, atol=1e-5)
+    for own, expected in zip(found_back(y), back(y), strict=True):
+        np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-4)
+    traced = str(jax.make_jaxpr(jax.grad(lambda k: jnp.sum(ours(x, k))))(kernel))
+    assert "dot_general" in traced
+    assert "conv" not in traced
