@@ -89,4 +89,4 @@ def test_a_1x1_convolution_is_a_matrix_product(strides, padding):
         np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-4)
     traced = str(jax.make_jaxpr(jax.grad(lambda k: jnp.sum(ours(x, k))))(kernel))
     assert "dot_general" in traced
-    assert "conv" not in traced
+    assert "conv_general_dilated" not in traced
