@@ -13,7 +13,8 @@ are named by their forward/backward sparsity in percent.
 `--keep_freed` lets the process keep the memory that it frees (`host_memory.keep_freed`), as a run
 does not by default. Ratios depend on the machine: the record names the CPU's widest vectors
 (`instruction_set`) and the rate of the dense step (`dense_gflops`). The last line is JSON.
-SparseLab (PyTorch, CPU) runs in the same repeats when it is installed.
+SparseLab (PyTorch, CPU) runs in the same repeats when it is installed. Its rows are ratios to
+PyTorch's dense step; `over_sparselab` of a row is its time over SparseLab's in the same repeat.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks.stack import Sizes, limit
 from experiments.config import command_line
 from experiments.errors import UserError
 from experiments.training import host_memory
@@ -49,16 +51,6 @@ PATTERNS: dict[str, Block | Unstructured] = {
 }
 LEARNING_RATE = 0.1
 Step = Callable[[], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The sizes of the stack."""
-
-    features: int
-    hidden: int
-    tokens: int
-    dtype: str
 
 
 SIZES = {"cpu": Sizes(1024, 4096, 1024, "float32"), "gpu": Sizes(4096, 16384, 8192, "bfloat16")}
@@ -136,21 +128,20 @@ def sparselab_step(sizes: Sizes, sparsity: float | None, rng: np.random.Generato
     return run
 
 
-def median_ratios(steps: dict[str, Step], base: dict[str, str], repeats: int) -> dict[str, Any]:
-    """Runs all steps in turn; returns the median seconds and the median ratio of each."""
-    for run in steps.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
+def seconds_in_turn(steps: Mapping[str, Step], repeats: int) -> dict[str, np.ndarray]:
+    """Runs all steps in turn; returns the seconds of each step in each repeat but the first."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats + 1):
         for name, run in steps.items():
             start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
-    seconds = {name: np.array(t) for name, t in times.items()}
-    return {
-        name: (float(np.median(t)), float(np.median(t / seconds[base[name]])))
-        for name, t in seconds.items()
-    }
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(taken[1:]) for name, taken in seconds.items()}
+
+
+def median_ratio(seconds: np.ndarray, base: np.ndarray) -> float:
+    """The median over repeats of the seconds over those of `base` in the same repeat."""
+    return round(float(np.median(seconds / base)), 4)
 
 
 def bench(patterns: list[str], densities: list[str], repeats: int) -> dict[str, Any]:
@@ -169,32 +160,40 @@ def bench(patterns: list[str], densities: list[str], repeats: int) -> dict[str, 
             for s in shapes
         )
         steps[f"{pattern} {density}"] = jax_step((first, second), x)
-    base = dict.fromkeys(steps, "dense")
-    peer = _add_sparselab(steps, base, sizes, densities, rng) if device.platform == "cpu" else []
-    measured = median_ratios(steps, base, repeats)
+    peer = _add_sparselab(steps, sizes, densities, rng) if device.platform == "cpu" else []
+    seconds = seconds_in_turn(steps, repeats)
 
-    def row(pattern: str, density: str, limit: bool) -> dict[str, Any]:
+    def row(pattern: str, density: str, base: str) -> dict[str, Any]:
+        taken = seconds[f"{pattern} {density}"]
+        record = {"pattern": pattern, "density": density}
+        return record | {
+            "step_ratio": median_ratio(taken, seconds[base]),
+            "step_ms": round(1e3 * float(np.median(taken)), 2),
+        }
+
+    def own_row(pattern: str, density: str) -> dict[str, Any]:
         forward, backward = DENSITIES[density]
-        seconds, ratio = measured[f"{pattern} {density}"]
-        record = {"pattern": pattern, "density": density, "step_ratio": round(ratio, 4)}
-        if limit:
-            record["limit"] = round((2 * forward + backward) / 3, 4)
-        return record | {"step_ms": round(1e3 * seconds, 2)}
+        record = row(pattern, density, "dense") | {
+            "limit": round(limit("step", forward, backward), 4)
+        }
+        if peer:
+            taken = seconds[f"{pattern} {density}"]
+            record["over_sparselab"] = median_ratio(taken, seconds[f"sparselab {density}"])
+        return record
 
-    return {
-        "results": [row(p, d, True) for p, d in rows],
-        "sparselab": [row("sparselab", d, False) for d in peer] or "not installed",
-        "dense_ms": round(1e3 * measured["dense"][0], 2),
-        "dense_gflops": round(flops(sizes) / measured["dense"][0] / 1e9, 1),
+    dense_seconds = float(np.median(seconds["dense"]))
+    record = {
+        "results": [own_row(p, d) for p, d in rows],
+        "sparselab": [row("sparselab", d, "torch dense") for d in peer] or "not installed",
+        "dense_ms": round(1e3 * dense_seconds, 2),
+        "dense_gflops": round(sizes.flops("step") / dense_seconds / 1e9, 1),
         "instruction_set": instruction_set() if device.platform == "cpu" else None,
         "device": device.device_kind,
         "sizes": dataclasses.asdict(sizes),
     }
-
-
-def flops(sizes: Sizes) -> int:
-    """Of the three products of each of the two layers in a dense step, 2 for a multiply-add."""
-    return 2 * 3 * 2 * sizes.tokens * sizes.features * sizes.hidden
+    if peer:
+        record["dense_over_torch"] = median_ratio(seconds["dense"], seconds["torch dense"])
+    return record
 
 
 def instruction_set() -> str:
@@ -208,20 +207,14 @@ def instruction_set() -> str:
 
 
 def _add_sparselab(
-    steps: dict[str, Step],
-    base: dict[str, str],
-    sizes: Sizes,
-    densities: list[str],
-    rng: np.random.Generator,
+    steps: dict[str, Step], sizes: Sizes, densities: list[str], rng: np.random.Generator
 ) -> list[str]:
     if importlib.util.find_spec("sparselab") is None:
         return []
     steps["torch dense"] = sparselab_step(sizes, None, rng)
-    base["torch dense"] = "torch dense"
     for density in densities:
-        name = f"sparselab {density}"
-        steps[name] = sparselab_step(sizes, 1 - DENSITIES[density][0], rng)
-        base[name] = "torch dense"
+        sparsity = 1 - DENSITIES[density][0]
+        steps[f"sparselab {density}"] = sparselab_step(sizes, sparsity, rng)
     return densities
 
 

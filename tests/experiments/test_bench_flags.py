@@ -90,7 +90,7 @@ def test_the_rate_of_the_dense_step_counts_what_xla_counts():
     shapes = ((256, 512), (512, 256), (128, 256))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     counted = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays).cost_analysis()["flops"]
-    assert bench_always_sparse.flops(sizes) == pytest.approx(counted, rel=0.01)
+    assert sizes.flops("step") == pytest.approx(counted, rel=0.01)
 
 
 def test_start_and_refresh_are_timed_alone(monkeypatch, capsys):
