@@ -93,7 +93,7 @@ def _place(part: jax.Array, down: int, across: int) -> tuple[jax.Array, jax.Arra
 def _tile(tokens: int, most: int) -> int:
     """Tokens of a tile, in 16s (a bf16 register's rows): tiles of at most so many, all alike.
 
-    Up to twice as many tiles as need be where they hold the tokens exactly: x is copied to be padded.
+    Up to twice as many as need be where they hold the tokens exactly: to be padded, x is copied.
     """
     least = -(-tokens // max(16, most // 16 * 16))
     tiles = next((n for n in range(least, 2 * least + 1) if tokens % (16 * n) == 0), least)
