@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 from pathlib import Path
 
+import pytest
+
 from experiments.tpu import library
 
 # Later versions of XLA end the process at this flag.
@@ -26,3 +28,12 @@ os.environ.setdefault(
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 library.use()
+
+
+def pytest_collection_modifyitems(items):
+    """Refuses names that differ between processes, with which pytest-xdist runs nothing."""
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        for value in values:
+            if isinstance(value, set | frozenset) and len(value) > 1 and str(value) in item.name:
+                raise pytest.UsageError(f"{item.nodeid}: a set in the name; take a tuple, or an id")

@@ -281,12 +281,12 @@ KERNEL_OF = {"tpu": "tpu_custom_call", "cuda": "triton"}
 @pytest.mark.parametrize(
     ("backend", "block", "platforms"),
     [
-        (None, 128, {"tpu", "cuda"}),
-        (("pallas_tpu", "pallas_gpu", "xla"), 128, {"tpu", "cuda"}),
-        (("pallas_gpu", "xla"), 128, {"cuda"}),
-        (("xla", "pallas_tpu"), 128, set()),
-        (("pallas_tpu", "pallas_gpu", "xla"), 64, {"cuda"}),  # TPU kernels refuse blocks of 64.
-        (["xla"], 128, set()),
+        (None, 128, ("tpu", "cuda")),
+        (("pallas_tpu", "pallas_gpu", "xla"), 128, ("tpu", "cuda")),
+        (("pallas_gpu", "xla"), 128, ("cuda",)),
+        (("xla", "pallas_tpu"), 128, ()),
+        (("pallas_tpu", "pallas_gpu", "xla"), 64, ("cuda",)),  # TPU kernels refuse blocks of 64.
+        (["xla"], 128, ()),
     ],
     ids=str,
 )
