@@ -86,6 +86,7 @@ def test_without_dense_there_is_no_ratio(few_rows, monkeypatch, capsys, tmp_path
     assert "| blocks of 64, 80/60 | 2e+03 (0.267) |" in tables.read_text()
 
 
+@pytest.mark.slow
 def test_a_step_of_the_model():
     row = model_step.times("80/60", 64, None, model_step.SMOKE[1], repeats=1)
     assert row["step"] > 0
