@@ -9,7 +9,9 @@ xᵀ·dy, which a compact kernel has on its backward set alone. --kernels are th
 default, all that the layers of configs/enwik8_large.py and configs/wikitext103_large.py have. Each
 row of the JSON in the last line has
 
-product, kernel, dtype, topology, density    "dense" for the dense product
+product                       "y", "dx" or "dw"
+kernel, dtype, topology       what it was compiled for
+density                       "dense" for the dense product
 flops, bytes_moved            of the compiled program: see scripts/aot_tpu.py
 roofline_seconds, bound       no program with these numbers can be faster; and what limits it
 ratio                         roofline_seconds over that of the dense product
@@ -32,39 +34,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.benchmarks import stack
+from experiments.benchmarks.random_blocks import DENSITIES
 from experiments.config import command_line
 from experiments.tpu import compiling, hlo, library
 from experiments.tpu.cost import cost
 from topkast_jax import Block
-from topkast_jax.always_sparse import CompactKernel, matmul
+from topkast_jax.always_sparse import CompactKernel
 from topkast_jax.patterns import units_in
 from topkast_jax.selection import keep_count
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 KERNELS = ((1024, 1024), (1024, 3072), (3072, 1024), (1024, 4096), (4096, 1024))
-DENSITIES = {"80/60": (0.2, 0.4), "90/80": (0.1, 0.2), "95/90": (0.05, 0.1)}
-Kernel = jax.Array | CompactKernel
-
-
-def y(x: jax.Array, dy: jax.Array, kernel: Kernel) -> jax.Array:
-    """x·W."""
-    return matmul(x, kernel)
-
-
-def dx(x: jax.Array, dy: jax.Array, kernel: Kernel) -> jax.Array:
-    """dy·Wᵀ."""
-    return jax.vjp(lambda x: matmul(x, kernel), x)[1](dy)[0]
-
-
-def dw(x: jax.Array, dy: jax.Array, kernel: Kernel) -> jax.Array:
-    """xᵀ·dy, on the backward set if the kernel is compact."""
-    if not isinstance(kernel, CompactKernel):
-        return jax.vjp(lambda w: matmul(x, w), kernel)[1](dy)[0]
-    return jax.vjp(lambda values: matmul(x, kernel.with_values(values)), kernel.values)[1](dy)[0]
-
-
-PRODUCTS = {"y": y, "dx": dx, "dW": dw}
 
 
 def abstract_kernel(
@@ -96,7 +78,7 @@ def rows(
         name: abstract_kernel(shape, block, DENSITIES[name], array) for name in densities
     }
     found = []
-    for product, function in PRODUCTS.items():
+    for product, function in stack.PRODUCTS.items():
         dense = 0.0
         for density, kernel in kernels.items():
             compiled = compiling.compile(jax.jit(function).lower(x, dy, kernel))
@@ -110,7 +92,7 @@ def rows(
                 "product": product, "density": density,
                 "flops": round(step.flops), "bytes_moved": round(step.moved),
                 "roofline_seconds": float(f"{seconds[bound]:.4g}"), "bound": bound,
-                "ratio": round(seconds[bound] / dense, 4), "limit": b if product == "dW" else a,
+                "ratio": round(seconds[bound] / dense, 4), "limit": stack.limit(product, a, b),
                 "unknown_kernels": step.unknown_kernels,
             })  # fmt: skip
     return found
@@ -132,7 +114,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         if density == "dense":
             continue
         cells = [
-            ", ".join(_cell(ratios[topology, dtype, density, shape, p]) for p in PRODUCTS)
+            ", ".join(_cell(ratios[topology, dtype, density, shape, p]) for p in stack.PRODUCTS)
             for shape in shapes
         ]
         lines.append(f"| {topology.split(':')[0]} {dtype} {density} | {' | '.join(cells)} |")

@@ -29,78 +29,34 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmarks import random_blocks, stack
 from experiments.benchmarks.stack import Sizes, limit
 from experiments.config import command_line
 from experiments.errors import UserError
 from experiments.training import host_memory
 from experiments.training.partition import all_devices
 from topkast_jax import Block, Unstructured
-from topkast_jax.always_sparse import CompactKernel, matmul
-from topkast_jax.patterns import units_in
-from topkast_jax.selection import keep_count
 
-DENSITIES = {"90/80": (0.1, 0.2), "95/90": (0.05, 0.1)}
+DENSITIES = {name: random_blocks.DENSITIES[name] for name in ("90/80", "95/90")}
 PATTERNS: dict[str, Block | Unstructured] = {
     "block128": Block(128, 128),
     "block64": Block(64, 64),
     "block32": Block(32, 32),
     "unstructured": Unstructured(),
 }
-LEARNING_RATE = 0.1
 Step = Callable[[], None]
 
 
 SIZES = {"cpu": Sizes(1024, 4096, 1024, "float32"), "gpu": Sizes(4096, 16384, 8192, "bfloat16")}
 
 
-def random_kernel(
-    shape: tuple[int, int],
-    pattern: Block | Unstructured,
-    densities: tuple[float, float],
-    dtype: str,
-    rng: np.random.Generator,
-) -> CompactKernel:
-    """A compact kernel with random values at random indices, and the densities of A and B."""
-    n = units_in(pattern, shape)
-    a, b = (keep_count(n, d) for d in densities)
-    places = rng.choice(n, b, replace=False)
-    index = np.concatenate([np.sort(places[:a]), np.sort(places[a:])])
-    values = rng.standard_normal((b, *pattern.unit_shape), np.float32) * shape[0] ** -0.5
-    return CompactKernel(
-        jnp.asarray(values, dtype), jnp.asarray(index, jnp.int32), shape, pattern, a
-    )
-
-
-def jax_step(kernels: tuple[Any, Any], x: jax.Array) -> Step:
+def jax_step(kernels: tuple[Any, ...], x: jax.Array) -> Step:
     """One compiled training step on its own copy of the parameters."""
-
-    def loss(values: tuple[Any, Any], x: jax.Array, kernels: tuple[Any, Any]) -> jax.Array:
-        first, second = (
-            k.with_values(v) if isinstance(k, CompactKernel) else v
-            for k, v in zip(kernels, values, strict=True)
-        )
-        y = matmul(jax.nn.relu(matmul(x, first)), second)
-        return 0.5 * jnp.mean(jnp.square(y), dtype=jnp.float32)
-
-    # The kernels are an argument, so that their indices are not compiled in as constants.
-    def step(
-        values: tuple[Any, Any], x: jax.Array, kernels: tuple[Any, Any]
-    ) -> tuple[tuple[Any, Any], jax.Array]:
-        grads, dx = jax.grad(loss, (0, 1))(values, x, kernels)
-        return jax.tree.map(lambda v, g: v - LEARNING_RATE * g, values, grads), dx
-
-    compiled = jax.jit(step, donate_argnums=0)
-    held = [jnp.copy(k.values) if isinstance(k, CompactKernel) else jnp.copy(k) for k in kernels]
-    state = [(held[0], held[1])]
-
-    def run() -> None:
-        state[0], dx = compiled(state[0], x, kernels)
-        jax.block_until_ready((state[0], dx))
-
-    return run
+    values = [stack.values_of(kernel) for kernel in kernels]
+    run = stack.training(jax.jit(stack.step, donate_argnums=0), values, x, kernels)
+    return lambda: jax.block_until_ready(run())
 
 
 def sparselab_step(sizes: Sizes, sparsity: float | None, rng: np.random.Generator) -> Step:
@@ -115,7 +71,7 @@ def sparselab_step(sizes: Sizes, sparsity: float | None, rng: np.random.Generato
 
     first, second = layer(sizes.features, sizes.hidden), layer(sizes.hidden, sizes.features)
     model = torch.nn.Sequential(first, torch.nn.ReLU(), second)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=stack.LEARNING_RATE)
     x = torch.tensor(rng.standard_normal((sizes.tokens, sizes.features), np.float32))
     x.requires_grad_(True)
 
@@ -149,17 +105,12 @@ def bench(patterns: list[str], densities: list[str], repeats: int) -> dict[str, 
     device = jax.devices()[0]
     sizes = SIZES.get(device.platform, SIZES["cpu"])
     rng = np.random.default_rng(0)
-    shapes = (sizes.features, sizes.hidden), (sizes.hidden, sizes.features)
-    x = jnp.asarray(rng.standard_normal((sizes.tokens, sizes.features), np.float32), sizes.dtype)
-    dense = [jnp.asarray(rng.standard_normal(s, np.float32) * s[0] ** -0.5) for s in shapes]
-    steps = {"dense": jax_step((dense[0].astype(sizes.dtype), dense[1].astype(sizes.dtype)), x)}
+    x = random_blocks.random_array(2, (sizes.tokens, sizes.features), sizes.dtype)
+    steps = {"dense": jax_step(stack.dense_kernels(sizes), x)}
     rows = [(p, d) for d in densities for p in patterns]
     for pattern, density in rows:
-        first, second = (
-            random_kernel(s, PATTERNS[pattern], DENSITIES[density], sizes.dtype, rng)
-            for s in shapes
-        )
-        steps[f"{pattern} {density}"] = jax_step((first, second), x)
+        kernels = stack.sparse_kernels(sizes, PATTERNS[pattern], DENSITIES[density])
+        steps[f"{pattern} {density}"] = jax_step(kernels, x)
     peer = _add_sparselab(steps, sizes, densities, rng) if device.platform == "cpu" else []
     seconds = seconds_in_turn(steps, repeats)
 

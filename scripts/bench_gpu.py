@@ -54,6 +54,7 @@ from experiments.config import command_line
 from experiments.errors import UserError
 from experiments.training.partition import all_devices
 from scripts.tune_products import tune
+from topkast_jax import Block
 from topkast_jax.always_sparse import options
 from topkast_jax.always_sparse.products import tuned_json
 
@@ -131,7 +132,7 @@ class Bench:
         kernels: tuple[Any, ...] = (
             stack.dense_kernels(self.sizes)
             if block is None
-            else stack.sparse_kernels(self.sizes, block, DENSITIES[density])
+            else stack.sparse_kernels(self.sizes, Block(block, block), DENSITIES[density])
         )
         backend = "xla" if block is None else BACKEND
         return stack.times(self.sizes, kernels, backend, self._smoke, self._repeats)

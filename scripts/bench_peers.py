@@ -30,7 +30,6 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -45,6 +44,7 @@ import optax
 from ml_collections import ConfigDict
 
 import topkast_jax as tk
+from experiments.benchmarks.model_step import random_batch
 from experiments.config import command_line, resolve
 from experiments.errors import UserError
 from experiments.language_modelling.models.narrow import transformer_config
@@ -55,8 +55,8 @@ from experiments.training.partition import all_devices
 from experiments.training.program import Program, build
 from scripts import bench_always_sparse
 from scripts.bench_always_sparse import Step, instruction_set, median_ratio, seconds_in_turn
-from scripts.bench_refresh import random_batch
 from scripts.bench_step import with_choice
+from topkast_jax.always_sparse.host import cores
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TRANSFORMER_XL = f"{CONFIGS / 'enwik8_small.py'}:dense"
@@ -408,11 +408,6 @@ def use_all_cores() -> None:
         import torch
 
         torch.set_num_threads(cores())
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> dict[str, Any]:

@@ -40,6 +40,7 @@ from experiments.benchmarks.random_blocks import DENSITIES
 from experiments.benchmarks.tuner import Problem
 from experiments.config import command_line
 from experiments.errors import UserError
+from experiments.records.workdir import replace_text
 from experiments.training.partition import all_devices
 from topkast_jax.always_sparse.products import BACKENDS, KERNELS, tuned_json, tuning
 
@@ -82,7 +83,8 @@ def _row(
 ) -> dict[str, Any]:
     print(f"{problem} {product}")
     entry, clock = tuner.tune(problem, product, repeats, budget.left, print)
-    tuned_json.save(out, [entry])
+    table = tuned_json.load(out) if Path(out).exists() else tuning.Table()
+    replace_text(Path(out), tuned_json.dumps(table.merged([entry])))
     return {
         "product": product,
         **{name: list(getattr(problem, name)) for name in ("shape", "block")},

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks.random_blocks import random_array, random_kernel
+from topkast_jax import Block
 from topkast_jax.always_sparse import CompactKernel, matmul, options
 
 TOLERANCES = {"bfloat16": 1e-2, "float32": 2e-3}
@@ -55,7 +56,9 @@ def check(case: Case, backend: str, interpret: bool) -> dict[str, Any]:
         The case; the errors "y", "dx" and "dw", each the largest one over the largest entry; the
         tolerance; and whether no error is larger ("ok").
     """
-    kernel = random_kernel(0, case.shape, (case.block, case.block), _DENSITIES, case.dtype, True)
+    kernel = random_kernel(
+        0, case.shape, Block(case.block, case.block), _DENSITIES, case.dtype, True
+    )
     x, dy = (
         random_array(seed, (case.tokens, features), case.dtype)
         for seed, features in enumerate(case.shape)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topkast_jax import Block
+from topkast_jax import Block, Unstructured
 from topkast_jax.always_sparse import CompactKernel
 from topkast_jax.selection import keep_count
 
@@ -26,23 +26,22 @@ def random_array(seed: int, shape: tuple[int, ...], dtype: str, scale: float = 1
 def random_kernel(
     seed: int,
     shape: tuple[int, int],
-    block: tuple[int, int],
+    pattern: Block | Unstructured,
     densities: tuple[float, float],
     dtype: str,
     empty: bool = False,
 ) -> CompactKernel:
-    """A compact kernel whose blocks lie anywhere, those of A and of B∖A each in ascending order.
+    """A compact kernel whose units lie anywhere, those of A and of B∖A each in ascending order.
 
     Args:
         seed: of the places and the values.
         shape: K and N.
-        block: rows and columns of a block.
+        pattern: of the units.
         densities: of A and of B, which holds A.
         dtype: of the values.
-        empty: no block lies in the first row and in the last column of the grid of blocks. Both
+        empty: no unit lies in the first row and in the last column of the grid of units. Both
             need two at least.
     """
-    pattern = Block(*block)
     grid = pattern.grid(shape)
     allowed = np.ones(grid, bool)
     if empty:
@@ -51,5 +50,5 @@ def random_kernel(
     a, b = (min(places.size, keep_count(math.prod(grid), density)) for density in densities)
     chosen = np.random.default_rng(seed).permutation(places)[:b]
     index = np.concatenate([np.sort(chosen[:a]), np.sort(chosen[a:])]).astype(np.int32)
-    values = random_array(seed, (b, *block), dtype, shape[0] ** -0.5)
+    values = random_array(seed, (b, *pattern.unit_shape), dtype, shape[0] ** -0.5)
     return CompactKernel(values, jnp.asarray(index), shape, pattern, a)

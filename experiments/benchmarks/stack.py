@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 from experiments.benchmarks import device_clock
 from experiments.benchmarks.memory import memory
 from experiments.benchmarks.random_blocks import random_array, random_kernel
+from topkast_jax import Block, Unstructured
 from topkast_jax.always_sparse import CompactKernel, matmul, options
 
 LEARNING_RATE = 0.1
 PARTS = ("y", "dx", "dw", "step")
+Kernel = jax.Array | CompactKernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +56,11 @@ def dense_kernels(sizes: Sizes) -> tuple[jax.Array, ...]:
 
 
 def sparse_kernels(
-    sizes: Sizes, block: int, densities: tuple[float, float]
+    sizes: Sizes, pattern: Block | Unstructured, densities: tuple[float, float]
 ) -> tuple[CompactKernel, ...]:
     """Both layers' kernels."""
     return tuple(
-        random_kernel(seed, shape, (block, block), densities, sizes.dtype)
+        random_kernel(seed, shape, pattern, densities, sizes.dtype)
         for seed, shape in enumerate(sizes.shapes)
     )
 
@@ -81,21 +84,21 @@ def times(
         random_array(seed, (sizes.tokens, features), sizes.dtype)
         for seed, features in enumerate((sizes.features, sizes.hidden, sizes.features))
     ]
-    values = [k.values if isinstance(k, CompactKernel) else k for k in kernels]
+    values = [values_of(kernel) for kernel in kernels]
     row: dict[str, Any] = {}
     clocks = set()
     for part in PARTS:
         function, arguments, donated = (
-            (_step, (values, inputs[0], kernels), (0,))
+            (step, (values, inputs[0], kernels), (0,))
             if part == "step"
-            else (_PRODUCTS[part], (inputs, kernels), ())
+            else (functools.partial(_of_both, PRODUCTS[part]), (inputs, kernels), ())
         )
         with options(backend, interpret=interpret and backend != "xla"):
             # A function of its own: what is traced already keeps its options.
             traced = jax.jit(lambda *args, f=function: f(*args), donate_argnums=donated)
             lowered = traced.lower(*arguments)
         compiled = lowered.compile()
-        run = _training(compiled, *arguments) if part == "step" else _calling(compiled, *arguments)
+        run = training(compiled, *arguments) if part == "step" else _calling(compiled, *arguments)
         timing = device_clock.measure(run, repeats)
         row[part] = timing.seconds
         clocks.add(timing.clock)
@@ -108,50 +111,58 @@ def _calling(compiled: Any, *arguments: Any) -> Callable[[], Any]:
     return lambda: compiled(*arguments)
 
 
-def _training(compiled: Any, values: Any, x: jax.Array, kernels: Any) -> Callable[[], Any]:
-    """Steps on a copy of the values, one after another."""
+def training(step: Any, values: Any, x: jax.Array, kernels: Any) -> Callable[[], Any]:
+    """Steps on a copy of the values, one after another.
+
+    Args:
+        step: what `step` is compiled to, its values donated.
+        values: those of the kernels.
+        x: the input.
+        kernels: both layers'.
+    """
     held = [jax.tree.map(jnp.copy, values)]
 
     def run() -> Any:
-        held[0], dx = compiled(held[0], x, kernels)
+        held[0], dx = step(held[0], x, kernels)
         return held[0], dx
 
     return run
 
 
-def _forward(inputs: list[jax.Array], kernels: Any) -> Any:
-    return [matmul(x, kernel) for x, kernel in zip(inputs[:2], kernels, strict=True)]
+def y(x: jax.Array, dy: jax.Array, kernel: Kernel) -> jax.Array:
+    """x·W; dy is not read."""
+    return matmul(x, kernel)
 
 
-def _input_gradients(inputs: list[jax.Array], kernels: Any) -> Any:
-    return [
-        jax.vjp(lambda x, kernel=kernel: matmul(x, kernel), x)[1](dy)
-        for x, dy, kernel in zip(inputs[:2], inputs[1:], kernels, strict=True)
-    ]
+def dx(x: jax.Array, dy: jax.Array, kernel: Kernel) -> jax.Array:
+    """dy·Wᵀ."""
+    return jax.vjp(lambda x: matmul(x, kernel), x)[1](dy)[0]
 
 
-def _kernel_gradients(inputs: list[jax.Array], kernels: Any) -> Any:
-    return [
-        jax.vjp(lambda values, x=x, kernel=kernel: matmul(x, _with(kernel, values)), _of(kernel))[
-            1
-        ](dy)
-        for x, dy, kernel in zip(inputs[:2], inputs[1:], kernels, strict=True)
-    ]
+def dw(x: jax.Array, dy: jax.Array, kernel: Kernel) -> jax.Array:
+    """xᵀ·dy, on the backward set if the kernel is compact."""
+    product = lambda values: matmul(x, _with(kernel, values))  # noqa: E731
+    return jax.vjp(product, values_of(kernel))[1](dy)[0]
 
 
-_PRODUCTS: dict[str, Callable[..., Any]] = {
-    "y": _forward,
-    "dx": _input_gradients,
-    "dw": _kernel_gradients,
+PRODUCTS: Mapping[str, Callable[[jax.Array, jax.Array, Kernel], jax.Array]] = {
+    "y": y,
+    "dx": dx,
+    "dw": dw,
 }
 
 
-def _of(kernel: Any) -> jax.Array:
+def _of_both(product: Callable[..., jax.Array], inputs: list[jax.Array], kernels: Any) -> Any:
+    return [product(*each) for each in zip(inputs[:2], inputs[1:], kernels, strict=True)]
+
+
+def values_of(kernel: Kernel) -> jax.Array:
+    """What is trained of a kernel."""
     values: jax.Array = kernel.values if isinstance(kernel, CompactKernel) else kernel
     return values
 
 
-def _with(kernel: Any, values: jax.Array) -> Any:
+def _with(kernel: Kernel, values: jax.Array) -> Kernel:
     return kernel.with_values(values) if isinstance(kernel, CompactKernel) else values
 
 
@@ -161,7 +172,10 @@ def _loss(values: Any, x: jax.Array, kernels: Any) -> jax.Array:
     return 0.5 * jnp.mean(jnp.square(y), dtype=jnp.float32)
 
 
-# The kernels are an argument, so that their indices are not compiled in as constants.
-def _step(values: Any, x: jax.Array, kernels: Any) -> Any:
+def step(values: Any, x: jax.Array, kernels: Any) -> Any:
+    """Forward, backward to parameters and input, and SGD: the new values, and the gradient of x.
+
+    The kernels are an argument, so that their indices are not compiled in as constants.
+    """
     grads, dx = jax.grad(_loss, (0, 1))(values, x, kernels)
     return jax.tree.map(lambda v, g: v - LEARNING_RATE * g, values, grads), dx

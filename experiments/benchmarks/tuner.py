@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks import device_clock
 from experiments.benchmarks.random_blocks import random_array, random_kernel
+from topkast_jax import Block
 from topkast_jax.always_sparse.products import tuning
 from topkast_jax.always_sparse.products.settings import Settings
 from topkast_jax.always_sparse.products.tuning import Entry, Key
@@ -143,7 +144,7 @@ def _arrays(problem: Problem, product: str) -> list[tuple[jax.Array, ...]]:
     dy = random_array(1, (problem.tokens, n), problem.dtype)
     arrays: list[tuple[jax.Array, ...]] = []
     for seed, densities in enumerate(problem.densities):
-        kernel = random_kernel(seed, problem.shape, problem.block, densities, problem.dtype)
+        kernel = random_kernel(seed, problem.shape, Block(*problem.block), densities, problem.dtype)
         row, col = kernel.index // (n // problem.block[1]), kernel.index % (n // problem.block[1])
         a = kernel.forward
         arrays.append(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 import toy_runs
 
+from experiments.benchmarks.model_step import random_batch
 from experiments.config import resolve
 from experiments.task import make_task
 from scripts import (
@@ -112,7 +113,7 @@ def test_start_and_refresh_are_timed_alone(monkeypatch, capsys):
 def test_tokens_are_those_of_the_vocabulary():
     config = resolve(f"{bench_refresh.CONFIG}:90/80,smoke")
     run = SimpleNamespace(config=config, task=make_task(config), put=lambda batch: batch)
-    for tokens in bench_refresh.random_batch(run).values():
+    for tokens in random_batch(run).values():
         assert 0.9 * config.data.vocabulary_size < tokens.max() < config.data.vocabulary_size
 
 

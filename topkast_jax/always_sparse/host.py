@@ -460,10 +460,11 @@ def in_threads(tasks: Sequence[Task]) -> list[Any]:
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     """One for all: the memory that a thread has freed serves that thread alone."""
-    return ThreadPoolExecutor(_cores(), "topkast")
+    return ThreadPoolExecutor(cores(), "topkast")
 
 
-def _cores() -> int:
+def cores() -> int:
+    """How many cores this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system

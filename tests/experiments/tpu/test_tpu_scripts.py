@@ -256,7 +256,7 @@ def test_products_of_one_kernel(capsys):
     assert [row["unknown_kernels"] for row in rows] == [0] * 6
     flops = {(row["product"], row["density"]): row["flops"] for row in rows}
     dense, block = 2 * 512 * 1280 * 2560, 2 * 512 * 128 * 128
-    for product, blocks in (("y", 20), ("dx", 20), ("dW", 40)):
+    for product, blocks in (("y", 20), ("dx", 20), ("dw", 40)):
         assert flops[product, "dense"] == dense
         assert flops[product, "90/80"] == blocks * block
     for row in rows:

@@ -16,8 +16,7 @@ import dataclasses
 import functools
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,34 +72,10 @@ def load(path: str | os.PathLike[str]) -> Table:
     return Table(tuple(table.values()))
 
 
-def save(path: str | os.PathLike[str], entries: Iterable[Entry]) -> Table:
-    """Merges entries into the table of a file, which is replaced in one move or left as it was.
-
-    Args:
-      path: the file; it need not exist.
-      entries: each replaces the one of its key and tokens, if any; all others stay.
-
-    Returns:
-      The table that was written.
-
-    Raises:
-      SparsityError: the file is there and is no table.
-    """
-    path = Path(path)
-    table = (load(path) if path.exists() else Table()).merged(entries)
+def dumps(table: Table) -> str:
+    """The text of a table's file, one line an entry, sorted."""
     lines = [json.dumps(_fields(entry)) for entry in sorted(table.entries, key=_order)]
-    text = '{"entries": [' + ",".join("\n" + line for line in lines) + "\n]}\n"
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # As other files; temporary ones are the owner's alone.
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    return table
+    return '{"entries": [' + ",".join("\n" + line for line in lines) + "\n]}\n"
 
 
 def _fields(entry: Entry) -> dict[str, Any]:
