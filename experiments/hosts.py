@@ -18,13 +18,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from unittest import mock
 
 import jax
 from jax._src.lib import _jax
 
+from experiments import signals
 from experiments.config import command_line
 from experiments.errors import UserError
 from experiments.records import checkpoints, files, workdir
@@ -106,14 +108,9 @@ def watch(module: str, argv: Sequence[str], args: argparse.Namespace) -> int:
     for number in ASK:
         signal.signal(number, forward)
     assert child.stderr is not None
-    fatal = ""
-    for line in child.stderr:
-        if fatal or _FATAL.match(line):
-            fatal += line
-        else:
-            sys.stderr.write(line)
-            sys.stderr.flush()
-    status = child.wait()
+    with ThreadPoolExecutor(1) as pool:
+        fatal = signals.result(pool.submit(_relay, child.stderr))
+        status = signals.result(pool.submit(child.wait))
     if fatal and status == -signal.SIGABRT:
         print("error:", _told(fatal, args), file=sys.stderr)
         return LOST
@@ -121,6 +118,18 @@ def watch(module: str, argv: Sequence[str], args: argparse.Namespace) -> int:
         return RESUMABLE
     sys.stderr.write(fatal)
     return status if status >= 0 else 128 - status
+
+
+def _relay(lines: Iterable[str]) -> str:
+    """Writes lines to the standard error; returns those with which the service ends a process."""
+    fatal = ""
+    for line in lines:
+        if fatal or _FATAL.match(line):
+            fatal += line
+        else:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+    return fatal
 
 
 def _told(fatal: str, args: argparse.Namespace) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import Future, wait
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
+T = TypeVar("T")
 ASK = (signal.SIGTERM, signal.SIGINT)
 # The exit status of a run that was asked to end and goes on from there: EX_TEMPFAIL in sysexits.h.
 RESUMABLE = 75
@@ -22,6 +24,17 @@ def end(number: int) -> NoReturn:
     """Ends this process at once, with a line that names the signal."""
     os.write(1, f"stopped by {signal.Signals(number).name}; the same command goes on\n".encode())
     os._exit(RESUMABLE)
+
+
+def result(future: Future[T]) -> T:
+    """Waits for a future, and lets Python's signal handlers run meanwhile.
+
+    A handler runs between two steps of the main thread. A signal that comes just before the thread
+    blocks would be handled when the wait is over; so the wait is in pieces.
+    """
+    while not future.done():
+        wait([future], timeout=0.2)
+    return future.result()
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import sys
 
-if __name__ == "__main__":
-    from experiments import signals
+from experiments import signals
 
+if __name__ == "__main__":
     signals.end_at_once()  # What is imported below takes seconds.
 
 import argparse
@@ -132,8 +132,9 @@ class _Processes:
         before = {s: signal.signal(s, self._stop) for s in ASK}
         try:
             with ThreadPoolExecutor(self._jobs) as pool:
-                ends = pool.map(lambda run: self._do(run, directory / run.name), runs)
-                yield from zip(runs, ends, strict=True)
+                ends = [pool.submit(self._do, run, directory / run.name) for run in runs]
+                for run, end in zip(runs, ends, strict=True):
+                    yield run, signals.result(end)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -25,7 +25,14 @@ FIGURES = (
     "table_6", "appendix_b",
 )  # fmt: skip
 SWEEPS = (
-    *("quickstart", "cifar10_methods", "enwik8_small_blocks", "study_images", "rigl_cifar10"),
+    *(
+        "quickstart",
+        "cifar10_methods",
+        "enwik8_small_blocks",
+        "study_images",
+        "study_options",
+        "rigl_cifar10",
+    ),
     *FIGURES,
     *(f"{name}:small" for name in FIGURES),
 )

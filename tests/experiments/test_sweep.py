@@ -6,11 +6,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from toy_runs import records
 
+from experiments import signals
 from experiments.signals import RESUMABLE
 from experiments.sweep import main
 
@@ -142,6 +146,23 @@ def test_a_signal_stops_all_that_run_at_a_time(tmp_path, processes, capsys):
     assert "stopped in static-50/seed-0; the same command goes on" in capsys.readouterr().out
     assert "static-50/seed-0" not in finals(tmp_path / "s")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_is_handled_while_a_result_is_waited_for():
+    handled = threading.Event()
+    before = signal.signal(signal.SIGUSR1, lambda *_: handled.set())
+
+    def work():
+        time.sleep(0.3)  # The main thread waits.
+        # As if it had come just before the wait: the main thread's system call is not interrupted.
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        return handled.wait(timeout=10)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert signals.result(pool.submit(work))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.slow
