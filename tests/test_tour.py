@@ -33,9 +33,10 @@ pickle.dump(found, open(sys.argv[2], "wb"))
 
 @pytest.fixture(scope="module")
 def scope(tmp_path_factory):
-    """Names that the cells leave, run in order by a process with JAX's own settings."""
+    """Names that the cells leave, run in order by a process with one device."""
     path = tmp_path_factory.mktemp("tour") / "names"
-    settings = {"XLA_FLAGS": "", "JAX_NUMPY_RANK_PROMOTION": "allow"}
+    one_device = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    settings = {"XLA_FLAGS": one_device, "JAX_NUMPY_RANK_PROMOTION": "allow"}
     command = [sys.executable, "-c", PROGRAM, str(NOTEBOOK), str(path)]
     subprocess.run(command, check=True, env=os.environ | settings, stdout=subprocess.DEVNULL)
     return pickle.loads(path.read_bytes())
