@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from topkast_jax import always_sparse
-from topkast_jax.always_sparse import CompactKernel, with_tile
+from topkast_jax.always_sparse import CompactKernel, FanInKernel, with_tile
 from topkast_jax.patterns import Block
 
 Kernel = jax.Array | CompactKernel
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
-def matmul(x: jax.Array, kernel: Kernel) -> jax.Array:
+def matmul(x: jax.Array, kernel: Kernel | FanInKernel) -> jax.Array:
     """Multiplies the last axis of `x` with `kernel` (inputs × outputs), in the dtype of `x`."""
     return always_sparse.matmul(x, kernel.astype(x.dtype))
 

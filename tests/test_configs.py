@@ -104,7 +104,13 @@ def test_the_quickstart_compares_methods_at_the_same_densities():
 ALWAYS_SPARSE = "--config.method.always_sparse=True"
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in ROOT.glob("[a-z]*.py")))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(p.stem, marks=pytest.mark.slow if "imagenet" in p.stem else ())
+        for p in sorted(ROOT.glob("[a-z]*.py"))
+    ],
+)
 @pytest.mark.parametrize("flags", [(), pytest.param((ALWAYS_SPARSE,), marks=pytest.mark.slow)])
 def test_every_config_is_described_without_data(name, flags, capsys, monkeypatch):
     monkeypatch.delattr(sources, "embedded_mnist")  # No other data is on this machine.

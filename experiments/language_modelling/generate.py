@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from experiments.language_modelling.data.vocabulary import Vocabulary
 from experiments.language_modelling.sampling import Sampling, generate
 from experiments.language_modelling.task import LanguageModelling
 from experiments.records import exported, files, restore, workdir
-from topkast_jax.always_sparse import is_compact
+from topkast_jax import FanIn
+from topkast_jax.always_sparse import by_output, is_compact
 from topkast_jax.trees import flatten_with_names
 
 # Keys that may differ between a model and the one that its parameters come from.
@@ -75,8 +77,21 @@ def continuation(
     vocabulary = _vocabulary(found.config, found.meta["data"]["text"])
     numbers = encode_prompt(vocabulary, prompt)
     reach = lengths(found.config, "evaluation")
-    drawn = generate(program.task.model, alpha, reach, numbers, tokens, sampling, seed)
+    model = program.task.model
+    alpha = for_few_tokens(alpha, getattr(model, "linear", None))
+    drawn = generate(model, alpha, reach, numbers, tokens, sampling, seed)
     return vocabulary.decode([*numbers, *drawn])
+
+
+def for_few_tokens(params: Any, linear: str | None) -> Any:
+    """Kernels of constant fan-in in the form for products of few tokens, where `linear` matches."""
+
+    def of_leaf(name: str, leaf: Any) -> Any:
+        ordered = is_compact(leaf) and isinstance(leaf.pattern, FanIn)
+        return by_output(leaf) if ordered and linear and re.fullmatch(linear, name) else leaf
+
+    names, leaves, treedef = flatten_with_names(params, is_leaf=is_compact)
+    return treedef.unflatten(map(of_leaf, names, leaves))
 
 
 def read_params(path: Path, config: ConfigDict, like: Any) -> Any:

@@ -14,6 +14,7 @@ from experiments.task import make_task
 from scripts import (
     bench_always_sparse,
     bench_checkpoints,
+    bench_fan_in,
     bench_input,
     bench_refresh,
     bench_selection,
@@ -28,6 +29,7 @@ from scripts import (
         (bench_always_sparse, "--densities=90", "--densities", "90/80, 95/90"),
         (bench_always_sparse, "--repeats=0", "--repeats", "at least 1"),
         (bench_checkpoints, "--every=0", "--every", "at least 1"),
+        (bench_fan_in, "--shape=1024x", "'1024x'", "1024x1024"),
         (bench_checkpoints, "--folder=/not/there", "/not/there", "a folder that exists"),
         (bench_input, "--seconds=0", "--seconds", "at least 1"),
         (bench_input, "--chip=v1", "v1", "v5e"),
@@ -94,6 +96,7 @@ def test_the_rate_of_the_dense_step_counts_what_xla_counts():
     assert sizes.flops("step") == pytest.approx(counted, rel=0.01)
 
 
+@pytest.mark.slow
 def test_start_and_refresh_are_timed_alone(monkeypatch, capsys):
     for other in ("--config.steps=3", "--variant=80/60", "--steps=3"):
         assert bench_refresh.main(["--params=277M", other]) == 2

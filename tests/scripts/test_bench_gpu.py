@@ -36,6 +36,7 @@ def test_without_a_gpu_is_one_line():
     assert done.stderr == told
 
 
+@pytest.mark.slow
 def test_rows_and_tables(few_rows, capsys, tmp_path):
     tables = tmp_path / "tables.md"
     flags = ["--smoke", "--repeats=1", "--parts=checks,stack", f"--tables={tables}"]
@@ -131,6 +132,7 @@ def test_smoke(tmp_path, tune):
         assert len(tuned_json.load(tmp_path / "tuned.json").entries) == 3
 
 
+@pytest.mark.slow
 def test_products_are_tuned_into_a_table(capsys, tmp_path):
     out = tmp_path / "tuned.json"
     flags = ["--shapes=16x32", "--blocks=8", "--repeats=1", f"--out={out}"]

@@ -120,7 +120,7 @@ def test_stacked_layers_are_selected_one_by_one():
         np.testing.assert_array_equal(mask[layer], oracle.select(np.asarray(theta[layer]), 0.25))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     grid=st.sampled_from([(1, 1, 1), (1, 5, 3), (3, 2, 4)]),
     block=st.sampled_from([(1, 1), (2, 3), (4, 1)]),

@@ -99,7 +99,7 @@ LEAVES = (
 )
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+@settings(deadline=None, max_examples=20, derandomize=True)
 @given(data=st.data())
 def test_sets_equal_the_oracle(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32), label="seed"))

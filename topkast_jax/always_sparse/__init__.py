@@ -5,6 +5,7 @@ The device holds of each sparse leaf its backward set only, as a `CompactKernel`
 """
 
 from topkast_jax.always_sparse.export import FORMS, export, to_bcoo, to_bsr
+from topkast_jax.always_sparse.fan_in import FanInKernel, by_output
 from topkast_jax.always_sparse.host import Reservoir
 from topkast_jax.always_sparse.kernel import (
     CompactKernel,
@@ -26,7 +27,9 @@ __all__ = [
     "FORMS",
     "AlwaysSparse",
     "CompactKernel",
+    "FanInKernel",
     "Reservoir",
+    "by_output",
     "dense_tile",
     "export",
     "from_masks",

@@ -19,7 +19,9 @@ Tree = Any
 class Model(Protocol):
     """Pure functions of plain nested parameters.
 
-    An attribute `tensor_axes`, as of `experiments.task.Task`, is optional.
+    Two attributes are optional: `tensor_axes`, as of `experiments.task.Task`, and `linear`, a
+    regular expression over the names of kernels that `experiments.layers.matmul` alone reads, which
+    generation orders by output where their fan-in is constant.
     """
 
     @property

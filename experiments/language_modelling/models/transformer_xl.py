@@ -195,6 +195,7 @@ class LanguageModel:
     """
 
     tensor_axes = TENSOR_AXES
+    linear = r"layers/.*/kernel"
 
     def __init__(self, config: TransformerXLConfig):
         self.config = config

@@ -1,13 +1,19 @@
 """How tokens are drawn, and that each is drawn from what the model says of all before it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.language_modelling.generate import for_few_tokens
 from experiments.language_modelling.models.settings import Lengths, TransformerXLConfig
 from experiments.language_modelling.models.transformer_xl import LanguageModel
 from experiments.language_modelling.sampling import Sampling, generate
+from topkast_jax import FanIn
+from topkast_jax.always_sparse import FanInKernel, from_masks
+from topkast_jax.trees import flatten_with_names
 
 CHANCES = np.array([0.15, 0.5, 0.05, 0.3])
 
@@ -70,3 +76,30 @@ def test_the_seed_decides(model):
 
     assert draw(1, temperature=50.0) == draw(1, temperature=50.0) != draw(2, temperature=50.0)
     assert draw(1, top_k=1) == draw(2, temperature=0.0)
+
+
+def test_kernels_of_constant_fan_in_draw_the_same(model):
+    model, params = model
+    rng = np.random.default_rng(0)
+    names, leaves, treedef = flatten_with_names(params)
+    linear = [i for i, name in enumerate(names) if re.fullmatch(model.linear, name)]
+    assert len(linear) == 2 * 7
+    for i in linear:
+        rank = rng.permuted(
+            np.tile(np.arange(leaves[i].shape[0])[:, None], leaves[i].shape[1]), axis=0
+        )
+        leaves[i] = from_masks(np.asarray(leaves[i]), rank < 1, rank < 2, FanIn())
+    compact = treedef.unflatten(leaves)
+    ordered = for_few_tokens(compact, model.linear)
+    kinds = jax.tree.leaves(ordered, is_leaf=lambda x: isinstance(x, FanInKernel))
+    assert sum(isinstance(kind, FanInKernel) for kind in kinds) == 2 * 7
+    lengths = Lengths(target=5, memory=16)
+    memories = [model.init_memory(1, lengths)] * 2
+    for token in (3, 1, 4):
+        found = [
+            model.next_log_probs(p, memory, jnp.array([[token]]), lengths)
+            for p, memory in zip((compact, ordered), memories, strict=True)
+        ]
+        one, other = (np.asarray(log_probs) for log_probs, _ in found)
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+        memories = [memory for _, memory in found]

@@ -26,6 +26,8 @@ from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from topkast_jax.always_sparse import fan_in
+from topkast_jax.always_sparse.fan_in import FanInKernel
 from topkast_jax.always_sparse.kernel import (
     CompactKernel,
     check_single,
@@ -123,14 +125,15 @@ def options(
 
 
 def matmul(
-    x: jax.Array, kernel: jax.Array | CompactKernel, *, backend: Backend = None
+    x: jax.Array, kernel: jax.Array | CompactKernel | FanInKernel, *, backend: Backend = None
 ) -> jax.Array:
     """x·W for a dense or a compact W.
 
     Args:
       x: `[..., K]`.
       kernel: `[K, N]`, or a compact kernel of that shape. With single entries its dense tile is
-        made for the moment it is used; with blocks no dense buffer is made anywhere.
+        made for the moment it is used; with blocks no dense buffer is made anywhere. For a product
+        of few tokens, a `FanInKernel` (`by_output`) makes none either.
       backend: one of `BACKENDS`, or several in the order in which they are tried, in place of what
         `options` or the platform gives.
 
@@ -144,6 +147,8 @@ def matmul(
     how = _OPTIONS.get()
     if backend is not None:
         how = dataclasses.replace(how, backend=backend)
+    if isinstance(kernel, FanInKernel):
+        return fan_in.product(jnp.asarray(x), kernel)
     if not isinstance(kernel, CompactKernel):
         return jnp.matmul(x, kernel)
     check_single(kernel)

@@ -1,0 +1,121 @@
+"""Times products with constant fan-in, by output (`by_output`) and through the dense tile.
+
+    .venv/bin/python scripts/bench_fan_in.py [--shape=1024x1024] [--repeats=20]
+
+Both compute the same y = x·W in float32, in turn, with 32 kernels of a stack one after the other,
+so that no kernel is in the cache when it is used. `over_tile` and `over_dense` are medians over
+repeats of the time by output over that of the tile, or of a dense W, in the same repeat. `used`
+says which of the two `matmul` takes for so many tokens. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.config import command_line
+from topkast_jax import FanIn
+from topkast_jax.always_sparse import CompactKernel, by_output, fan_in, matmul
+from topkast_jax.always_sparse.kernel import with_tile
+
+TOKENS = (1, 4, 16, 64)
+DENSITIES = (0.2, 0.1, 0.05, 0.01)
+LAYERS = 32
+
+
+def random_stack(shape: tuple[int, int], inputs: int) -> CompactKernel:
+    """A stack of kernels whose outputs have so many inputs each, anywhere."""
+    (k, n), rng = shape, np.random.default_rng(0)
+    chosen = rng.permuted(np.tile(np.arange(k), (LAYERS, n, 1)), axis=-1)[..., :inputs]
+    index = np.sort((chosen * n + np.arange(n)[:, None]).reshape(LAYERS, -1)).astype(np.int32)
+    values = rng.standard_normal(index.shape, np.float32)
+    return CompactKernel(jnp.asarray(values), jnp.asarray(index), shape, FanIn(), index.shape[-1])
+
+
+def through_all(product: Callable[[jax.Array, Any], jax.Array]) -> Callable[..., Any]:
+    """One product with each kernel of a stack."""
+
+    @jax.jit
+    def run(x: jax.Array, stack: Any) -> jax.Array:
+        def body(total: jax.Array, kernel: Any) -> tuple[jax.Array, None]:
+            return total + product(x, kernel), None
+
+        n = jax.eval_shape(product, x, jax.tree.map(lambda leaf: leaf[0], stack))
+        return jax.lax.scan(body, jnp.zeros(n.shape, n.dtype), stack)[0]
+
+    return run
+
+
+def by_tile(x: jax.Array, kernel: CompactKernel) -> jax.Array:
+    """The product of a compact kernel."""
+    return with_tile(lambda tile, x: jnp.matmul(x, tile), kernel, x)
+
+
+def bench(shape: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
+    """One record for each density and number of tokens."""
+    k, n = shape
+    rng, records = np.random.default_rng(1), []
+    dense = jnp.asarray(rng.standard_normal((LAYERS, k, n), np.float32))
+    for density in DENSITIES:
+        kernel = random_stack(shape, max(1, round(density * k)))
+        ordered = jax.tree.map(jnp.asarray, by_output(kernel))
+        for tokens in TOKENS:
+            x = jnp.asarray(rng.standard_normal((tokens, k), np.float32))
+            sides = {
+                "by_output": (through_all(fan_in.gathered), ordered),
+                "tile": (through_all(by_tile), kernel),
+                "dense": (through_all(matmul), dense),
+            }
+            taken: dict[str, list[float]] = {name: [] for name in sides}
+            for _ in range(repeats + 1):
+                for name, (run, stack) in sides.items():
+                    start = time.perf_counter()
+                    jax.block_until_ready(run(x, stack))
+                    taken[name].append(time.perf_counter() - start)
+            seconds = {name: np.array(each[1:]) for name, each in taken.items()}
+            records.append(
+                {
+                    "density": density,
+                    "tokens": tokens,
+                    **{
+                        f"over_{base}": round(
+                            float(np.median(seconds["by_output"] / seconds[base])), 3
+                        )
+                        for base in ("tile", "dense")
+                    },
+                    "used": "by_output" if fan_in.few(tokens, ordered) else "tile",
+                }
+            )
+            print(records[-1], flush=True)
+    return records
+
+
+def _shape(text: str) -> tuple[int, int]:
+    k, _, n = text.partition("x")
+    if not (k.isascii() and n.isascii() and k.isdigit() and n.isdigit() and int(k) and int(n)):
+        raise argparse.ArgumentTypeError(f"found {text!r}; must be like 1024x1024")
+    return int(k), int(n)
+
+
+@command_line.command
+def main(argv: list[str]) -> None:
+    """Parses flags, prints a line for each record and the JSON line."""
+    parser = command_line.Parser(prog="scripts/bench_fan_in.py", description=__doc__)
+    parser.add_argument("--shape", type=_shape, default=(1024, 1024), help="inputs x outputs")
+    parser.add_argument("--repeats", type=command_line.positive, default=20)
+    args = parser.parse_args(argv)
+    records = bench(args.shape, args.repeats)
+    device = jax.devices()[0].device_kind
+    print(json.dumps({"results": records, "shape": args.shape, "device": device}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
