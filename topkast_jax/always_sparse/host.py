@@ -446,6 +446,45 @@ def as_precise_as_here(function: Callable[..., T]) -> Callable[..., T]:
     return there
 
 
+class Copies:
+    """Copies of a CPU's arrays, in memory that is used again: new memory costs more than a copy."""
+
+    def __init__(self, kept: Iterable[str]):
+        """The memory of the arrays of these names is kept."""
+        self._held: dict[str, np.ndarray] = {}
+        self._kept = tuple(kept)
+
+    def of(self, arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+        """Copies by name, valid until the next call."""
+        copies, tasks = {}, []
+        for name, array in arrays.items():
+            held = self._held.get(name)
+            if held is None or (held.shape, held.dtype) != (array.shape, array.dtype):
+                held = np.empty(array.shape, array.dtype)
+            # Unlike `np.asarray`, the array does not keep this view: it may be donated again.
+            view = np.from_dlpack(array)  # type: ignore[arg-type]
+            tasks.append(functools.partial(np.copyto, held, view))
+            copies[name] = held
+        self._held = {name: copies[name] for name in self._kept}
+        in_threads(tasks)
+        return copies
+
+    @property
+    def kept(self) -> bool:
+        """Whether memory is held."""
+        return bool(self._held)
+
+    @staticmethod
+    def takes(array: jax.Array) -> bool:
+        """Whether NumPy can look at an array without copying it."""
+        devices = array.devices()
+        return (
+            array.dtype in (np.float32, np.float64)
+            and len(devices) == 1
+            and next(iter(devices)).platform == "cpu"
+        )
+
+
 def in_threads(tasks: Sequence[Task]) -> list[Any]:
     """What the tasks return, in order; as many at once as this process may use cores.
 

@@ -22,6 +22,7 @@ from topkast_jax.trees import flatten
 
 Path = tuple[Any, ...]
 Place = Callable[[tuple[int, ...]], jax.sharding.Sharding]
+Spares = dict[Any, jax.Array]
 
 
 def unit_axes(
@@ -140,6 +141,8 @@ class Mover:
       place: shape → sharding, or None.
       like: an array on the devices that all of it is on.
       keeps: whether an array must outlive its move: somebody else holds it too.
+      spares: arrays that are no longer used, into which others of their kind are moved; None: an
+        array is moved in place, which takes longer and no memory.
     """
 
     move: Move
@@ -147,6 +150,7 @@ class Mover:
     place: Place | None
     like: jax.Array
     keeps: Callable[[jax.Array], bool]
+    spares: Spares | None = None
 
     @functools.cached_property
     def source(self) -> jax.Array:
@@ -181,8 +185,44 @@ class Mover:
         shape = (*array.shape[:axis], self.source.shape[-1], *array.shape[axis + 1 :])
         sharding = None if self.place is None else self.place(shape)
         donate = shape == array.shape and not self.keeps(array)
-        moved = _compiled(len(self.stack), axis, sharding, donate)
-        return moved(array, self.source, fresh)
+        if donate and self.spares is not None:
+            kind = (shape, array.dtype, array.sharding)
+            spare = self.spares.pop(kind, None)
+            if spare is None:
+                spare = jnp.zeros(shape, array.dtype, device=array.sharding)
+            moved = _compiled_apart(len(self.stack), axis, sharding)(
+                spare, array, self.source, fresh
+            )
+            self.spares[kind] = array
+            return moved
+        return _compiled(len(self.stack), axis, sharding, donate)(array, self.source, fresh)
+
+
+@functools.lru_cache
+def _compiled_apart(stack: int, axis: int, sharding: Any) -> Callable[..., jax.Array]:
+    """The same move, of all layers at once into the memory of a spare array, the first argument."""
+    above = axis - stack
+
+    def move(spare: jax.Array, array: jax.Array, source: jax.Array, fresh: jax.Array) -> jax.Array:
+        del spare
+        one = functools.partial(_moved_layer, above)
+        for _ in range(stack):
+            one = jax.vmap(one, in_axes=(above, 0, above), out_axes=above)
+        return one(array, source, jnp.asarray(fresh))
+
+    # The spare is written to, though nothing of it is read.
+    return jax.jit(move, out_shardings=sharding, donate_argnums=0, keep_unused=True)
+
+
+def _moved_layer(above: int, array: jax.Array, source: jax.Array, fresh: jax.Array) -> jax.Array:
+    """One layer `[…, units, …]` at its next places."""
+
+    def at(units: jax.Array, numbers: jax.Array) -> jax.Array:
+        return units.at[(*(slice(None),) * above, numbers)].get(mode="promise_in_bounds")
+
+    stays = (source >= 0).reshape(-1, *(1,) * (array.ndim - above - 1))
+    number = jnp.clip(-1 - source, 0, fresh.shape[above] - 1)
+    return jnp.where(stays, at(array, jnp.maximum(source, 0)), at(fresh, number))
 
 
 @functools.lru_cache
@@ -195,14 +235,6 @@ def _compiled(stack: int, axis: int, sharding: Any, donate: bool) -> Callable[..
     """
     above = axis - stack
 
-    def layer(array: jax.Array, source: jax.Array, fresh: jax.Array) -> jax.Array:
-        def at(units: jax.Array, numbers: jax.Array) -> jax.Array:
-            return units.at[(*(slice(None),) * above, numbers)].get(mode="promise_in_bounds")
-
-        stays = (source >= 0).reshape(-1, *(1,) * (array.ndim - above - 1))
-        number = jnp.clip(-1 - source, 0, fresh.shape[above] - 1)
-        return jnp.where(stays, at(array, jnp.maximum(source, 0)), at(fresh, number))
-
     def move(array: jax.Array, source: jax.Array, fresh: jax.Array) -> jax.Array:
         by_layer = lambda x: x.reshape(*x.shape[:above], -1, *x.shape[axis:])  # noqa: E731
         held, rows, fresh = by_layer(array), source.reshape(-1, source.shape[-1]), by_layer(fresh)
@@ -213,7 +245,7 @@ def _compiled(stack: int, axis: int, sharding: Any, donate: bool) -> Callable[..
                 jax.lax.dynamic_index_in_dim(x, i, above, keepdims=False)
                 for x in (moved if shape == held.shape else held, fresh)
             )
-            here = layer(old, rows[i], new)
+            here = _moved_layer(above, old, rows[i], new)
             return jax.lax.dynamic_update_index_in_dim(moved, here, i, above)
 
         start = held if shape == held.shape else jnp.zeros(shape, held.dtype)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import jax
@@ -33,7 +33,7 @@ from topkast_jax.always_sparse.gradients import DenseGradients, groups
 from topkast_jax.always_sparse.host import HostLeaf, Move, Reservoir
 from topkast_jax.always_sparse.kernel import CompactKernel, values_of
 from topkast_jax.always_sparse.layout import Layout, is_here, on_host, places_of
-from topkast_jax.always_sparse.refresh import Mover, Place, first_arrays, sent, unit_axes
+from topkast_jax.always_sparse.refresh import Mover, Place, Spares, first_arrays, sent, unit_axes
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.method import Sets, enters_anew
@@ -108,6 +108,11 @@ class AlwaysSparse:
         self._is_starting = False
         self._chooser = ThreadPoolExecutor(1)
         self._ahead: Future[dict[str, Any]] | None = None
+        self._choosing: Future[dict[str, Any]] | None = None
+        # A choice of single entries takes so long, and so much memory, that theirs is not kept.
+        blocks = [name for name, leaf in layout.sparse.items() if leaf.pattern.unit_shape]
+        self._copies = hosts.Copies(blocks)
+        self._spares: Spares = {}  # kept where copies are, for the same reason
         self._moves: dict[str, tuple[np.ndarray, Move]] = {}  # of a choice made ahead, by its flags
         self._refreshed = -1  # the last step that `refresh` was called with
 
@@ -383,15 +388,25 @@ class AlwaysSparse:
         """
         values = self._layout.values("refresh", params, state)
         here = all(map(is_here, values.values()))
-        copies: dict[str, Any] = {
-            name: jnp.copy(x) if here else on_host(x) for name, x in values.items()
-        }
+        copies: dict[str, Any]
+        likes: dict[str, Any]
+        if all(isinstance(x, jax.Array) and self._copies.takes(x) for x in values.values()):
+            wait([self._choosing] if self._choosing else [])  # It may read the last copies.
+            copies = self._copies.of(values)
+            likes = {
+                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+                for name, x in values.items()
+            }
+        else:
+            copies = {name: jnp.copy(x) if here else on_host(x) for name, x in values.items()}
+            likes = dict(copies) if here else {}
         reservoir = hosts.writable(reservoir)._replace(chosen={})
 
         def choose() -> dict[str, Any]:
             theta, sets = reservoir.theta, reservoir.sets
             index = {name: leaf.index(sets[name])[0] for name, leaf in self._layout.sparse.items()}
             self._write_back(theta, index, copies)
+            copies.clear()
             chosen = self._choose(step, theta, sets, reservoir.memory, gradients)
             if not enters_anew(self.plan.method):  # What enters is what θ holds, then as now.
                 flags = {name: new for name, (new, _) in chosen.items()}
@@ -399,11 +414,11 @@ class AlwaysSparse:
                 for name, move in moves.items():
                     if here:
                         stack = self._layout.sparse[name].leaf.stack
-                        move = move._replace(source=sent(move.source, stack, copies[name]))
+                        move = move._replace(source=sent(move.source, stack, likes[name]))
                     self._moves[name] = flags[name], move
             return chosen
 
-        self._ahead = self._chooser.submit(hosts.as_precise_as_here(choose))
+        self._ahead = self._choosing = self._chooser.submit(hosts.as_precise_as_here(choose))
         return reservoir
 
     def _current(self, what: str, params: Tree, state: Any, reservoir: Reservoir) -> Reservoir:
@@ -450,9 +465,10 @@ class AlwaysSparse:
           chosen: flags and memory by name, for one group of leaves after another.
           ahead: whether θ has yet to become current on what leaves B.
         """
-        self._ahead = None
+        self._ahead = self._choosing = None
         now: dict[str, tuple[np.ndarray, Any]] = {}
         twice = _held_twice((params, state))
+        spares = self._spares if ahead else None
         compact: Any = find_compact(state)
         outside = replace_nodes(state, CompactState, lambda _: None)
         arrays, kernels = self._layout.flatten(params), self._layout.flatten(compact.kernels)
@@ -466,7 +482,9 @@ class AlwaysSparse:
             for name, move in moves.items():
                 leaf, like = self._layout.sparse[name], values[name]
                 check_sizes(leaf, move.forward, move.source.shape[-1])
-                movers[numbers[name]] = Mover(move, leaf.leaf.stack, self._place, like, twice)
+                movers[numbers[name]] = Mover(
+                    move, leaf.leaf.stack, self._place, like, twice, spares
+                )
             outside = map_parameter_shaped(
                 lambda array, mover: mover.carry(array),
                 outside, params, self._layout.unflatten(movers),
@@ -486,6 +504,8 @@ class AlwaysSparse:
             now |= group if self.delay else {}
             del movers, mover, moves, move, index, values  # Before the next leaves are chosen.
         self._moves = {}
+        if not self._copies.kept:
+            self._spares.clear()
         inner = flatten(compact.inner_state)[1].unflatten(by_path.values())
         inside = CompactState(compact.step, self._layout.unflatten(kernels), inner)
         state = jax.tree.map(

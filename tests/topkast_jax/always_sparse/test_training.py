@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import threading
 import weakref
 
@@ -14,6 +15,8 @@ import pytest
 import topkast_jax as tk
 from topkast_jax.always_sparse import AlwaysSparse, matmul, to_dense, values_of, with_tile
 from topkast_jax.always_sparse import host as hosts
+from topkast_jax.always_sparse.host import Move
+from topkast_jax.always_sparse.refresh import Mover
 from topkast_jax.sets import CompactState, find_compact, leaf_flags, presents
 
 ALL = [("stack/.*", tk.Sparse(stacked=0)), (".*kernel", tk.Sparse()), (".*", tk.Dense())]
@@ -653,3 +656,26 @@ def test_a_choice_made_ahead_says_what_leaves(pattern):
     now = to_dense(jax.device_get(dataclasses.replace(kernel, values=values["first"]["kernel"])))
     np.testing.assert_array_equal(now[old & new], before[old & new])
     np.testing.assert_array_equal(now[new & ~old], theta[new & ~old])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("above", [0, 1])
+@pytest.mark.parametrize("stack", [(), (3,), (2, 3)])
+def test_a_move_is_that_of_numpy(stack, above, apart):
+    rng, spares = np.random.default_rng(0), {} if apart else None
+    layers, b, m, lead = math.prod(stack), 6, 4, (2,) * above
+    source = np.stack([rng.permutation(b) for _ in range(layers)]).astype(np.int32)
+    source[:, [1, 4]] = [-1, -3]
+    shape = (*lead, *stack)
+    array = rng.standard_normal((*shape, b, 5), np.float32)
+    fresh = rng.standard_normal((*shape, m, 5), np.float32)
+    move = Move(source, np.zeros((layers, m), np.int32), np.zeros((layers, m)), 3, [])
+    for _ in range(2):  # With spares, the second one goes into the first one's array.
+        held, first = jnp.array(array), jnp.array(fresh)
+        mover = Mover(move, stack, None, held, lambda _: False, spares)
+        moved = mover.moment(held, first, above + len(stack))
+        for i, row in enumerate(source):
+            at = (..., *np.unravel_index(i, stack), slice(None), slice(None))
+            both = np.concatenate([array[at], fresh[at][..., ::-1, :]], axis=-2)
+            np.testing.assert_array_equal(np.asarray(moved)[at], both[..., row, :])
+    assert not apart or len(spares) == 1
