@@ -392,7 +392,7 @@ class AlwaysSparse:
         likes: dict[str, Any]
         if all(isinstance(x, jax.Array) and self._copies.takes(x) for x in values.values()):
             wait([self._choosing] if self._choosing else [])  # It may read the last copies.
-            copies = self._copies.of(values)
+            copies = self._copies.of(jax.block_until_ready(values))
             likes = {
                 name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
                 for name, x in values.items()
