@@ -144,7 +144,7 @@ class _Processes:
         try:
             if self._stopping:
                 return "interrupted"
-            print(f"run {run.name}: {log}", flush=True)
+            print(f"run {run.name}: {log}\n", end="", flush=True)  # Threads do not cut it in two.
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as file:
                 status = self._wait([*run.arguments, f"--workdir={directory}"], file, share)
