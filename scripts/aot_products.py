@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -125,15 +124,8 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{row['ratio']:.2f}{'m' if row['bound'] == 'memory' else ''}"
 
 
-def _shape(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text, re.ASCII)
-    if not found:
-        raise argparse.ArgumentTypeError(f"found {text!r}; must be a shape such as 1024x3072")
-    return int(found[1]), int(found[2])
-
-
 def _shapes(text: str) -> list[tuple[int, int]]:
-    return [_shape(part) for part in text.split(",")]
+    return [command_line.shape(part) for part in text.split(",")]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,10 +10,9 @@ says which of the two `matmul` takes for so many tokens. The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.config import command_line
+from scripts.bench_always_sparse import median_ratio, seconds_in_turn
 from topkast_jax import FanIn
 from topkast_jax.always_sparse import CompactKernel, by_output, fan_in, matmul
-from topkast_jax.always_sparse.kernel import with_tile
 
 TOKENS = (1, 4, 16, 64)
 DENSITIES = (0.2, 0.1, 0.05, 0.01)
@@ -54,11 +53,6 @@ def through_all(product: Callable[[jax.Array, Any], jax.Array]) -> Callable[...,
     return run
 
 
-def by_tile(x: jax.Array, kernel: CompactKernel) -> jax.Array:
-    """The product of a compact kernel."""
-    return with_tile(lambda tile, x: jnp.matmul(x, tile), kernel, x)
-
-
 def bench(shape: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
     """One record for each density and number of tokens."""
     k, n = shape
@@ -71,45 +65,37 @@ def bench(shape: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
             x = jnp.asarray(rng.standard_normal((tokens, k), np.float32))
             sides = {
                 "by_output": (through_all(fan_in.gathered), ordered),
-                "tile": (through_all(by_tile), kernel),
+                "tile": (through_all(matmul), kernel),
                 "dense": (through_all(matmul), dense),
             }
-            taken: dict[str, list[float]] = {name: [] for name in sides}
-            for _ in range(repeats + 1):
-                for name, (run, stack) in sides.items():
-                    start = time.perf_counter()
-                    jax.block_until_ready(run(x, stack))
-                    taken[name].append(time.perf_counter() - start)
-            seconds = {name: np.array(each[1:]) for name, each in taken.items()}
-            records.append(
+            seconds = seconds_in_turn(
                 {
-                    "density": density,
-                    "tokens": tokens,
-                    **{
-                        f"over_{base}": round(
-                            float(np.median(seconds["by_output"] / seconds[base])), 3
-                        )
-                        for base in ("tile", "dense")
-                    },
-                    "used": "by_output" if fan_in.few(tokens, ordered) else "tile",
-                }
+                    name: functools.partial(_done, run, x, stack)
+                    for name, (run, stack) in sides.items()
+                },
+                repeats,
             )
+            ratios = {
+                f"over_{base}": median_ratio(seconds["by_output"], seconds[base])
+                for base in ("tile", "dense")
+            }
+            used = "by_output" if fan_in.few(tokens, ordered) else "tile"
+            records.append({"density": density, "tokens": tokens, **ratios, "used": used})
             print(records[-1], flush=True)
     return records
 
 
-def _shape(text: str) -> tuple[int, int]:
-    k, _, n = text.partition("x")
-    if not (k.isascii() and n.isascii() and k.isdigit() and n.isdigit() and int(k) and int(n)):
-        raise argparse.ArgumentTypeError(f"found {text!r}; must be like 1024x1024")
-    return int(k), int(n)
+def _done(run: Callable[..., Any], x: jax.Array, stack: Any) -> None:
+    jax.block_until_ready(run(x, stack))
 
 
 @command_line.command
 def main(argv: list[str]) -> None:
     """Parses flags, prints a line for each record and the JSON line."""
     parser = command_line.Parser(prog="scripts/bench_fan_in.py", description=__doc__)
-    parser.add_argument("--shape", type=_shape, default=(1024, 1024), help="inputs x outputs")
+    parser.add_argument(
+        "--shape", type=command_line.shape, default=(1024, 1024), help="inputs x outputs"
+    )
     parser.add_argument("--repeats", type=command_line.positive, default=20)
     args = parser.parse_args(argv)
     records = bench(args.shape, args.repeats)

@@ -110,6 +110,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def shape(text: str) -> tuple[int, int]:
+    """The inputs and outputs of a matrix, of at least 1 each, like 1024x3072."""
+    found = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text, re.ASCII)
+    if not found:
+        raise argparse.ArgumentTypeError(f"found {text!r}; must be a shape such as 1024x3072")
+    return int(found[1]), int(found[2])
+
+
 def count(text: str) -> int:
     """An integer of at least 0."""
     if not re.fullmatch("[0-9]+", text):

@@ -29,7 +29,7 @@ from scripts import (
         (bench_always_sparse, "--densities=90", "--densities", "90/80, 95/90"),
         (bench_always_sparse, "--repeats=0", "--repeats", "at least 1"),
         (bench_checkpoints, "--every=0", "--every", "at least 1"),
-        (bench_fan_in, "--shape=1024x", "'1024x'", "1024x1024"),
+        (bench_fan_in, "--shape=1024x", "'1024x'", "1024x3072"),
         (bench_checkpoints, "--folder=/not/there", "/not/there", "a folder that exists"),
         (bench_input, "--seconds=0", "--seconds", "at least 1"),
         (bench_input, "--chip=v1", "v1", "v5e"),

@@ -2,9 +2,8 @@
 
 Where every output has as many inputs, the forward set is a matrix `[N, F]` of values and one of
 places, and a product of few tokens gathers the inputs of each output: it reads the forward set
-alone. A product of many tokens makes the dense tile once instead. Ordering the units by output
-takes longer than such a product saves, so `by_output` does it once, on the host; in training the
-units keep the order of a `CompactKernel`.
+alone. A product of many tokens makes the dense tile once instead. `by_output` orders the units by
+output, once and on the host; in training they keep the order of a `CompactKernel`.
 """
 
 from __future__ import annotations
@@ -114,7 +113,7 @@ def few(tokens: int, kernel: FanInKernel) -> bool:
 
 def gathered(x_TxK: jax.Array, kernel: FanInKernel) -> jax.Array:
     """The product by a gather of each output's inputs, `[T, N]`."""
-    # One gather by a flat index: XLA's CPU takes several times as long for one of two axes.
+    # By a flat index, since XLA's CPU takes longer for a gather by an index of two axes.
     x_KxT = x_TxK.T.at[kernel.index.reshape(-1)]
     x_NFxT = x_KxT.get(mode="promise_in_bounds", wrap_negative_indices=False)
     x_NxFxT = x_NFxT.reshape(*kernel.index.shape, -1)

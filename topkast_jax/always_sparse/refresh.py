@@ -142,7 +142,7 @@ class Mover:
       like: an array on the devices that all of it is on.
       keeps: whether an array must outlive its move: somebody else holds it too.
       spares: arrays that are no longer used, into which others of their kind are moved; None: an
-        array is moved in place, which takes longer and no memory.
+        array is moved in place.
     """
 
     move: Move
