@@ -22,14 +22,18 @@ small-dense-90 2.576 (two CPU cores, 2026-11-24).
 Command:
     python -m experiments.main --config=configs/enwik8_small.py:90/80 --workdir=DIR
 Variants: dense; F/B, for example 80/60, 90/80 (Top-KAST; forward/backward sparsity in percent; the
-default is 90/80); static-F (a fixed random mask); small-dense-F (dense, of the same depth,
-narrower, with as many parameters as a model of F % sparsity runs on); smoke.
+default is 90/80); METHOD-F, for example rigl-90 (another registered method); static-F (a fixed
+random mask); small-dense-F (dense, of the same depth, narrower, with as many parameters as a model
+of F % sparsity runs on); study (width 128 and 8,000 steps, as in `configs/sweeps/study_texts.py`);
+smoke.
 """
 
 from ml_collections import ConfigDict
 
 from experiments.config import apply_variant, base_config
 from experiments.language_modelling.config import shrink_to_smoke
+
+FLAGS = ("smoke", "study")
 
 
 def get_config(variant: str = "90/80") -> ConfigDict:
@@ -64,10 +68,23 @@ def get_config(variant: str = "90/80") -> ConfigDict:
     config.method.exploration_weight = 1e-4
     # Attention and feed-forward blocks are sparse; embeddings and the tied softmax are dense.
     config.method.rules = (("layers/.*/kernel", "sparse"), (".*", "dense"))
-    smoke = "smoke" in apply_variant(config, variant)
+    flags = apply_variant(config, variant, FLAGS)
     if config.method.name == "dense":
         narrow = config.model.small_dense.forward_density < 1
         config.optimizer.learning_rate = 3e-3 if narrow else 1e-3
-    if smoke:
+    if "study" in flags:
+        _make_study(config)
+    if "smoke" in flags:
         shrink_to_smoke(config)
     return config
+
+
+def _make_study(config: ConfigDict) -> None:
+    """A model that is small enough to see 8 M bytes in a third of an hour on one core."""
+    config.steps = 8_000
+    config.checkpoint_every = 2_000
+    config.model.d_model = 128
+    config.model.d_head = 32
+    config.model.d_inner = 384
+    config.optimizer.learning_rate = 4e-3
+    config.method.refresh_every = 100

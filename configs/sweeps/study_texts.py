@@ -1,0 +1,31 @@
+"""The texts' half of the study: the runs that the paper's claims on language are held against.
+
+A Transformer-XL of 0.75 M parameters (`configs/enwik8_small.py:…,study`) sees 8.2 M bytes of
+enwik8. docs/results.md has the claims and the results. `:rates` has the runs that the learning
+rates were chosen by: each method with the same few rates, in a quarter of the steps.
+
+Data: `--config.data.name=text_file --config.data.file=enwik8`, any file of raw text.
+Hardware: one CPU core, 20 minutes a run; `:rates` 5 minutes.
+
+Command:
+    python -m experiments.sweep --config=configs/sweeps/study_texts.py --workdir=runs/texts \
+        --jobs=2 --config.data.name=text_file --config.data.file=enwik8
+"""
+
+from collections.abc import Iterator, Mapping
+
+CONFIG = "configs/enwik8_small.py"
+METHODS = ("dense", "small-dense-90", "static-90", "set-90", "rigl-90", "pruning-90", "90/80")
+TOP_KAST = ("80/0", "80/60", "80/80", "90/60", "95/90")
+RATES = (2e-3, 4e-3, 8e-3)
+
+
+def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object]]]:
+    if variant == "rates":
+        for row in METHODS:
+            for rate in RATES:
+                own = {"steps": 2_000, "optimizer.learning_rate": rate}
+                yield None, f"{CONFIG}:{row},study", own
+        return
+    for row in (*METHODS, "small-dense-80", *TOP_KAST):
+        yield None, f"{CONFIG}:{row},study", {}
