@@ -6,7 +6,9 @@ import argparse
 import errno
 import functools
 import logging
+import os
 import re
+import select
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +21,7 @@ _OVERRIDE = "--config."
 # What any use of a path can meet: a name that no file system takes, and a full disk.
 _ANYWHERE = (errno.ENAMETOOLONG, *FULL)
 INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
+UNREAD = 141  # 128 and the number of SIGPIPE
 _LONGEST = 2000  # characters of a refusal: it holds what was found, of whatever length
 
 
@@ -68,7 +71,8 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
 
     The body may return a status of its own. Its UserError or SparsityError is printed by `fail`,
     and so are a path that is too long and a full disk. An interrupt from the keyboard is one line
-    and `INTERRUPTED`. All other exceptions keep their traceback.
+    and `INTERRUPTED`. A command whose output goes to one that has ended, such as `head`, ends with
+    `UNREAD`. All other exceptions keep their traceback.
     """
 
     @functools.wraps(body)
@@ -77,10 +81,14 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         sys.unraisablehook = _without_orbax
         try:
-            return body(list(sys.argv[1:] if argv is None else argv)) or 0
+            status = body(list(sys.argv[1:] if argv is None else argv)) or 0
+            sys.stdout.flush()
+            return status
         except (UserError, SparsityError) as error:
             return fail(error)
         except OSError as error:
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                return UNREAD
             if error.errno not in _ANYWHERE:
                 raise
             return fail(UserError(f"{error.filename or 'a file'}: {error.strerror}"))
@@ -89,6 +97,20 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
             return INTERRUPTED
 
     return main
+
+
+def _nobody_reads() -> bool:
+    """Whether the pipe that stdout goes to is closed; if so, Python's last flush is spared."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    poll = select.poll()
+    poll.register(number, 0)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return closed
 
 
 def _without_orbax(unraisable: Any) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import sys
 import types
 
@@ -85,3 +86,15 @@ def test_what_orbax_leaves_to_the_garbage_collector_is_not_shown(capsys):
         other = types.SimpleNamespace(**found, err_msg=None, object=print)
         command_line._without_orbax(other)
     assert seen == [other]
+
+
+def test_a_closed_pipe_ends_a_command_without_a_traceback(tmp_path):
+    flags = ["--config=configs/sweeps/quickstart.py", f"--workdir={tmp_path}/runs", "--list"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "experiments.sweep", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as command:
+        command.stdout.close()
+        assert command.stderr.read() == b""
+    assert command.returncode == 141
