@@ -314,7 +314,7 @@ def seed_scalar(seed: Any) -> jax.Array:
 def layer_keys(seed: Any, paths: Sequence[str], leaf: Leaf, step: Any) -> jax.Array:
     """Random keys for the layers of leaves that are like `leaf`: `[paths, *stack]`.
 
-    The key of a layer follows from the leaf's path, wherever the leaf stands in the tree.
+    The key of a layer follows from the leaf's path, not from its position in the tree.
     """
     key = jax.random.key(seed)
     numbers: Any = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
@@ -368,7 +368,8 @@ def choose_leaf(
 def over_stack(function: Callable[..., Any], leaf: Leaf) -> Callable[..., Any]:
     """`function` of one layer's arrays, mapped over the stacked axes of a leaf.
 
-    Arrays of the leaf's full shape have the stacked axes at their places, all others in front.
+    Arrays of the leaf's full shape have the stacked axes where the leaf has them, all others in
+    front.
     """
     if not leaf.stack:
         return function

@@ -25,16 +25,17 @@ _LAYOUT = frozenset({
 def leaf_flops(function: Callable[..., Any], params: Any, *args: Any) -> dict[str, float]:
     """FLOPs of one call, by the parameter leaf whose product they are; nothing is computed.
 
-    Every matrix product and convolution counts 2 FLOPs a multiply-add, padding included, and goes
-    to the leaf that is (a reshaped, retyped or sliced part of) one of its operands; layers under
-    `lax.scan` count once an iteration. A lookup in an embedding table multiplies nothing and counts
-    0; a table that is also the softmax's kernel counts as a kernel. Products of activations with
-    each other go to "other".
+    Every matrix product and convolution counts 2 FLOPs for each multiply-add, padding included. It
+    belongs to the leaf that is one of its operands, perhaps reshaped, cast or sliced; products of
+    activations with each other belong to "other". The body of `lax.scan` counts once for each
+    iteration and the body of `lax.while_loop` once. Of the branches of `lax.cond`, only the one
+    with the most FLOPs counts. A lookup in an embedding table counts 0; where the table is also the
+    kernel of the softmax, that product counts.
 
     Args:
       function: called as `function(params, *args)`.
       params: tree of arrays or `jax.ShapeDtypeStruct`.
-      *args: likewise.
+      *args: further arguments, likewise.
 
     Returns:
       Leaf path → FLOPs, with one more entry "other".

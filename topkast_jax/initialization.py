@@ -23,10 +23,10 @@ class Planned(Protocol):
 
 
 def scale_to_fan_in(params: Any, state: Any, tx: Planned) -> Any:
-    r"""Parameters as they are initialised where every output has the inputs that are kept alone.
+    r"""Scales the kept entries of initial parameters to the number of inputs of each output.
 
-    The usual initialisations have a variance of c / n for an output of n inputs. Of an output that
-    keeps k of them, the kept entries are multiplied by :math:`\sqrt{n / k}`, which gives them the
+    The usual initialisations have a variance of c / n for an output of n inputs. If an output keeps
+    k of them, its kept entries are multiplied by :math:`\sqrt{n / k}`, which gives them the
     variance c / k (Evci et al., 2022). Call it once, after `init`.
 
     Args:
@@ -38,8 +38,8 @@ def scale_to_fan_in(params: Any, state: Any, tx: Planned) -> Any:
       A tree like `params`; dense leaves and entries that are not kept are the same.
 
     Raises:
-      SparsityError: the method chooses its first sets from the first gradient, so that all is kept
-        before it; `state` holds no sparsity state, or one of other parameters.
+      SparsityError: the method chooses its first sets from the first gradient, and keeps all
+        entries until then; `state` holds no sparsity state, or one of other parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax

@@ -1,4 +1,4 @@
-"""What a sparsity method is told and what it returns."""
+"""What a sparsity method receives and what it returns."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Leaf:
       backward_density: share of the units in the backward set, likewise.
       counts: units that one layer keeps at these densities.
       stack: sizes of the stacked axes, which number separate layers.
-      axes: the places of the stacked axes in the parameter's shape.
+      axes: the positions of the stacked axes in the parameter's shape.
     """
 
     shape: tuple[int, ...]

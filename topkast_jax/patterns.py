@@ -1,4 +1,4 @@
-"""What is kept together: single entries, or blocks of a matrix."""
+"""Patterns: which entries of a leaf are kept or dropped together, and how these are ranked."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Pattern(Protocol):
         ...
 
     def groups(self, shape: tuple[int, ...]) -> int:
-        """Of how many groups of units each keeps the same number; 1 where units are free."""
+        """The number of groups of units that keep equal numbers each; 1 if nothing divides them."""
         ...
 
     def count(self, shape: tuple[int, ...], density: float | jax.Array) -> Count:

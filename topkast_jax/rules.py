@@ -33,14 +33,19 @@ class Sparse:
     """Leaves that are sparse; what is None is taken from the arguments of the transform.
 
     Attributes:
-      forward_density: share of the entries the network runs on, in (0, 1].
-      backward_density: share of the entries that are updated, forward_density to 1.
-      pattern: what is kept together.
+      forward_density: share of the units the network runs on, in (0, 1].
+      backward_density: share of the units that are updated, forward_density to 1. If it is None and
+        forward_density is given, the larger of that and the transform's backward density.
+      pattern: which entries are kept or dropped together.
       distribution: "uniform" gives each leaf these densities; "erk" shares them out over all
         "erk" leaves with the same densities, in proportion to sum(shape) / prod(shape)
         (Erdős–Rényi-Kernel, as in RigL).
       stacked: the axis or axes that number separate layers (layers under `lax.scan`); each layer
         is selected on its own. None: the leaf is one layer.
+
+    Raises:
+      SparsityError: another distribution, no pattern, or axes that are not integers. Whether the
+        densities, the pattern and the axes fit a leaf is checked by the `init` of the transform.
     """
 
     forward_density: float | None = None
@@ -332,12 +337,15 @@ def erk_densities(
     solved again for the rest (RigL, section 3).
 
     Args:
-      shapes: one shape a leaf.
+      shapes: one shape for each leaf.
       density: kept entries over all entries, in (0, 1].
       copies: how many layers of that shape there are; one each by default.
 
     Returns:
-      One density a leaf, in (0, 1].
+      One density for each leaf, in (0, 1].
+
+    Raises:
+      SparsityError: `density` is not a number in (0, 1].
     """
     check_densities(density, density)
     counts = copies or [1] * len(shapes)

@@ -70,11 +70,11 @@ def keep_count(entries: int, density: float) -> int:
     """Number of entries that a density keeps.
 
     Args:
-        entries: Number of entries of the leaf.
-        density: Fraction to keep, D in the paper.
+        entries: Number of entries of the leaf, at least 1.
+        density: Fraction to keep, in (0, 1]; D in the paper. It is not checked.
 
     Returns:
-        max(1, floor(density * entries + 1/2)), computed on the host in double precision.
+        max(1, floor(density * entries + 1/2)), an int, computed on the host in double precision.
     """
     return max(1, math.floor(float(density) * entries + 0.5))
 
@@ -83,13 +83,13 @@ def count_of(units: int, density: float | jax.Array) -> Count:
     """The number of units that a density keeps, max(1, ⌊density · units + ½⌋).
 
     Args:
-        units: Number of units of the leaf.
-        density: Fraction to keep. A plain number is rounded on the host in double precision; an
-            array (a hyperparameter of `optax.inject_hyperparams`) is read to six decimals and
-            counted in exact integers.
+        units: Number of units of the leaf, at least 1.
+        density: Fraction to keep, in (0, 1]; it is not checked. A plain number is rounded on the
+            host in double precision; an array (a hyperparameter of `optax.inject_hyperparams`) is
+            read to six decimals and counted in exact integers.
 
     Returns:
-        An int for a plain number, an int32 scalar for an array.
+        An int for a plain number, an int32 scalar for an array; at least 1.
     """
     if not isinstance(density, jax.Array):
         return keep_count(units, float(density))
@@ -142,7 +142,7 @@ class _Order(NamedTuple):
         """The position of each row-major index: one-to-one, whatever the salt.
 
         Adding a constant, multiplying by an odd number and xoring with a right shift each permute
-        the integers of `bits` bits. Indices beyond 2**30 keep their places.
+        the integers of `bits` bits. Indices beyond 2**30 keep their positions.
         """
         if self.salt is None:
             return index

@@ -1,4 +1,4 @@
-"""The state of a sparse leaf, and the views that are read from it."""
+"""The states of sparse training, and the views that are read from them."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def is_dense(node: Any) -> bool:
 
 
 class CompactState(NamedTuple):
-    """State of the always-sparse transform: what the device holds beside the values of B.
+    """State of the always-sparse transform: what the device holds in addition to the values of B.
 
     Attributes:
       step: int32 scalar, finished steps.
       kernels: tree of the parameters' structure; a sparse leaf holds its compact kernel without
-        values (where its units sit), a dense leaf MaskedNode().
+        values (the indices of its units), a dense leaf MaskedNode().
       inner_state: the inner optimizer's state, over the tree of values.
     """
 
@@ -328,6 +328,9 @@ def value_and_grad(
       A function of ``(params, state, *args, **kwargs)`` that returns what
       ``jax.value_and_grad(function)(forward_params(params, state), *args, **kwargs)`` does. The
       gradient is the one that the update of a sparsity method takes.
+
+    Raises:
+      SparsityError: from the returned function, as `forward_params`.
 
     Examples:
       >>> import jax.numpy as jnp, optax

@@ -115,7 +115,7 @@ class SparseTransform(optax.GradientTransformationExtraArgs):
     """What `sparsify` returns: a gradient transformation that carries its plan.
 
     Attributes:
-      plan: what `topkast_jax.always_sparse.AlwaysSparse` makes the compact form from.
+      plan: what `topkast_jax.always_sparse.AlwaysSparse` and `topkast_jax.statistics` read.
     """
 
     plan: Plan
@@ -152,11 +152,11 @@ def sparsify(
       method: how the sets are chosen.
       forward_density: share of a leaf's units in A, in (0, 1].
       backward_density: share in B, forward_density to 1; forward_density if None.
-      refresh_every: steps between two choices of the sets, at least 1; None: never.
+      refresh_every: steps between two refreshes of the sets, at least 1; None: no refresh.
       stop_exploring_at: when so many steps are finished, B becomes the A in use and neither changes
         again; 0 means from the start, None never.
-      inner_state: "keep" or "reset" the inner state of entries that leave B, to what `inner.init`
-        gives them: moments to zero. With "reset", what enters B starts from there as well.
+      inner_state: "keep": entries that leave B keep their inner state. "reset": entries that leave
+        or enter B get the inner state that `inner.init` gives them; moments become zero.
       rules: see `topkast_jax.rules.resolve`.
       pattern: what is kept together, `Unstructured()` if None.
       seed: of the random numbers a method draws; may be traced.

@@ -105,17 +105,50 @@ def _all(flags: jax.Array) -> jax.Array:
 
 
 def churn_since_start(params: Any, state: Any) -> jax.Array:
-    """Share of the present forward set that was not in the first one, over all sparse leaves."""
+    """Share of the present forward set that was not in the first one, over all sparse leaves.
+
+    Args:
+      params: tree of parameters.
+      state: the optimizer state they are trained with.
+
+    Returns:
+      Float32 scalar in [0, 1].
+
+    Raises:
+      SparsityError: `state` holds no sparsity state, or one of other parameters.
+    """
     return _share(_sparse_flags(params, state), _lacks(START_FORWARD), _has(FORWARD))
 
 
 def churn_since_last_refresh(params: Any, state: Any) -> jax.Array:
-    """Share of the present forward set that was not in the one before the last refresh."""
+    """Share of the present forward set that was not in the one before the last refresh.
+
+    Args:
+      params: tree of parameters.
+      state: the optimizer state they are trained with.
+
+    Returns:
+      Float32 scalar in [0, 1], over all sparse leaves.
+
+    Raises:
+      SparsityError: `state` holds no sparsity state, or one of other parameters.
+    """
     return _share(_sparse_flags(params, state), _lacks(LAST_FORWARD), _has(FORWARD))
 
 
 def reservoir_ever_active(params: Any, state: Any) -> jax.Array:
-    """Share of the first reservoir (outside the first backward set) ever in the forward set."""
+    """Share of the entries outside the first backward set that were ever in the forward set.
+
+    Args:
+      params: tree of parameters.
+      state: the optimizer state they are trained with.
+
+    Returns:
+      Float32 scalar in [0, 1], over all sparse leaves; 0 if the first backward set is everything.
+
+    Raises:
+      SparsityError: `state` holds no sparsity state, or one of other parameters.
+    """
     return _share(_sparse_flags(params, state), _has(EVER_FORWARD), _lacks(START_BACKWARD))
 
 
@@ -259,8 +292,8 @@ def planned_counts(
 
     Returns:
       The counts of the last step, and their mean over all steps as `CountsOverSteps.mean` returns
-      it. A method that shares out counts among leaves by what it sees of them is taken to leave
-      each leaf its own (`Method.scheduled`).
+      it. Both follow from `Method.scheduled`. Where `Method.allocate` moves units between leaves,
+      the counts of a leaf in the run may differ.
     """
     names, arrays, _ = flatten_with_names(params)
     entries = {name: math.prod(np.shape(x)) for name, x in zip(names, arrays, strict=True)}
@@ -310,7 +343,7 @@ class Flops:
     """FLOPs of one forward pass and what sparsity leaves of them.
 
     Attributes:
-      dense: FLOPs of the dense network.
+      dense: FLOPs of one forward pass of the dense network, 2 for each multiply-add.
       inference_fraction: f(A): share left when every leaf's products cost its forward density.
       backward_fraction: f(B): the same at the backward density.
     """

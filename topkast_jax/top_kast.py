@@ -91,7 +91,7 @@ def top_kast(
       inner: any optax optimizer.
       forward_density: D, in (0, 1].
       backward_density: D + M, from D to 1.
-      refresh_every: steps between two selections; the paper saw no loss up to 100.
+      refresh_every: steps between two refreshes; the paper saw no loss up to 100.
       exploration_weight: λ, at least 0.
       exploration_norm: "l2" (as above) or "l1" (sign θ in place of θ).
       stop_exploring_at: when so many steps are finished, B := A and neither changes again.
@@ -99,11 +99,10 @@ def top_kast(
         floating leaves with two or more axes longer than one are sparse, but for biases, scales
         and norms.
       pattern: what is kept together, `Unstructured()` if None.
-      inner_state: "keep" or "reset" the inner state of entries that leave B, to what `inner.init`
-        gives them: moments to zero. With "reset", what enters B starts from there as well.
-
+      inner_state: "keep": entries that leave B keep their inner state. "reset": entries that leave
+        or enter B get the inner state that `inner.init` gives them; moments become zero.
       exploration_set: "magnitude": B∖A are the units that come next by magnitude; "random": units
-        drawn anew at each selection (the paper's table 1).
+        drawn anew at each refresh (the paper's table 1).
       seed: of the random numbers: ties at the first selection, and random units.
 
     Returns:
@@ -112,7 +111,7 @@ def top_kast(
 
     Raises:
       SparsityError: an argument outside its range; from `init`, rules that do not fit the
-        parameters.
+        parameters; from `update`, gradients, state or parameters that do not fit each other.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

@@ -1,7 +1,7 @@
-"""Always sparse: memory and time that follow the density.
+"""Always-sparse training: the device holds only the backward set of each sparse leaf.
 
-The device holds of each sparse leaf its backward set only, as a `CompactKernel`; layers call
-`matmul`, which takes a dense kernel or a compact one.
+A sparse leaf is a `CompactKernel` on the device. Layers call `matmul`, which takes a dense kernel
+or a compact one, and `AlwaysSparse` runs a sparsity method on such kernels.
 """
 
 from topkast_jax.always_sparse.export import FORMS, export, to_bcoo, to_bsr

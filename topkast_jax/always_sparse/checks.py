@@ -19,7 +19,7 @@ from topkast_jax.sparsify import Plan
 
 
 def check_plan(plan: Plan, leaves: dict[str, HostLeaf], delay: int) -> None:
-    """Raises SparsityError unless the method and its leaves have an always-sparse form."""
+    """Raises SparsityError unless the method and its leaves can be always sparse."""
     method = type(plan.method).__name__
     if plan.method.first_choice == "first_update":
         raise SparsityError(

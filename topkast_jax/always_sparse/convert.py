@@ -1,4 +1,4 @@
-"""The same training state in its two forms: under masks, and always sparse."""
+"""The same training state in its two representations, masked and always sparse."""
 
 from __future__ import annotations
 

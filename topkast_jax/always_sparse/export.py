@@ -82,7 +82,16 @@ def _trim(kernel: CompactKernel) -> CompactKernel:
 
 
 def to_bcoo(kernel: CompactKernel) -> BCOO:
-    """The units a kernel holds as single entries of its dense shape; of a stack, batched."""
+    """The units of a kernel as single entries of its dense shape.
+
+    Args:
+      kernel: of one leaf, or of a stack `[S, …]`. All units that it holds are taken: those of B, or
+        of A alone if it comes from `export`.
+
+    Returns:
+      A BCOO of shape `[*S, *kernel.shape]`, the stacked axes as batch axes, with data
+      `[*S, entries]` and int32 indices `[*S, entries, len(kernel.shape)]` in the order of the units.
+    """
     values, index = np.asarray(kernel.values), np.asarray(kernel.index)
     stack = index.shape[:-1]
     entries = _entries(kernel, index)
@@ -101,7 +110,17 @@ def _entries(kernel: CompactKernel, index: np.ndarray) -> np.ndarray:
 
 
 def to_bsr(kernel: CompactKernel) -> BCSR:
-    """The units a kernel holds as a matrix of blocks in compressed rows; of a stack, batched."""
+    """The units of a kernel as a matrix of blocks in compressed rows.
+
+    Args:
+      kernel: of one leaf, or of a stack `[S, …]`. All units that it holds are taken: those of B, or
+        of A alone if it comes from `export`.
+
+    Returns:
+      A BCSR of shape `[*S, R, C, rows, cols]` with the stacked axes as batch axes and the axes of a
+      block as dense axes; `[*S, R, C]` for single entries. C is the last axis of the grid of units,
+      and R is the product of the others. The columns of a row are ascending.
+    """
     index = np.asarray(kernel.index)
     order = np.argsort(index, axis=-1, kind="stable")
     index = np.take_along_axis(index, order, axis=-1)

@@ -1,7 +1,7 @@
 """Kernels with constant fan-in for inference: the forward set by outputs.
 
 Where every output has as many inputs, the forward set is a matrix `[N, F]` of values and one of
-places, and a product of few tokens gathers the inputs of each output: it reads the forward set
+indices, and a product of few tokens gathers the inputs of each output: it reads the forward set
 alone. A product of many tokens makes the dense tile once instead. `by_output` orders the units by
 output, once and on the host; in training they keep the order of a `CompactKernel`.
 """
@@ -65,10 +65,11 @@ def by_output(kernel: CompactKernel) -> FanInKernel:
     inference: gradients flow to the values of the forward set only.
 
     Args:
-      kernel: of the pattern `FanIn()`, one matrix or a stack of them.
+      kernel: of the pattern `FanIn()`, one matrix `[K, N]` or a stack of them.
 
     Returns:
-      NumPy arrays inside.
+      A kernel with NumPy arrays `[..., N, F]`, stacked axes in front; F is the number of inputs of
+      each output in the forward set.
 
     Raises:
       SparsityError: the kernel has another pattern, or is no matrix.
@@ -87,10 +88,17 @@ def by_output(kernel: CompactKernel) -> FanInKernel:
 
 
 def product(x: jax.Array, kernel: FanInKernel) -> jax.Array:
-    """x·W: `[..., K]` to `[..., N]`, in the dtype that x and the kernel promote to.
+    """x·W. A product of few tokens gathers inputs; one of more tokens makes the dense tile.
+
+    Args:
+      x: `[..., K]`; the other axes together number the tokens.
+      kernel: of one matrix `[K, N]`, not a stack.
+
+    Returns:
+      `[..., N]`, in the dtype that x and the kernel promote to.
 
     Raises:
-      SparsityError: x does not fit, or the kernel is a stack.
+      SparsityError: the last axis of x is not K, or the kernel is a stack.
     """
     if kernel.index.ndim != 2:
         raise SparsityError(

@@ -1,9 +1,10 @@
 """Dense gradients for methods that choose by them, of a few leaves at a time.
 
-RigL needs, every ΔT steps, the gradient of entries that the device does not hold. "No framework"
-has it without a dense gradient of the whole model (Jayakumar et al. 2020, appendix C). Here the
-loss is differentiated once for each group of leaves: those stand as dense arrays, zero outside A,
-and all others stay compact. The device holds the forward view and the gradient of one group alone.
+At a refresh, RigL needs the gradient of entries that the device does not hold. The loss is
+differentiated once for each group of leaves. The leaves of the group are dense arrays, zero outside
+A, and all others stay compact. The device thus holds the forward view and the gradient of one group
+at a time, and never the dense gradient of the whole model, which no framework avoids according to
+Jayakumar et al. (2020, appendix C).
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Reservoir(NamedTuple):
     Attributes:
       theta: the dense leaf; what it holds on B is as old as the last refresh.
       sets: uint8 of its shape, the flags of `topkast_jax.sets.SparsifyState`.
-      memory: what the method remembers.
+      memory: what the method remembers of the leaf: a tree of NumPy arrays, stacked axes in front.
       chosen: (flags, memory) of the next refresh, chosen ahead; empty unless refreshes are delayed.
     """
 
@@ -62,11 +62,11 @@ class Move(NamedTuple):
     Attributes:
       source: int32 `[S, b]`; unit j of the next B is unit `source[j]` of the last one, or, where
         that is negative, fresh unit `-1 - source[j]`.
-      index: int32 `[S, m]`, places of the fresh units, padded.
+      index: int32 `[S, m]`, indices of the fresh units, padded.
       values: `[S, m, *unit]`, θ of the fresh units, padded.
       forward: how many of the b units are in A.
       leaving: for each layer, if asked for, the units that leave B: their numbers in the last one
-        and their places.
+        and their indices.
     """
 
     source: np.ndarray | jax.Array
@@ -92,7 +92,7 @@ def host_device() -> jax.Device:
 
 
 def check(host: HostLeaf) -> None:
-    """Raises SparsityError unless the leaf has a compact form at its density."""
+    """Raises SparsityError unless the leaf has a compact representation at its density."""
     leaf = host.leaf
     if leaf.pattern.unit_shape and not isinstance(leaf.pattern, Block):
         raise SparsityError(
@@ -173,7 +173,7 @@ class HostLeaf:
             )
 
     def _at(self, layer: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, Any]:
-        """A view of one layer, and what has to stand in its brackets for the units at `index`."""
+        """A view of one layer, and the NumPy index with which it gives the units at `index`."""
         if self.pattern.unit_shape:
             return self.units(layer), np.unravel_index(index, self.grid)
         return layer.reshape(-1), index
@@ -192,7 +192,7 @@ class HostLeaf:
 
         Args:
           dense: is written to.
-          index: places of the units, `[*stack, m]`.
+          index: indices of the units, `[*stack, m]`.
           values: the units, `[*stack, m, *unit]`.
         """
         index = index.reshape(-1, index.shape[-1])
@@ -231,7 +231,7 @@ class HostLeaf:
         return [functools.partial(self._move_layer, *row, leaving) for row in rows]
 
     def _move(self, theta: np.ndarray, layers: list[tuple[Any, ...]]) -> Move:
-        """The layers' part is taken out of `layers`, so that nothing of it stands there twice."""
+        """The parts of the layers are taken out of `layers`, so that none is held twice."""
         self._check_same([(source, forward) for source, forward, _, _ in layers])
         _, forward, fresh, left = zip(*layers, strict=True)
         source = np.empty((len(layers), layers[0][0].size), np.int32)
@@ -273,7 +273,7 @@ def moves(
     Args:
       leaves: at least those in `new`, as in all that follows.
       theta: dense; must be current on the units that enter B.
-      index: the places of the units that the device holds, in their order, `[*stack, b]`.
+      index: the indices of the units that the device holds, in their order, `[*stack, b]`.
       old: the flags of the same.
       new: the flags of what the device will hold.
       leaving: whether to say which units leave B.
@@ -447,7 +447,10 @@ def as_precise_as_here(function: Callable[..., T]) -> Callable[..., T]:
 
 
 class Copies:
-    """Copies of a CPU's arrays, in memory that is used again: new memory costs more than a copy."""
+    """Copies of the arrays of a CPU device, in memory that is used again.
+
+    To allocate new memory for each copy would take longer than the copy itself.
+    """
 
     def __init__(self, kept: Iterable[str]):
         """The memory of the arrays of these names is kept."""
@@ -488,7 +491,8 @@ class Copies:
 def in_threads(tasks: Sequence[Task]) -> list[Any]:
     """What the tasks return, in order; as many at once as this process may use cores.
 
-    All have ended before one that failed is told. No task may call this function.
+    If a task raises an exception, it is raised here after all tasks have ended. No task may call
+    this function.
     """
     there = as_precise_as_here(lambda task: task())
     running = [_pool().submit(there, task) for task in tasks]

@@ -1,7 +1,7 @@
 r"""The compact kernel: what the device holds of a sparse leaf, its backward set B and nothing else.
 
 `values` are the units of B (single entries, or blocks), those of the forward set A first; `index`
-says where they sit in the dense leaf. A compact kernel takes the place of a dense one in a tree of
+holds their indices in the dense leaf. A compact kernel takes the place of a dense one in a tree of
 parameters: it is a pytree, so it passes through `jit`, `scan` (stacked over layers) and `astype`
 like an array.
 """
@@ -82,7 +82,7 @@ def values_of(params: Any) -> Any:
 
 
 def with_values(params: Any, values: Any) -> Any:
-    """The inverse of `values_of`: `params` with new values, each at its old place."""
+    """The inverse of `values_of`: `params` with new values and the same indices."""
     return jax.tree.map(
         lambda p, v: p.with_values(v) if is_compact(p) else v, params, values, is_leaf=is_compact
     )
@@ -175,14 +175,30 @@ def _unit_mask(mask: np.ndarray, pattern: Pattern) -> np.ndarray:
 
 
 def to_masks(kernel: CompactKernel) -> tuple[np.ndarray, np.ndarray]:
-    """The forward and the backward set as bool arrays of the dense shape, on the host."""
+    """The forward and the backward set, on the host.
+
+    Args:
+      kernel: of one leaf or of a stack.
+
+    Returns:
+      (forward, backward), NumPy bool arrays `[*kernel.shape]`, or `[L, *kernel.shape]` of a stack.
+    """
     ones = np.ones(kernel.values.shape, bool)
     marked = kernel.with_values(ones)  # type: ignore[arg-type]
     return to_dense(marked, forward_only=True), to_dense(marked)
 
 
 def to_dense(kernel: CompactKernel, forward_only: bool = False) -> np.ndarray:
-    """The dense leaf (or stack `[L, *shape]`) on the host, zero outside B, or outside A."""
+    """The dense leaf on the host.
+
+    Args:
+      kernel: of one leaf or of a stack.
+      forward_only: whether the array is zero outside A; otherwise it is zero outside B.
+
+    Returns:
+      A NumPy array `[*kernel.shape]`, or `[L, *kernel.shape]` of a stack, in the dtype of the
+      values.
+    """
     values, index = np.asarray(kernel.values), np.asarray(kernel.index)
     if index.ndim > 1:
         layers = zip(values, index, strict=True)
@@ -216,10 +232,21 @@ def dense_tile(kernel: CompactKernel, forward_only: bool = True) -> jax.Array:
 
 
 def with_tile(fn: Callable[..., jax.Array], kernel: CompactKernel, *args: Any) -> jax.Array:
-    """`fn(tile, *args)`, its dense tile made for the moment of use and not kept for the backward.
+    """`fn(tile, *args)` with the dense tile of a kernel, which is not kept for the backward pass.
 
-    The backward pass scatters the tile again; what `fn` computed from it is dead there and dropped
-    by the compiler when `fn` is linear in the tile (a product, a convolution).
+    The backward pass makes the tile again. If `fn` is linear in the tile (a product, a
+    convolution), the compiler drops what the backward pass does not use.
+
+    Args:
+      fn: function of the tile `[*kernel.shape]`, zero outside A, and of `args`.
+      kernel: one leaf's kernel, not a stack.
+      *args: further arguments of `fn`.
+
+    Returns:
+      What `fn` returns. The gradient of the values reaches all of B.
+
+    Raises:
+      SparsityError: the kernel is a stack.
     """
     return jax.checkpoint(lambda k, *rest: fn(dense_tile(k), *rest))(kernel, *args)
 

@@ -163,7 +163,7 @@ class Mover:
         return self.move.values.reshape(*self.stack, *self.move.values.shape[1:])
 
     def places(self, kernel: CompactKernel) -> CompactKernel:
-        """A kernel without values, at its new places."""
+        """A kernel without values, with its new indices."""
         index = self._moved(kernel.index, self.move.index.reshape(*self.stack, -1))
         return dataclasses.replace(kernel, index=index, forward=self.move.forward)
 
@@ -215,7 +215,7 @@ def _compiled_apart(stack: int, axis: int, sharding: Any) -> Callable[..., jax.A
 
 
 def _moved_layer(above: int, array: jax.Array, source: jax.Array, fresh: jax.Array) -> jax.Array:
-    """One layer `[…, units, …]` at its next places."""
+    """One layer `[…, units, …]` after the move."""
 
     def at(units: jax.Array, numbers: jax.Array) -> jax.Array:
         return units.at[(*(slice(None),) * above, numbers)].get(mode="promise_in_bounds")

@@ -1,4 +1,4 @@
-r"""Training that holds of each sparse leaf its backward set only.
+r"""Training with only the backward set of each sparse leaf on the device.
 
     sparse = AlwaysSparse(top_kast(optax.adam(1e-3), 0.1, 0.2), params)
     params, state, reservoir = sparse.start(params)
@@ -47,18 +47,22 @@ T = TypeVar("T")
 
 
 class AlwaysSparse:
-    """The always-sparse form of a sparsity method for one tree of parameters.
+    """A sparsity method in the always-sparse representation, for one tree of parameters.
 
-    Of each sparse leaf the device holds B and the host the rest: neither parameters nor gradients
-    are ever dense there (Jayakumar et al. 2020, abstract).
+    Between steps the device holds only the backward set B of each sparse leaf, and the host holds
+    dense θ. Inside a step, products of single entries, most convolutions and lookups of many rows
+    make the dense tile of their leaf while they run; products of blocks make no dense array.
+    `gradients` makes the forward view and the gradient of one group of leaves dense on the device.
+
+    One object serves one run at a time. The method's `inner_state` is taken as "reset", because the
+    device keeps nothing of an entry that leaves B.
 
     Attributes:
-      transform: gradient transformation over the tree of values; its `update` takes
-        `values_of(gradients)`. With `forward_params` and `optax.apply_updates` it serves as any
-        other; its state comes from `start`, since its `init` alone does not know the places.
-
-    One object serves one run at a time. `inner_state` of the method is "reset" whatever it says:
-    of an entry that leaves B nothing is left on the device.
+      transform: gradient transformation over the tree of values. Its `update` takes
+        `values_of(gradients)`. Take its state from `start`: its `init` does not know the indices of
+        the units, and raises SparsityError.
+      plan: the method and its arguments.
+      delay: steps between the choice of sets and their use.
     """
 
     def __init__(
@@ -69,19 +73,22 @@ class AlwaysSparse:
         delay: int = 0,
         place: Place | None = None,
     ):
-        """Looks at the parameters' shapes alone.
+        """Reads the shapes and types of the parameters, not their values.
 
         Args:
           tx: what `top_kast`, `static_random` or `sparsify` returns.
           params: dense parameters, or abstract ones.
-          delay: a selection of step t is used from step t + delay on, and made while the steps
-            between them run.
-          place: shape → sharding of what goes to the device; None: JAX's default device.
+          delay: steps, from 0 to below `refresh_every`. The sets that are chosen from θ after step
+            t replace the old ones after step t + delay; with a delay above 0, a thread chooses them
+            while the steps between run.
+          place: function from the shape of an array to its sharding on the device; None: JAX's
+            default device.
 
         Raises:
-          SparsityError: not such a transform, a method that needs what is not there, a density or
-            delay out of range, rules that do not fit the parameters, or an inner optimizer whose
-            state a refresh cannot follow.
+          SparsityError: `tx` is no such transformation; the method needs dense gradients in every
+            step or before its first choice, or sets that change their size; a pattern without a
+            compact representation; a traced number; a delay out of its range; rules that do not fit
+            the parameters; an inner optimizer whose state a refresh cannot follow.
         """
         if not isinstance(tx, SparseTransform):
             raise SparsityError(
@@ -117,7 +124,11 @@ class AlwaysSparse:
         self._refreshed = -1  # the last step that `refresh` was called with
 
     def frozen(self, step: int) -> bool:
-        """Whether B has become A after so many finished steps."""
+        """Whether B is A and the sets no longer change (`stop_exploring_at`).
+
+        Args:
+          step: the number of finished steps.
+        """
         stop = self.plan.stop_exploring_at
         return stop is not None and step >= int(stop)
 
@@ -205,7 +216,7 @@ class AlwaysSparse:
         return jax.make_array_from_callback(host.shape, self._place(host.shape), host.__getitem__)
 
     def _init(self, values: Tree) -> CompactState:
-        """Places are all 0 here: `start` fills them in."""
+        """All indices are 0 here: `start` fills them in."""
         if not self._is_starting:
             raise SparsityError(
                 "transform.init does not know where the units sit: take the state that "
@@ -256,19 +267,23 @@ class AlwaysSparse:
     ) -> dict[str, np.ndarray]:
         """The dense gradients of the sparse leaves, on the host, by name.
 
-        Call it before a step for which `needs_gradients`, with what the step computes its loss
-        from, and hand the result to `refresh` after the step. The loss is differentiated once for
-        each group of leaves that together have at most as many entries as the largest one; the
-        device holds nothing dense but one group.
+        Call it before each step where `needs_gradients(step)` is True, with the same arguments of
+        the loss as in that step, and pass the result to `refresh` after the step. The loss is
+        differentiated once for each group of leaves that have together at most as many entries as
+        the largest leaf. The leaves of one group at a time are dense on the device.
 
         Args:
           loss: a function of ``forward_params(params, state)`` and `args`. It is compiled once for
-            each group as long as it is the same object, and must take a dense array in place of a
+            each group as long as it is the same object, and must accept a dense array in place of a
             compact kernel, as `matmul` does.
           params: the tree of values.
           state: the optimizer state, which holds `transform`'s.
-          *args: batch, random key, ….
+          *args: further arguments of `loss`, such as the batch and a random key.
           has_aux: whether `loss` returns a pair whose first member is the loss.
+
+        Returns:
+          Leaf name → gradient at the forward view, a NumPy array of the leaf's dense shape and
+          dtype.
 
         Raises:
           SparsityError: values or state of another run.
@@ -284,25 +299,27 @@ class AlwaysSparse:
         reservoir: Reservoir,
         gradients: dict[str, np.ndarray] | None = None,
     ) -> tuple[Tree, T, Reservoir]:
-        """What happens between steps; call it after each.
+        """Refreshes the sets where a refresh is due. Call it after every step.
 
-        The step is compared with that of the state, which waits for the device, where something is
-        due or the step is not the one after that of the last call.
+        Where a refresh is due, or `step` does not follow that of the last call, `step` is compared
+        with the number of finished steps in the state, which waits for the device.
 
         Args:
-          step: finished steps.
+          step: the number of finished steps, an int of at least 0.
           params: the tree of values.
           state: the optimizer state, which holds `transform`'s.
-          reservoir: written to.
-          gradients: what `gradients` returned before this step, if it was called.
+          reservoir: its arrays are written to.
+          gradients: what `gradients` returned before this step; needed where
+            `needs_gradients(step)`.
 
         Returns:
-          The three as they are for the next step; the ones before are gone unless the same.
+          The tree of values, the optimizer state and the reservoir for the next step. Do not use
+          those that were passed in: a refresh writes to their arrays or deletes them.
 
         Raises:
-          SparsityError: a state that `start` did not return, another step than that of the state,
-            sets of another size than the densities say, or no gradients where the method chooses
-            by them.
+          SparsityError: values or a state that do not belong together, a step that is not that of
+            the state, sets of another size than the densities give, or no gradients where the
+            method chooses by them.
         """
         step = whole_number("step", step)
         chooses = self.plan.chooses_after(step)
@@ -334,7 +351,11 @@ class AlwaysSparse:
         return self._apply(params, state, reservoir, new)
 
     def changes_after(self, step: int) -> bool:
-        """Whether `refresh` brings other sets to the device after so many finished steps."""
+        """Whether `refresh` changes the sets on the device, with the delay taken into account.
+
+        Args:
+          step: the number of finished steps.
+        """
         if self.frozen(step):
             return not self.frozen(step - 1)
         every = self.plan.refresh_every
@@ -366,7 +387,13 @@ class AlwaysSparse:
                 )
 
     def settled(self, reservoir: Reservoir) -> Reservoir:
-        """The reservoir with what is being chosen ahead in it: what a checkpoint must hold."""
+        """The reservoir as a checkpoint must hold it: with the sets that a thread is choosing.
+
+        With a delay it waits for that thread; otherwise it returns the reservoir as it is.
+
+        Args:
+          reservoir: as `start` or the last `refresh` returned it.
+        """
         if self._ahead is not None:
             reservoir = reservoir._replace(chosen=self._ahead.result())
         return reservoir
@@ -433,7 +460,7 @@ class AlwaysSparse:
         return reservoir
 
     def _places(self, state: Any) -> dict[str, Any]:
-        """Where the units stand that the device holds, in their order, by leaf."""
+        """The indices of the units that the device holds, in their order, by leaf."""
         compact: Any = find_compact(state)
         kernels = self._layout.of_sparse(self._layout.flatten(compact.kernels))
         return {name: kernel.index for name, kernel in kernels.items()}
@@ -461,7 +488,7 @@ class AlwaysSparse:
         Args:
           params: the tree of values.
           state: the optimizer state.
-          reservoir: its sets and memory are replaced leaf by leaf, so that no leaf has them twice.
+          reservoir: its sets and memory are replaced leaf by leaf, so that none are held twice.
           chosen: flags and memory by name, for one group of leaves after another.
           ahead: whether θ has yet to become current on what leaves B.
         """
@@ -549,10 +576,17 @@ class AlwaysSparse:
         }
 
     def masks(self, reservoir: Reservoir) -> tuple[Tree, SparsifyState]:
-        """Abstract dense parameters and the sets, on the host.
+        """The shapes of the dense parameters, and the sets in the state of a masked run.
 
-        They serve wherever parameters and a masked run's state do, to look at sets:
-        ``keep_masks(*sparse.masks(reservoir))``, `topkast_jax.statistics`.
+        Functions that read the sets accept the two in place of parameters and state, for example
+        ``keep_masks(*sparse.masks(reservoir))`` and those of `topkast_jax.statistics`.
+
+        Args:
+          reservoir: as `start` or the last `refresh` returned it.
+
+        Returns:
+          A tree of `jax.ShapeDtypeStruct`, and a `SparsifyState` whose sets are the reservoir's own
+          NumPy arrays.
         """
         return self._layout.masks(reservoir)
 
@@ -572,21 +606,28 @@ class AlwaysSparse:
 
         Raises:
           SparsityError: values or state of another run, or an inner optimizer whose state has no
-            dense form.
+            dense representation.
         """
         reservoir = self._current("to_masked", params, state, reservoir)
         chooser = self._choose.chooser if self.plan.ever_chooses else ()
         return convert.to_masked(self._layout, self.plan, params, state, reservoir, chooser)
 
     def from_masked(self, params: Tree, state: T) -> tuple[Tree, T, Reservoir]:
-        """The inverse of `to_masked`: values, optimizer state and reservoir.
+        """The inverse of `to_masked`.
 
-        Moments outside B, which the masked path may hold with `inner_state="keep"`, are dropped.
+        Moments outside B, which a masked run may hold with `inner_state="keep"`, are dropped.
+
+        Args:
+          params: dense parameters; copied.
+          state: the optimizer state of the masked run.
+
+        Returns:
+          The tree of values and the optimizer state, on the device, and the reservoir.
 
         Raises:
-          SparsityError: `state` holds no masks, or sets of another size than the densities say;
-            other parameters than those of `__init__`; an inner optimizer whose state has no compact
-            form.
+          SparsityError: `state` holds no masks, or sets of another size than the densities give;
+            other parameters than those of `__init__`; an inner optimizer whose state has no
+            compact representation.
         """
         self._ahead = None
         theta = self._layout.theta("from_masked", params)
@@ -602,7 +643,7 @@ class AlwaysSparse:
 
 
 def _held_twice(tree: Any) -> Callable[[jax.Array], bool]:
-    """Whether an array stands at more than one place of a tree."""
+    """Whether an array occurs more than once in a tree."""
     times = Counter(map(id, jax.tree.leaves(tree)))
     return lambda array: times[id(array)] > 1
 

@@ -21,14 +21,14 @@ def dnw(
 ) -> SparseTransform:
     """The network runs on the units of largest magnitude, and all are updated straight through.
 
-    This is `topkast_jax.top_kast` with a dense backward set, no exploration loss and a choice in
+    This is `topkast_jax.top_kast` with a dense backward set, no exploration loss and a refresh in
     every step.
 
     Args:
       inner: any optax optimizer.
       forward_density: share of a leaf's units the network runs on, in (0, 1].
-      refresh_every: steps between two choices; above 1, units move for several steps as if they
-        were in use, and the network learns much less.
+      refresh_every: steps between two refreshes. Above 1, units outside the forward set are updated
+        for several steps as if they were in use, and the network learns much less.
       rules: see `topkast_jax.top_kast`.
       pattern: what is kept together, `Unstructured()` if None.
 

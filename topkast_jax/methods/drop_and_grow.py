@@ -1,4 +1,4 @@
-"""What SET, RigL and SNFS share: drop the smallest kept units, grow as many elsewhere."""
+"""The base class of SET, RigL and SNFS, which drop the smallest kept units and grow as many."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DropAndGrow(Method):
     grown again at once: then it keeps its value.
 
     Attributes:
-      drop_fraction: share of the kept units that a choice drops.
+      drop_fraction: share of the kept units that a refresh drops, in (0, 1).
       last_choice_at: the share falls to zero over so many steps, by half a cosine; after them sets
         do not change. None: the share stays.
     """
@@ -32,7 +32,17 @@ class DropAndGrow(Method):
 
     @abc.abstractmethod
     def growth(self, layer: Layer, leaf: Leaf) -> jax.Array:
-        """Scores by unit; of the units that do not stay, those of largest score are grown."""
+        """The scores by which units are grown.
+
+        Of the units that do not stay, those of largest absolute score are grown.
+
+        Args:
+          layer: the layer as it is now; `layer.sets` is not None.
+          leaf: what does not change about it.
+
+        Returns:
+          One number for each unit, of the shape `leaf.grid`.
+        """
 
     def choose(self, layer: Layer, leaf: Leaf, counts: Counts) -> tuple[Sets, Any]:
         """The kept units of largest magnitude, and those of largest growth score."""

@@ -87,18 +87,20 @@ def pruning(
       inner: any optax optimizer.
       forward_density: D, the final density, in (0, 1].
       begin_at: t₀, at least 0.
-      end_at: t₁, above `begin_at`.
-      refresh_every: steps between two choices.
-      ranking: "layer" or "global": one ranking over the whole network, in which a layer may keep
-        more or fewer than its share.
+      end_at: t₁, above `begin_at`. The first refresh at or after it gives the density D.
+      refresh_every: steps between two refreshes.
+      ranking: "layer": each layer keeps its own share of its units. "global": one ranking over the
+        network, in which a layer may keep more or fewer units than its share.
       rules: see `topkast_jax.top_kast`.
-      pattern: what is kept together, `Unstructured()` if None.
+      pattern: what is kept together, `Unstructured()` if None; with a global ranking, not `NOfM` or
+        `FanIn`.
 
     Returns:
       A gradient transformation whose update needs `params`.
 
     Raises:
-      SparsityError: a schedule that ends before it begins; otherwise as for `topkast_jax.top_kast`.
+      SparsityError: another ranking, or a schedule that does not end after it begins; from `init`, a
+        pattern that a global ranking excludes; otherwise as for `topkast_jax.top_kast`.
 
     References:
       Zhu and Gupta, `To prune, or not to prune: exploring the efficacy of pruning for model

@@ -51,13 +51,13 @@ def rigl(
     .. math::
       f(t) = \frac{f}{2} \left(1 + \cos\frac{π t}{T_\text{end}}\right)
 
-    The gradient is what `update` is given: an L2 term that stands before the method in a chain
-    would count, one inside `inner` does not. A dense gradient is needed at every ΔT-th step alone.
+    The gradient is what `update` is given: it includes an L2 term that is added before the method in
+    a chain, but none inside `inner`. A dense gradient is needed at every ΔT-th step alone.
 
     Args:
       inner: any optax optimizer.
       forward_density: share of a leaf's units that are kept, in (0, 1].
-      refresh_every: ΔT, steps between two choices.
+      refresh_every: ΔT, steps between two refreshes.
       drop_fraction: f, in (0, 1).
       last_choice_at: T_end; the paper has three quarters of the steps. None: f stays.
       skips_update: whether the step whose gradient a choice reads moves no parameter and no inner

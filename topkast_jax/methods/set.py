@@ -34,13 +34,13 @@ def set_evolution(
 
     Every `refresh_every` steps, in each leaf of k kept units, the ⌊f k⌋ of smallest magnitude are
     dropped and as many are grown at random places, from zero. The network runs on the kept units,
-    and they alone are updated. The paper has f = 0.3 and a choice at every epoch; the comparison in
+    and they alone are updated. The paper has f = 0.3 and a refresh at every epoch; the comparison in
     RigL's paper lets f fall by half a cosine (`last_choice_at`).
 
     Args:
       inner: any optax optimizer.
       forward_density: share of a leaf's units that are kept, in (0, 1].
-      refresh_every: steps between two choices.
+      refresh_every: steps between two refreshes.
       drop_fraction: f, in (0, 1).
       last_choice_at: f falls to zero over so many steps; None: it stays.
       rules: see `topkast_jax.top_kast`.

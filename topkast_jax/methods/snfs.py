@@ -146,12 +146,12 @@ def snfs(
     Args:
       inner: any optax optimizer.
       forward_density: share of all units that are kept; of each layer's at the start.
-      refresh_every: steps between two choices.
+      refresh_every: steps between two refreshes.
       drop_fraction: f, in (0, 1).
       last_choice_at: f falls to zero over so many steps; None: it stays.
       momentum: decay of the observed mean of the gradient, in [0, 1).
       rules: see `topkast_jax.top_kast`.
-      pattern: what is kept together, `Unstructured()` if None.
+      pattern: what is kept together, `Unstructured()` if None; not `NOfM` or `FanIn`.
       seed: of the first sets.
 
     Returns:
@@ -159,7 +159,8 @@ def snfs(
       since what is grown enters with the updates.
 
     Raises:
-      SparsityError: an argument outside its range; otherwise as for `topkast_jax.top_kast`.
+      SparsityError: an argument outside its range; from `init`, a pattern `NOfM` or `FanIn`, which
+        fix how many units each group of a layer keeps; otherwise as for `topkast_jax.top_kast`.
 
     References:
       Dettmers and Zettlemoyer, `Sparse Networks from Scratch: Faster Training without Losing

@@ -61,14 +61,15 @@ def snip(
       inner: any optax optimizer.
       forward_density: share of all units that are kept, in (0, 1].
       rules: see `topkast_jax.top_kast`; the densities of all leaves make one budget.
-      pattern: what is kept together, `Unstructured()` if None.
+      pattern: what is kept together, `Unstructured()` if None; not `NOfM` or `FanIn`.
       seed: by which ties are broken.
 
     Returns:
       A gradient transformation whose update needs `params`.
 
     Raises:
-      SparsityError: as for `topkast_jax.top_kast`.
+      SparsityError: as for `topkast_jax.top_kast`; from `init`, a pattern `NOfM` or `FanIn`, which
+        fix how many units each group of a layer keeps.
 
     References:
       Lee et al., `SNIP: Single-shot Network Pruning based on Connection Sensitivity

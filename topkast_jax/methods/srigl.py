@@ -28,14 +28,15 @@ def srigl(
     Args:
       inner: any optax optimizer.
       forward_density: share of each output feature's inputs that are kept, in (0, 1].
-      refresh_every: steps between two choices.
-      drop_fraction: share of the kept inputs that a choice drops, in (0, 1).
+      refresh_every: steps between two refreshes.
+      drop_fraction: share of the kept inputs that a refresh drops, in (0, 1).
       last_choice_at: the share falls to zero over so many steps; None: it stays.
       rules: see `topkast_jax.top_kast`.
       seed: of the first sets.
 
     Returns:
-      A gradient transformation whose update needs `params`.
+      A gradient transformation whose update needs `params`. It must be the last member of a chain,
+      since what is grown enters with the updates.
 
     Raises:
       SparsityError: as for `topkast_jax.methods.rigl`.

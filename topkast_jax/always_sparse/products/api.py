@@ -101,20 +101,26 @@ def options(
     axes: Sequence[str] = (),
     tuned: str | os.PathLike[str] | None = None,
 ) -> Iterator[None]:
-    """Sets `Options` for every product traced inside.
+    """A context that sets `Options` for every block product traced inside it.
 
-    They act when a function is traced: a function that is compiled already keeps its own.
+    Options act when a function is traced. A function that is already compiled keeps those with
+    which it was traced. A context inside another one replaces all options but `tuned`.
 
     Args:
-      backend: see `Options`, as are the others.
-      interpret: needs a Pallas backend.
-      mesh: as around the step that is traced.
-      axes: names of axes of `mesh`.
-      tuned: the file of a table of settings, read now (`tuned_json` has its form); None: the table
-        of the options around these, or else the package's.
+      backend: one of `BACKENDS`, which must support the blocks and the platform; or several, of
+        which the first that supports both is used; None: the platform's own kernels where they
+        support the blocks, and "xla" otherwise.
+      interpret: whether Pallas kernels run in interpret mode, on any platform (for tests). It needs
+        "pallas_tpu" or "pallas_gpu" as the backend.
+      mesh: the devices over which the first axis of x is split, with a `shard_map` around each
+        product; needed for Pallas kernels on more than one device. None: no split.
+      axes: names of the axes of `mesh` over which x is split. Where their size does not divide the
+        first axis of x, each device computes the whole product.
+      tuned: the file of a table of settings, read now (`tuned_json` describes its contents); None:
+        the table of the enclosing context, or else the package's.
 
     Raises:
-      SparsityError: no such backend, options that do not go together, or no such table.
+      SparsityError: no such backend, options that do not fit together, or no such table.
     """
     table = _OPTIONS.get().tuned if tuned is None else tuned_json.load(tuned)
     token = _OPTIONS.set(Options(backend, interpret, mesh, tuple(axes), table))

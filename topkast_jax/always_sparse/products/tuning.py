@@ -1,7 +1,7 @@
 """Which settings a block product runs with: measured on a device, looked up when it is traced.
 
-`tuned.json` beside this file is the table of the package; `options(tuned=PATH)` takes another, and
-scripts/tune_products.py writes them (`tuned_json` has the form). The settings of a product are
+`tuned.json` in this folder is the table of the package; `options(tuned=PATH)` takes another, and
+scripts/tune_products.py writes them (`tuned_json` describes them). The settings of a product are
 
 1. among the entries of its device kind, backend, product, block, dtype and kernel shape `[K, N]`,
    those of the number of tokens nearest in ratio, the smaller number of two that are as near;
@@ -73,7 +73,7 @@ def bound(
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What settings are looked up by, beside the number of tokens.
+    """What settings are looked up by, in addition to the number of tokens.
 
     Attributes:
       device: `jax.Device.device_kind`.
@@ -156,7 +156,7 @@ def device_kind(backend: str, device: Any, interpret: bool) -> str | None:
 
 
 def target_device(mesh: jax.sharding.Mesh | None) -> Any:
-    """A device that runs a product, or an abstract one, as far as can be told when it is traced.
+    """A device that runs a product, or an abstract one, as far as is known when it is traced.
 
     Args:
       mesh: that of `options`.
