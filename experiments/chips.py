@@ -20,8 +20,8 @@ class Chip:
     """The peaks of one chip.
 
     Attributes:
-        flops: bfloat16 operations per second.
-        hbm_bytes: the size of the main memory.
+        flops: bfloat16 operations per second; a multiply-add counts as two.
+        hbm_bytes: the size of the main memory in bytes.
         hbm_bandwidth: bytes per second to and from the main memory.
         ici_bandwidth: bytes per second that leave the chip over all its links to other chips, which
             is half of what the documentation calls bidirectional.
@@ -33,7 +33,16 @@ class Chip:
     ici_bandwidth: float
 
     def seconds(self, flops: float, moved: float, sent: float) -> Mapping[str, float]:
-        """The shortest time that each part of the chip needs for its work."""
+        """The shortest time that each part of the chip needs for its work.
+
+        Args:
+            flops: bfloat16 operations.
+            moved: bytes to and from the main memory.
+            sent: bytes that leave the chip over its links.
+
+        Returns:
+            Seconds, by "compute", "memory" and "links".
+        """
         return {
             "compute": flops / self.flops,
             "memory": moved / self.hbm_bandwidth,
@@ -79,7 +88,11 @@ def _place(device: jax.Device) -> tuple[int, ...]:
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip that a topology names before the colon."""
+    """The chip that a topology such as "v5e:2x2" names before the colon.
+
+    Raises:
+        UserError: the chip is not in `CHIPS`.
+    """
     name = topology.partition(":")[0]
     if name not in CHIPS:
         raise UserError(

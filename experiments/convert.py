@@ -38,10 +38,21 @@ def main(argv: list[str]) -> None:
 
 
 def convert(directory: Path, out: Path, to: str) -> int:
-    """Writes the newest state of a run to a new folder in another representation.
+    """Writes the newest state of a run to a new folder in the other representation.
+
+    Args:
+        directory: the folder of the run.
+        out: a new or an empty folder.
+        to: "masked" or "always_sparse".
 
     Returns:
         The step of that state.
+
+    Raises:
+        UserError: there is no run in `directory`, its checkpoints are damaged, it already has the
+            representation, `out` is not new or cannot be written, or the state of the optimizer has
+            no such representation.
+        SparsityError: the method or its optimizer has no such representation.
     """
     config = restore.read_config(directory)
     twin_config = restore.with_representation(config, to)

@@ -1,4 +1,4 @@
-"""What a user is told: mistakes, and warnings."""
+"""Messages to the user: mistakes and warnings."""
 
 import errno
 import sys

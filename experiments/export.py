@@ -27,8 +27,17 @@ def main(argv: list[str]) -> None:
 def write(directory: Path, out: Path, form: str) -> tuple[str, int]:
     """Exports the newest state of a run.
 
+    Args:
+        directory: the folder of the run.
+        out: a new file whose name ends in .safetensors or .npz.
+        form: one of `topkast_jax.always_sparse.FORMS`, for the sparse leaves.
+
     Returns:
         The form, which is "dense" for a dense run, and the size of the file in bytes.
+
+    Raises:
+        UserError: there is no run in `directory`, its checkpoints are damaged, or `out` exists, has
+            another ending or cannot be written.
     """
     exported.check_path(out)
     found = restore.read(directory)

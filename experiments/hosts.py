@@ -62,7 +62,7 @@ def add_flags(parser: command_line.Parser) -> None:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that say only a part of it."""
+    """Raises UserError if the flags of `add_flags` are incomplete or contradict each other."""
     given = [args.coordinator, args.processes, args.process]
     if any(value is not None for value in given):
         if not args.distributed:
@@ -81,15 +81,19 @@ def watched() -> bool:
 
 
 def watch(module: str, argv: Sequence[str], args: argparse.Namespace) -> int:
-    """Runs a command in a child process; returns its exit status, RESUMABLE, or LOST.
+    """Runs a command in a child process.
 
-    Signals reach the child. When this process is killed, the child ends.
+    SIGTERM and SIGINT are passed on to the child. When this process is killed, the child ends.
 
     Args:
-        module: the command.
+        module: the module of the command.
         argv: its arguments.
-        args: what they were parsed to: the flags of `add_flags`, and `workdir`, whose last step is
+        args: the parsed arguments: the flags of `add_flags`, and `workdir`, whose last step is
             named when a process was lost.
+
+    Returns:
+        The exit status of the child; RESUMABLE if a signal ended it before it could answer; or LOST
+        if another process of the run is missing or was lost.
     """
     command = [sys.executable, "-m", module, *argv]
     # Only the message with which the service ends the process is wanted of what C++ logs.

@@ -19,15 +19,24 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 def matmul(x: jax.Array, kernel: Kernel | FanInKernel) -> jax.Array:
-    """Multiplies the last axis of `x` with `kernel` (inputs × outputs), in the dtype of `x`."""
+    """Multiplies `x [..., inputs]` by `kernel [inputs, outputs]`: [..., outputs], in x's dtype."""
     return always_sparse.matmul(x, kernel.astype(x.dtype))
 
 
 def conv(x: jax.Array, kernel: Kernel, strides: tuple[int, int], padding: Padding) -> jax.Array:
-    """Convolves `x` (batch, height, width, channels) with an HWIO `kernel`, in the dtype of `x`.
+    """Convolves images with a kernel, in the dtype of `x`.
 
     A 1×1 kernel of blocks is applied as a block product. Any other compact kernel is convolved
     through its dense tile, which exists only while it is used.
+
+    Args:
+        x: images [batch, height, width, inputs].
+        kernel: [height, width, inputs, outputs].
+        strides: of the window, down and across.
+        padding: zeros (above, below) and (left, right) of each image.
+
+    Returns:
+        Images [batch, height, width, outputs] of the size that strides and padding give.
     """
     if isinstance(kernel, CompactKernel) and _is_block_matrix(kernel):
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -45,7 +54,7 @@ def conv(x: jax.Array, kernel: Kernel, strides: tuple[int, int], padding: Paddin
 
 
 def matmul_transposed(x: jax.Array, table: Kernel) -> jax.Array:
-    """Computes `x [..., width] @ table [rows, width]ᵀ` in float32, whatever the dtype of x."""
+    """Computes `x [..., width] @ table [rows, width]ᵀ`: [..., rows] in float32, for any x's dtype."""
 
     def product(tile: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.einsum("...d,vd->...v", x, tile, preferred_element_type=jnp.float32)
@@ -66,12 +75,12 @@ def lookup(table: Kernel, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def vector(leaf: Kernel) -> jax.Array:
-    """A vector, such as a bias, as a dense array."""
+    """A vector [D], such as a bias, as a dense array [D]."""
     return with_tile(lambda tile: tile, leaf) if isinstance(leaf, CompactKernel) else leaf
 
 
 def rows(table: Kernel, low: int, high: int) -> jax.Array:
-    """Rows `low` to `high` of a table, as a dense array."""
+    """Rows `low` to `high - 1` of `table [rows, width]` as a dense array [high - low, width]."""
 
     def cut(tile: jax.Array) -> jax.Array:
         return tile[low:high]
@@ -80,7 +89,7 @@ def rows(table: Kernel, low: int, high: int) -> jax.Array:
 
 
 def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """`vector [D]` with the dtype and the number of axes of `like [..., D]`."""
+    """`vector [D]` as [1, …, D], with the dtype and the number of axes of `like [..., D]`."""
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
 
 

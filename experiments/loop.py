@@ -33,7 +33,16 @@ class Session:
     """The part of a run that one process does: what it writes to, and how far it is.
 
     Attributes:
-        began: the time at which the run would have begun if it had been one process.
+        program: what the run compiles, with its task and config.
+        directory: the folder of the run.
+        checkpoints: its checkpoints.
+        metrics: the writer of its records.
+        window: the sums and the times of the steps since the last record.
+        counts: the sizes of the sets, added up over the steps.
+        sets: the writer of the sets (`write_sets_every`).
+        speed: computes the values of `timing` in a record.
+        began: the time, in seconds since the epoch, at which the run would have begun if it had
+            been one process.
         step: the number of finished steps.
         evaluated: the last evaluation during training: after how many steps, and its record.
     """
@@ -134,11 +143,19 @@ def train(
         config: a config from `experiments.config.resolve`.
         directory: the folder of the run.
         stop_at: the number of steps after which the run stops, with a checkpoint.
-        profile: the first and the last step of a trace, which goes beside the TensorBoard events.
+        profile: the first and the last step of a trace, which goes into the folder of the
+            TensorBoard events.
 
     Returns:
-        How the call ended: "interrupted" if a signal asked the process to end. A run that was
-        stopped or interrupted continues when the function is called again.
+        How the call ended: "finished"; "finished before" if there was nothing to do; "stopped" at
+        `stop_at`; or "interrupted" if a signal asked the process to end. A run that was stopped or
+        interrupted continues when the function is called again.
+
+    Raises:
+        UserError: the config, the data or the devices do not fit; the folder belongs to another
+            config, is in use by another process, cannot be written or is full; every checkpoint is
+            damaged; or a loss or a parameter is not finite.
+        SparsityError: the rules or patterns of the method do not fit the parameters.
     """
     with StopRequest() as stop:
         try:

@@ -24,7 +24,11 @@ class Registry(Generic[T]):
         self._key, self._entries = key, dict(entries)
 
     def register(self, name: str, entry: T) -> None:
-        """Adds an entry under a new name."""
+        """Adds an entry under a new name.
+
+        Raises:
+            UserError: another entry has the name.
+        """
         if self._entries.setdefault(name, entry) is not entry:
             raise UserError(f"{self._key}: {name!r} is registered already")
 

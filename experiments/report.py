@@ -1,4 +1,4 @@
-"""Tables and figures over finished runs.
+"""Writes tables, figures and an HTML page of finished runs.
 
 python -m experiments.report DIR… --out=OUT
 """
@@ -29,12 +29,20 @@ def main(argv: list[str]) -> None:
 
 
 def report(dirs: Sequence[Path], out: Path) -> str:
-    """Writes tables, figures and the page `report.html`; returns the first table and their paths.
+    """Writes tables, figures and the page `report.html`.
 
     Args:
-        dirs: folders with runs, at any depth. A table of all runs is made, and one for each sweep
-            that was made there.
-        out: the folder to write to.
+        dirs: folders with runs, at any depth. There is a table of all runs, and one for each sweep
+            that was run in these folders.
+        out: the folder to write to; it is created if there is none.
+
+    Returns:
+        The table of all runs as Markdown, the unfinished runs that were left out, and the paths of
+        the written files, in lines.
+
+    Raises:
+        UserError: a folder does not exist or holds no finished run, a record cannot be read, or
+            `out` is an address or cannot be written.
     """
     workdir.check_no_address("--out", out)
     groups, unfinished = collect(dirs)

@@ -30,7 +30,10 @@ def result(future: Future[T]) -> T:
     """Waits for a future, and lets Python's signal handlers run meanwhile.
 
     A handler runs between two steps of the main thread. A signal that comes just before the thread
-    blocks would be handled when the wait is over; so the wait is in pieces.
+    blocks would be handled when the wait is over, so the function waits for 0.2 s at a time.
+
+    Returns:
+        The result of the future. An exception of the future is raised here.
     """
     while not future.done():
         wait([future], timeout=0.2)

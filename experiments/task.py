@@ -13,9 +13,12 @@ from ml_collections import ConfigDict
 from experiments.errors import UserError
 
 Batch = Mapping[str, Any]
+"""Name → array; the first axis of each array numbers the examples (lanes of text)."""
 Tree = Any
 Sums = Mapping[str, tuple[Any, Any]]
+"""Name → (numerator, denominator), float scalars summed over a batch of all hosts."""
 Totals = Mapping[str, tuple[float, float]]
+"""The same, summed over several batches, as numbers on the host."""
 
 
 class DataIterator(Protocol):
@@ -61,16 +64,33 @@ class Task(Protocol):
     def loss(
         self, params: Tree, model_state: Tree, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple[Tree, Sums]]:
-        """The training loss at the forward view, with the new model state and the sums.
+        """The training loss; the function is pure.
 
-        The function is pure.
+        Args:
+            params: the forward view of the parameters. A sparse leaf of an always-sparse run is a
+                compact kernel, which the functions of `experiments.layers` accept.
+            model_state: as `init` or the last step returned it.
+            batch: a training batch of all hosts.
+            rng: the random key of the step.
+
+        Returns:
+            The loss, a scalar, and a pair of the new model state and the sums over the batch.
         """
 
     def eval_state(self, model_state: Tree, split: str) -> Tree:
         """The state with which the evaluation of a split starts."""
 
     def eval_step(self, params: Tree, eval_state: Tree, batch: Batch) -> tuple[Tree, Sums]:
-        """The sums over one batch, in which padding has weight 0. The function is pure."""
+        """Evaluates one batch; the function is pure.
+
+        Args:
+            params: the forward view of the parameters, as in `loss`.
+            eval_state: as `eval_state` or the last batch returned it.
+            batch: a batch of `eval_data`, of all hosts. Padded entries have the weight 0.
+
+        Returns:
+            The new evaluation state, and the sums over the batch.
+        """
 
     def train_data(self) -> DataIterator:
         """The training batches of this host, starting with the first."""
@@ -110,14 +130,22 @@ def register_task(name: str, module: str) -> None:
 
 
 def task_module(name: str) -> ModuleType:
-    """The module of a registered task."""
+    """The module of a registered task.
+
+    Raises:
+        UserError: no task has this name.
+    """
     if name not in _MODULES:
         raise UserError(f"config.task: no task {name!r}; allowed: {', '.join(sorted(_MODULES))}")
     return importlib.import_module(_MODULES[name])
 
 
 def make_task(config: ConfigDict) -> Task:
-    """The task that a validated config describes."""
+    """The task that a validated config describes.
+
+    Raises:
+        UserError: no task has the name `config.task`, or its module refuses the config.
+    """
     task: Task = task_module(config.task).make_task(config)
     return task
 

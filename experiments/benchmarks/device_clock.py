@@ -3,8 +3,8 @@
 The function runs inside a trace of JAX's profiler, and the trace is read: the kernels on the planes
 of GPUs and TPUs ("device"), or XLA's operations on the host's plane, where the CPU is the device
 ("host"). Time in which the device waits for its host does not count, nor does the time of kernels
-that run beside others. A profile without any of these (a driver may not let a user read it) leaves
-the time between the first call and the last result, which is marked as "wall".
+that run at the same time as others. A profile without any of these (a driver may not let a user
+read it) leaves the time between the first call and the last result, which is marked as "wall".
 """
 
 from __future__ import annotations

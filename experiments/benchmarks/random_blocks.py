@@ -34,7 +34,7 @@ def random_kernel(
     """A compact kernel whose units lie anywhere, those of A and of B∖A each in ascending order.
 
     Args:
-        seed: of the places and the values.
+        seed: of the indices and the values.
         shape: K and N.
         pattern: of the units.
         densities: of A and of B, which holds A.

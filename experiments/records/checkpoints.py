@@ -319,7 +319,7 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _set_damaged_aside(directory: Path) -> None:
-    """Moves away what is damaged and newer than the newest whole checkpoint."""
+    """Moves away what is damaged and newer than the newest undamaged checkpoint."""
     damaged, steps = {}, _steps(directory)
     for step in reversed(steps):
         why = damage(directory / str(step))

@@ -129,7 +129,7 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def _drop_after(path: Path, step: int, every: int) -> None:
-    """Leaves the records up to a step; a file with damaged lines is kept beside as it was."""
+    """Leaves the records up to a step; a copy of a file with damaged lines is kept."""
     records, damaged = _read(path)
     if step >= every and not records:
         warn(f"{path}: holds no record of the {step} steps that are finished")

@@ -27,7 +27,7 @@ class Saved:
     Attributes:
         config: the config as resolved when the run was made, mesh included.
         program: what the run compiles.
-        state: the state of its newest whole checkpoint.
+        state: the state of its newest undamaged checkpoint.
         meta: what is stored next to the state.
     """
 

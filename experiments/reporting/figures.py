@@ -119,7 +119,7 @@ def _against(lines: Lines, xlabel: str, ylabel: str, logarithmic: bool) -> Any:
 
 
 def _legend(figure: Any, axes: Any, entries: int) -> None:
-    """A legend of many entries stands beside the axes."""
+    """Adds the legend, to the right of the axes if it has many entries."""
     if entries <= 8:
         axes.legend(fontsize=8)
         return

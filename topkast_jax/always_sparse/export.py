@@ -89,8 +89,9 @@ def to_bcoo(kernel: CompactKernel) -> BCOO:
         of A alone if it comes from `export`.
 
     Returns:
-      A BCOO of shape `[*S, *kernel.shape]`, the stacked axes as batch axes, with data
-      `[*S, entries]` and int32 indices `[*S, entries, len(kernel.shape)]` in the order of the units.
+      A BCOO of shape `[*S, *kernel.shape]`, the stacked axes as batch axes. Its data
+      `[*S, entries]` and int32 indices `[*S, entries, len(kernel.shape)]` are in the order of the
+      units.
     """
     values, index = np.asarray(kernel.values), np.asarray(kernel.index)
     stack = index.shape[:-1]

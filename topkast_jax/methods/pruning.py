@@ -99,8 +99,8 @@ def pruning(
       A gradient transformation whose update needs `params`.
 
     Raises:
-      SparsityError: another ranking, or a schedule that does not end after it begins; from `init`, a
-        pattern that a global ranking excludes; otherwise as for `topkast_jax.top_kast`.
+      SparsityError: another ranking, or a schedule that does not end after it begins; from `init`,
+        a pattern that a global ranking excludes; otherwise as for `topkast_jax.top_kast`.
 
     References:
       Zhu and Gupta, `To prune, or not to prune: exploring the efficacy of pruning for model

@@ -51,8 +51,8 @@ def rigl(
     .. math::
       f(t) = \frac{f}{2} \left(1 + \cos\frac{π t}{T_\text{end}}\right)
 
-    The gradient is what `update` is given: it includes an L2 term that is added before the method in
-    a chain, but none inside `inner`. A dense gradient is needed at every ΔT-th step alone.
+    The gradient is what `update` is given: it includes an L2 term that is added before the method
+    in a chain, but none inside `inner`. A dense gradient is needed at every ΔT-th step alone.
 
     Args:
       inner: any optax optimizer.

@@ -34,8 +34,8 @@ def set_evolution(
 
     Every `refresh_every` steps, in each leaf of k kept units, the ⌊f k⌋ of smallest magnitude are
     dropped and as many are grown at random places, from zero. The network runs on the kept units,
-    and they alone are updated. The paper has f = 0.3 and a refresh at every epoch; the comparison in
-    RigL's paper lets f fall by half a cosine (`last_choice_at`).
+    and they alone are updated. The paper has f = 0.3 and a refresh at every epoch; the comparison
+    in RigL's paper lets f fall by half a cosine (`last_choice_at`).
 
     Args:
       inner: any optax optimizer.
