@@ -1,11 +1,12 @@
-"""The quickstart's small ResNet on CIFAR-10, for comparisons of methods on a laptop.
+"""The small ResNet of configs/quickstart.py on CIFAR-10, for comparisons on two CPU cores.
 
-It reproduces no row of the paper, which has no CIFAR-10. The first and the last layer are dense, as
-in the paper's ResNet-50. `configs/sweeps/study_images.py` runs it with every method, and the sweeps
-of the paper's figures and tables run it with `:small`.
+It reproduces no row of the paper, which has no results on CIFAR-10. The first and the last layer
+are dense, as in the paper's ResNet-50. `study_images.py` and `study_options.py` in
+`configs/sweeps/` run it with every method, and the sweeps of the paper's figures and tables run it
+with `:small`.
 Data: tensorflow_datasets' cifar10, prepared once by `scripts/prepare_tfds cifar10`, or a folder of
 class folders: --config.data.name=image_folder --config.data.dir=DIR.
-Hardware: two CPU cores; the dense run took 492 s beside other work (2026-11-28).
+Hardware: two CPU cores; the dense run took 492 s, with other work on the machine (2026-11-28).
 
 Command:
     python -m experiments.main --config=configs/cifar10_small.py:rigl-90 --workdir=runs/rigl

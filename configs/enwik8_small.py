@@ -1,16 +1,16 @@
-"""A Transformer-XL of about 3 M parameters on enwik8, for two CPU cores or one GPU.
+"""A Transformer-XL of 2.9 M parameters on enwik8, for two CPU cores or one GPU.
 
-It reproduces no row of the paper. At a size that anyone can run, it answers the question of the
-paper's enwik8 model of 277 M parameters: whether Top-KAST at 90 % sparsity is better, after equally
-many steps, than a fixed random mask and than a dense model with as few parameters. The model
+It reproduces no row of the paper. At a small size, it asks the question that the paper asks with
+its enwik8 model of 277 M parameters: whether Top-KAST at 90 % sparsity is better, after the same
+number of steps, than a fixed random mask and than a dense model with as few parameters. The model
 has four layers of width 256, and segments of 64 bytes with as much memory. Every byte is a symbol,
 the text is split by bytes (90/5/5), and bits per character are those of the whole last 5 MB.
 
-Sparse networks have another learning rate than dense ones: if a unit has a tenth of its inputs, a
-step of the same size changes its output by that much less. The widest network, `dense`, has the
+Sparse networks have a larger learning rate than dense ones: if a neuron has a tenth of its inputs,
+a step of the same size changes its output by that much less. The widest network, `dense`, has the
 smallest learning rate. The sets are refreshed every 200 of the 2,000 steps, because with so little
-text more frequent choices follow noise. docs/reproducing.md ("A small Transformer-XL") has the runs
-behind this.
+text more frequent refreshes follow noise. docs/reproducing.md ("A small Transformer-XL") has the
+runs behind this.
 
 Data: enwik8, prepared once by `scripts/prepare_text enwik8`, or any file of raw text, for example
 the same one: --config.data.name=text_file --config.data.file=enwik8.

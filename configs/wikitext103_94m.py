@@ -1,4 +1,4 @@
-"""Dense Transformer-XL of 94 M parameters on WikiText-103, beside the sparse ones of 285 M.
+"""Dense Transformer-XL of 94 M parameters on WikiText-103, to compare with the sparse ones.
 
 The paper's table 3 has a dense model of 94 M parameters and does not say its sizes: here they are
 those of `configs/wikitext103_large.py` in proportion (18 layers of width 560, 8 heads of 70, 2240

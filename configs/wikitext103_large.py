@@ -22,9 +22,9 @@ Command:
 Variants: dense; F/B, for example 80/0, 80/60, 80/80, 90/60, 90/80, 95/90 (Top-KAST;
 forward/backward sparsity in percent; the default is 90/80); static-F (a fixed random mask);
 small-dense-F (dense, of the same depth, narrower, with as many parameters as a model of F %
-sparsity runs on); dense-embeddings (embeddings and softmax are dense); reference (rate, warm-up,
-windows, memories and tied projections of Transformer-XL's large model: 284,121,930 parameters);
-smoke (three steps of a tiny model on Python's own documentation).
+sparsity runs on); dense-embeddings (embeddings and softmax are dense); reference (learning rate,
+warm-up, windows, memories and tied projections of Transformer-XL's large model: 284,121,930
+parameters); smoke (three steps of a tiny model on Python's own documentation).
 """
 
 from ml_collections import ConfigDict

@@ -54,7 +54,7 @@ def conv(x: jax.Array, kernel: Kernel, strides: tuple[int, int], padding: Paddin
 
 
 def matmul_transposed(x: jax.Array, table: Kernel) -> jax.Array:
-    """Computes `x [..., width] @ table [rows, width]ᵀ`: [..., rows] in float32, for any x's dtype."""
+    """Computes `x [..., width] @ table [rows, width]ᵀ`: [..., rows], always in float32."""
 
     def product(tile: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.einsum("...d,vd->...v", x, tile, preferred_element_type=jnp.float32)

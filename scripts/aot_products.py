@@ -1,4 +1,4 @@
-"""Compiles single products for TPUs, without one: dense beside compact, with their rooflines.
+"""Compiles single products for TPUs, without one: dense and compact ones, with their rooflines.
 
     .venv/bin/python scripts/aot_products.py [--topologies=v4:2x2x1,v5e:2x2,v5p:2x2x1,v6e:2x2]
         [--dtypes=bfloat16,float32] [--kernels=1024x1024,…] [--block=128]

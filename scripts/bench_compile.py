@@ -1,4 +1,4 @@
-"""Times what a sparsity method costs before the first step, beside the same optimizer alone.
+"""Times what a sparsity method costs before the first step, and the same optimizer alone.
 
     .venv/bin/python scripts/bench_compile.py [--cases=300x1,1000x1,300x20]
 

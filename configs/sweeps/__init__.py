@@ -1,1 +1,1 @@
-"""The sweeps behind tables and figures; each file defines get_sweep()."""
+"""Sweeps: the `get_sweep()` of each file yields the runs of a figure, a table or a comparison."""

@@ -1,4 +1,4 @@
-"""Figure 2b: accuracy by forward and backward sparsity, beside other methods at 90 %.
+"""Figure 2b: accuracy by forward and backward sparsity, and of other methods at 90 %.
 
 The numbers are top-1 % on ImageNet, read in tables [V] or off the vector figure [F], and in the
 RigL paper's table [V], where the last layer is sparse, and with ERK all layers. `:small` is

@@ -1,4 +1,4 @@
-"""Figure 3: how far the forward set moves, and how much of the reservoir ever wakes.
+"""Figure 3: how much the forward set changes, and how much of the reservoir ever enters it.
 
 The paper's run is 80/50 with sets chosen in every step. Its numbers are read off the vector figure
 [F]: the share of units that differ between step t and t + 5,000, in percent, at t = 0, 5,000, …,

@@ -1,7 +1,7 @@
 """Table 2 and figure 3c: bits per character on enwik8, 277 M parameters.
 
 The numbers are read off the vector figure [F]; the table [V] rounds those of 0/0, 80/0, 80/80 and
-90/60. Beside them it has Transformer-XL of 44 M parameters (1.06) and All-Attention of 39 M (1.01).
+90/60. In addition it has Transformer-XL of 44 M parameters (1.06) and All-Attention of 39 M (1.01).
 `:small` is the Transformer-XL of 2.9 M parameters.
 
 Hardware: 64 TPU v3 cores, or 8 GPUs of 80 GB for each run; `:small` one CPU core.

@@ -1,4 +1,4 @@
-"""Table 5: bits per character on enwik8 with 69 M parameters, beside magnitude pruning.
+"""Table 5: bits per character on enwik8 with 69 M parameters, with magnitude pruning.
 
 The numbers are [V]. `:small` is the Transformer-XL of 2.9 M parameters.
 
