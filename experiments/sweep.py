@@ -9,10 +9,10 @@ something. Where the name is None, it is made of the variant and the overrides: 
 such a row and DIR share its runs. The folder of a run is DIR/NAME/seed-K. Overrides on the command
 line apply to all runs and take precedence over those of the file.
 
-A finished run is not done again, and an interrupted one goes on; a sweep that a signal stopped has
-the exit status 75. With `--jobs=N`, N runs are done
-at a time, each by a process of its own on its share of the CPU cores, which writes what it prints
-to DIR/NAME/seed-K.log.
+A finished run is not done again, and an interrupted one continues. With `--jobs=N`, N runs are done
+at a time, each by a process of its own on its share of the CPU cores, which writes its output to
+DIR/NAME/seed-K.log. The exit status is 0; 1 if a run failed; 2 for a mistake in the command or a
+config; 75 if a signal stopped the sweep, and the same command continues it.
 """
 
 from __future__ import annotations

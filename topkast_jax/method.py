@@ -128,7 +128,7 @@ class Method(abc.ABC):
         the last one, an array more for each sparse leaf, and training FLOPs count it at refreshes.
       observes_gradient: whether `observe` runs in every step on the dense gradient; training FLOPs
         count it in every step.
-      skips_update: whether the step whose gradient a choice reads moves neither parameters nor
+      skips_update: whether the step whose gradient a refresh reads moves neither parameters nor
         inner state.
       first_choice: "init": the first sets are chosen from the initial parameters. "first_update":
         all units are in both sets until the first gradient is seen; the first update then chooses

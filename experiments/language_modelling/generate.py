@@ -84,7 +84,7 @@ def continuation(
 
 
 def for_few_tokens(params: Any, linear: str | None) -> Any:
-    """Kernels of constant fan-in in the form for products of few tokens, where `linear` matches."""
+    """Kernels of constant fan-in, ordered by output for few tokens, where `linear` matches."""
 
     def of_leaf(name: str, leaf: Any) -> Any:
         ordered = is_compact(leaf) and isinstance(leaf.pattern, FanIn)

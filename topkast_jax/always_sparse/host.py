@@ -1,8 +1,8 @@
 r"""The host's part: dense θ, the sets, and the choice of new ones.
 
 Outside a refresh the device holds B alone, and θ here is current outside B only. Choosing runs the
-method itself on JAX's cpu backend, so that a set is the one that the masked path would choose, bit
-for bit and whatever the method.
+method itself on JAX's cpu backend, so that each set is the one that a masked run would choose, for
+any method.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@ r"""Training with only the backward set of each sparse leaf on the device.
     sparse = AlwaysSparse(top_kast(optax.adam(1e-3), 0.1, 0.2), params)
     params, state, reservoir = sparse.start(params)
 
-A step is the one of the masked path, on the tree of values; `refresh` does, between steps and on
-the host, what the masked path does inside them.
+A step is that of a masked run, on the tree of values. `refresh` chooses new sets between steps and
+on the host; a masked run does so inside a step.
 """
 
 from __future__ import annotations
@@ -591,7 +591,7 @@ class AlwaysSparse:
         return self._layout.masks(reservoir)
 
     def to_masked(self, params: Tree, state: T, reservoir: Reservoir) -> tuple[Tree, T]:
-        """Dense parameters, and the optimizer state as the masked path would hold it.
+        """Dense parameters, and the optimizer state as a masked run would hold it.
 
         Moments are zero outside B, as with `inner_state="reset"` there.
 

@@ -19,7 +19,7 @@ class RigL(DropAndGrow):
     """Grows where the dense gradient is largest.
 
     Attributes:
-      skips_update: whether the step whose gradient a choice reads moves no parameter, as in the
+      skips_update: whether the step whose gradient a refresh reads moves no parameter, as in the
         original.
     """
 
@@ -60,7 +60,7 @@ def rigl(
       refresh_every: ΔT, steps between two refreshes.
       drop_fraction: f, in (0, 1).
       last_choice_at: T_end; the paper has three quarters of the steps. None: f stays.
-      skips_update: whether the step whose gradient a choice reads moves no parameter and no inner
+      skips_update: whether the step whose gradient a refresh reads moves no parameter and no inner
         state, as in the original.
       rules: see `topkast_jax.top_kast`.
       pattern: what is kept together, `Unstructured()` if None. With `FanIn()` this is SRigL.

@@ -16,7 +16,7 @@ from topkast_jax.sparsify import SparseTransform, sparsify
 
 
 class SNIP(Method):
-    """One choice, by |θ · g| of the first gradient, ranked over all leaves at once."""
+    """Sets that are chosen once, by |θ · g| of the first gradient, ranked over all leaves."""
 
     first_choice = "first_update"
 
