@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.reporting import tables
@@ -65,7 +67,7 @@ def draw(groups: Sequence[Group], metrics: Sequence[str], out: Path) -> list[Pat
     for metric in metrics:
         for name, (x, label) in AGAINST.items():
             lines = _lines(groups, metric, x)
-            places = {place for points in lines.values() for place, _, _ in points}
+            places = {place for line in lines for place, _, _ in line.points}
             if len(places) > 1 or (name == "density" and places):
                 paths.append(out / f"{metric}_against_{name}.png")
                 _save(_against(lines, label, f"test {metric}", name != "stopping"), paths[-1])
@@ -76,56 +78,97 @@ def draw(groups: Sequence[Group], metrics: Sequence[str], out: Path) -> list[Pat
     return paths
 
 
-Lines = dict[str, list[tuple[float, float, float]]]
+MARKERS = "os^DvPX*<>"
 
 
-def _lines(groups: Sequence[Group], metric: str, x: Callable[[Summary], Any]) -> Lines:
-    """Points (place, mean, deviation) of groups that differ in the place alone, by their label.
+class Line(NamedTuple):
+    """Points of one figure that have a colour and, by their forward density, a marker together.
 
-    Against anything else, each forward density is a line of its own.
+    Attributes:
+        label: what the colour stands for: config if there are several, settings and method.
+        density: the forward density that the marker stands for; None where it is not shown.
+        points: place, mean and deviation of each group.
     """
-    lines: Lines = defaultdict(list)
+
+    label: str
+    density: str | None
+    points: list[tuple[float, float, float]]
+
+
+def _lines(groups: Sequence[Group], metric: str, x: Callable[[Summary], Any]) -> list[Line]:
+    """The points of a figure, groups that differ in the place alone on one line.
+
+    Against anything but the forward density, each forward density is a line of its own.
+    """
+    lines: dict[tuple[str, str | None], Line] = {}
     several = len({_stem(group) for group in groups}) > 1
     for group in groups:
         read = tables.metric(metric)
         mean, place = group.mean(read), group.mean(x)
         if mean is not None and place is not None:
             parts = [_stem(group) if several else "", group.settings, group.method]
-            density = group.mean(forward_density)
-            if x is not forward_density and group.method != "dense":
-                parts.insert(0, f"forward density {density:.2g}")
             label = ", ".join(filter(None, parts))
-            lines[label].append((place, mean, group.deviation(read) or 0.0))
-    return lines
+            by_density = x is not forward_density and group.method != "dense"
+            density = f"{group.mean(forward_density):.2g}" if by_density else None
+            line = lines.setdefault((label, density), Line(label, density, []))
+            line.points.append((place, mean, group.deviation(read) or 0.0))
+    return list(lines.values())
 
 
-def _against(lines: Lines, xlabel: str, ylabel: str, logarithmic: bool) -> Any:
+def _against(lines: Sequence[Line], xlabel: str, ylabel: str, logarithmic: bool) -> Any:
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for i, (label, points) in enumerate(lines.items()):
-        places, means, deviations = zip(*sorted(points), strict=True)
-        if label.endswith("dense") and len(points) == 1:
-            axes.axhline(means[0], color=f"C{i}", linestyle="--", label=label)
-        else:
-            axes.errorbar(
-                places, means, deviations, color=f"C{i}", marker="o", capsize=3, label=label
-            )
+    labels = list(dict.fromkeys(line.label for line in lines))
+    densities = sorted({line.density for line in lines if line.density}, key=float, reverse=True)
+    colors = dict(zip(labels, _colors(len(labels)), strict=True))
+    markers = dict(zip(densities, itertools.cycle(MARKERS), strict=False))
+    handles = []
+    for line in lines:
+        color = colors[line.label]
+        if line.label.endswith("dense") and len(line.points) == 1:
+            handles.append(axes.axhline(line.points[0][1], color=color, ls="--", label=line.label))
+            continue
+        marker = markers.get(line.density or "", "o")
+        places, means, deviations = zip(*sorted(line.points), strict=True)
+        axes.errorbar(places, means, deviations, color=color, marker=marker, ls="", capsize=3)
+        # Groups at one place, such as those of several backward densities, are not joined.
+        best = {place: mean for place, mean, _ in sorted(line.points)}
+        axes.plot(list(best), list(best.values()), color=color)
+    shown = {handle.get_label() for handle in handles}
+    handles += [
+        Line2D([], [], color=color, marker=None if densities else "o", label=label)
+        for label, color in colors.items()
+        if label not in shown
+    ]
+    handles += [
+        Line2D([], [], color="black", marker=marker, ls="", label=f"forward density {density}")
+        for density, marker in markers.items()
+    ]
     if logarithmic:
-        _logarithmic(axes, [place for points in lines.values() for place, _, _ in points])
+        _logarithmic(axes, [place for line in lines for place, _, _ in line.points])
     axes.grid(alpha=0.3)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    _legend(figure, axes, len(lines))
+    _legend(figure, axes, handles)
     return figure
 
 
-def _legend(figure: Any, axes: Any, entries: int) -> None:
+def _colors(count: int) -> list[Any]:
+    """As many colours that can be told apart."""
+    if count <= 10:
+        return [f"C{i}" for i in range(count)]
+    return [plt.get_cmap("turbo")(i / (count - 1)) for i in range(count)]
+
+
+def _legend(figure: Any, axes: Any, handles: Sequence[Any]) -> None:
     """Adds the legend, to the right of the axes if it has many entries."""
-    if entries <= 8:
-        axes.legend(fontsize=8)
+    if len(handles) <= 8:
+        axes.legend(handles=handles, fontsize=8)
         return
-    columns = -(-entries // 30)
-    figure.set_size_inches(7 + 4 * columns, 5.5)
-    axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1.0), ncols=columns)
+    columns = -(-len(handles) // 24)
+    figure.set_size_inches(7 + 3 * columns, 5)
+    axes.legend(
+        handles=handles, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0), ncols=columns
+    )
 
 
 def _logarithmic(axes: Any, places: list[float]) -> None:
@@ -142,18 +185,18 @@ def _steps_figure(groups: Sequence[Group], panels: dict[str, str]) -> Any:
         1, len(panels), figsize=(5.5 * len(panels) + 1, 4.5), sharex=True, squeeze=False
     )
     for each, (key, title) in zip(axes[0], panels.items(), strict=True):
-        for i, group in enumerate(groups):
+        for group, color in zip(groups, _colors(len(groups)), strict=True):
             by_step = _over_steps(group, key)
             if by_step:
                 steps = sorted(by_step)
                 means = [statistics.fmean(by_step[step]) for step in steps]
                 about = ", ".join(filter(None, (group.method, group.settings)))
-                each.plot(steps, means, color=f"C{i}", label=f"{group.name} ({about})")
+                each.plot(steps, means, color=color, label=f"{group.name} ({about})")
         each.set_title(title, fontsize=9)
         each.set_xlabel("step")
         each.grid(alpha=0.3)
     handles, _ = axes[0][-1].get_legend_handles_labels()
-    _legend(figure, axes[0][-1], len(handles))
+    _legend(figure, axes[0][-1], handles)
     return figure
 
 
