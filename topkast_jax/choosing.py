@@ -298,17 +298,18 @@ def _is_number(value: Any) -> bool:
 
 
 def _as_scalar(value: Any) -> jax.Array:
+    """A number as it is kept in a state: a copy, which may be donated without the caller's own."""
     whole = isinstance(value, int | np.integer) or jnp.issubdtype(
         jnp.result_type(value), jnp.integer
     )
-    return jnp.asarray(value, jnp.int32 if whole else jnp.float32)
+    return jnp.array(value, jnp.int32 if whole else jnp.float32)
 
 
 def seed_scalar(seed: Any) -> jax.Array:
-    """A seed as it is kept in a state: its low 32 bits."""
+    """A seed as it is kept in a state: a copy of its low 32 bits."""
     if isinstance(seed, int):
         return jnp.asarray(seed & 0xFFFFFFFF, jnp.uint32)
-    return jnp.asarray(seed).astype(jnp.uint32)
+    return jnp.array(seed).astype(jnp.uint32)
 
 
 def layer_keys(seed: Any, paths: Sequence[str], leaf: Leaf, step: Any) -> jax.Array:

@@ -130,6 +130,8 @@ class Method(abc.ABC):
         count it in every step.
       skips_update: whether the step whose gradient a refresh reads moves neither parameters nor
         inner state.
+      last_choice_at: with `skips_update`, the number of finished steps after which no step is
+        skipped, because sets no longer change; None: every refresh skips one.
       first_choice: "init": the first sets are chosen from the initial parameters. "first_update":
         all units are in both sets until the first gradient is seen; the first update then chooses
         from the parameters and their gradient, and is already restricted to these sets.
@@ -138,6 +140,7 @@ class Method(abc.ABC):
     needs_gradient: bool = False
     observes_gradient: bool = False
     skips_update: bool = False
+    last_choice_at: int | jax.Array | None = None
     first_choice: Literal["init", "first_update"] = "init"
 
     @abc.abstractmethod

@@ -13,6 +13,7 @@ import optax
 from topkast_jax.choosing import Chooser
 from topkast_jax.errors import SparsityError
 from topkast_jax.flags import BACKWARD, FORWARD, has
+from topkast_jax.method import Leaf
 from topkast_jax.trees import flatten_with_names, without_variables
 
 NOT_DUE = 0
@@ -126,7 +127,7 @@ def present(
       gradients: by leaf, inside an update: a first choice that waits for them is made too.
 
     Raises:
-      SparsityError: a leaf of another shape than the state was made for.
+      SparsityError: a leaf of another shape or type than the state was made for.
     """
     flags = leaf_flags(state)
     _check_shapes(thetas, flags)
@@ -136,6 +137,7 @@ def present(
     chooser: Chooser = state.chooser
     new, memory = flags, state.memory
     if chooser.refreshes:
+        _check_types(theta, chooser.leaves)
         stored = _by_leaf(state.gradient) if chooser.method.needs_gradient else None
         new, memory = _chosen_if(
             chooser, False, state.due == DUE, theta, stored, flags, memory, state.step
@@ -186,6 +188,15 @@ def _check_shapes(thetas: dict[str, Any], flags: dict[str, Any]) -> None:
             raise SparsityError(
                 f"{path} has shape {jnp.shape(thetas[path])} and this state is of parameters where "
                 f"it has shape {jnp.shape(held)}"
+            )
+
+
+def _check_types(thetas: dict[str, Any], leaves: dict[str, Leaf]) -> None:
+    for path, leaf in leaves.items():
+        if (found := jnp.result_type(thetas[path])) != leaf.dtype:
+            raise SparsityError(
+                f"{path} is {found} and this state is of {leaf.dtype} parameters, whose selection "
+                "may be another: take the forward view of these, and cast that"
             )
 
 

@@ -18,7 +18,7 @@ import optax
 
 from topkast_jax.choosing import Chooser, over_stack
 from topkast_jax.errors import SparsityError, shown
-from topkast_jax.flags import FORWARD, first_flags, frozen_flags, has, unpack
+from topkast_jax.flags import first_flags, frozen_flags, unpack
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.method import Density, Leaf, Method, Sets, allocates, enters_anew
 from topkast_jax.patterns import Pattern, Unstructured
@@ -234,7 +234,7 @@ def _first_state(plan: Plan, params: Any) -> SparsifyState:
         due = jnp.asarray(DUE_WITH_GRADIENT, jnp.int8)
     else:
         flags, memory = _first_choice(chooser, theta)
-    if plan.stop_exploring_at is not None:
+    if plan.stop_exploring_at is not None and plan.method.first_choice == "init":
         at_once = jnp.asarray(plan.stop_exploring_at) == 0
         flags = {path: jnp.where(at_once, frozen_flags(f), f) for path, f in flags.items()}
 
@@ -315,8 +315,8 @@ def _update(
     sets = treedef.unflatten([flags.get(name, optax.MaskedNode()) for name in names])
     gradient: Any = ()
     if plan.method.needs_gradient:
-        seen = [gradients[n] if n in leaves else optax.MaskedNode() for n in names]
-        gradient = treedef.unflatten(seen)
+        seen = {n: jnp.asarray(gradients[n], leaf.dtype) for n, leaf in leaves.items()}
+        gradient = treedef.unflatten([seen.get(n, optax.MaskedNode()) for n in names])
     chooser: Any = ()
     if plan.ever_chooses:
         chooser = Chooser.of(plan.method, leaves, plan.seed, plan.refresh_every is not None)
@@ -332,7 +332,7 @@ def _restricted(
     for path, leaf in leaves.items():
         sets = unpack(now.flags[path])
         of_leaf = shape_gradient(plan, leaf, gradients[path], now.theta[path], sets, step)
-        if not _is_full(leaf):
+        if not _is_full(plan, leaf):
             of_leaf = jnp.where(sets.backward, of_leaf, jnp.zeros_like(of_leaf))
         shaped[path] = of_leaf
     return shaped
@@ -345,6 +345,9 @@ def held_where_skipped(
     if not plan.method.skips_update or plan.refresh_every is None:
         return updates, inner_state
     chooses = step % jnp.asarray(plan.refresh_every, jnp.int32) == 0
+    for end in (plan.method.last_choice_at, plan.stop_exploring_at):
+        if end is not None:
+            chooses &= step <= jnp.asarray(end, jnp.int32)
     held = jax.tree.map(jnp.zeros_like, updates), before
     kept: tuple[Any, Any] = jax.lax.cond(chooses, lambda: held, lambda: (updates, inner_state))
     return kept
@@ -355,16 +358,17 @@ def shape_gradient(
 ) -> jax.Array:
     """What the inner optimizer gets in place of the gradient of a leaf, on its backward set."""
     if plan.l2 and len(leaf.full_shape) >= 2:
-        grad = grad + jnp.asarray(plan.l2, grad.dtype) * theta.astype(grad.dtype)
+        grad = grad + jnp.asarray(plan.l2, theta.dtype) * theta
     shape = over_stack(lambda g, x, s: plan.method.gradient(g, x, s, leaf, step), leaf)
     shaped: jax.Array = shape(grad, theta, sets)
     return shaped
 
 
-def _is_full(leaf: Leaf) -> bool:
-    """Whether B is all of a leaf, whatever happens."""
+def _is_full(plan: Plan, leaf: Leaf) -> bool:
+    """Whether B is all of a leaf in every step."""
     backward = leaf.counts.backward
-    return isinstance(backward, int) and backward == math.prod(leaf.grid)
+    stays = plan.stop_exploring_at is None and not allocates(plan.method)
+    return stays and isinstance(backward, int) and backward == math.prod(leaf.grid)
 
 
 def _inside(
@@ -375,7 +379,7 @@ def _inside(
     before = dict(zip(updates, arrays, strict=True))
     for path, leaf in leaves.items():
         inside = updates[path]
-        if not _is_full(leaf):
+        if not _is_full(plan, leaf):
             # Adding -0.0 leaves every float as it is, bit for bit; 0.0 would turn -0.0 into 0.0.
             in_b = unpack(now.flags[path]).backward
             inside = jnp.where(in_b, inside, jnp.full_like(inside, -0.0))
@@ -383,6 +387,19 @@ def _inside(
             inside = inside + (now.theta[path] - before[path]).astype(inside.dtype)
         result[path] = inside
     return result
+
+
+@jax.custom_jvp
+def _straight_through(theta: jax.Array, sets: Sets) -> jax.Array:
+    """The forward view of a leaf, with a derivative of one on the backward set."""
+    return jnp.where(sets.forward, theta, jnp.zeros_like(theta))
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (theta, sets), (tangent, _) = primals, tangents
+    straight = jnp.where(sets.backward, tangent, jnp.zeros_like(tangent))
+    return _straight_through(theta, sets), straight
 
 
 def _at_forward_view(
@@ -393,8 +410,7 @@ def _at_forward_view(
     def view(tree: Any) -> Any:
         values = columns_of("a function of the parameters", tree, names, treedef)
         for path, flags in now.flags.items():
-            x = values[path]
-            values[path] = jnp.where(has(flags, FORWARD), x, jnp.zeros_like(x))
+            values[path] = _straight_through(values[path], unpack(flags))
         return treedef.unflatten([values[name] for name in names])
 
     def at_view(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -423,7 +439,9 @@ def _after(
     every, stop = plan.refresh_every, plan.stop_exploring_at
     due = jnp.asarray(False) if every is None else step % jnp.asarray(every, jnp.int32) == 0
     if stop is not None:
-        stop = jnp.asarray(stop, jnp.int32)
+        # The first choice is made before exploration can stop.
+        earliest = 0 if plan.method.first_choice == "init" else 1
+        stop = jnp.maximum(jnp.asarray(stop, jnp.int32), earliest)
         due = due & (step < stop)
         frozen = {path: frozen_flags(f) for path, f in flags.items()}
         resets = plan.inner_state == "reset"
@@ -487,7 +505,8 @@ def _check(inner: Any, method: Any, inner_state: Any, pattern: Any, seed: Any) -
     if inner_state not in ("keep", "reset"):
         raise SparsityError(f"inner_state={shown(inner_state)}: must be 'keep' or 'reset'")
     check_pattern(pattern)
-    if not isinstance(seed, jax.Array):
+    number = isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jnp.integer)
+    if not (number and seed.ndim == 0):
         try:
             operator.index(seed)
         except TypeError:

@@ -57,11 +57,10 @@ class TopKast(Method):
         del step
         if isinstance(self.exploration_weight, int | float) and self.exploration_weight == 0:
             return grad
-        weight = jnp.asarray(self.exploration_weight, grad.dtype)
-        density = jnp.asarray(leaf.forward_density, grad.dtype)
+        weight = jnp.asarray(self.exploration_weight, theta.dtype)
+        density = jnp.asarray(leaf.forward_density, theta.dtype)
         pull = theta if self.exploration_norm == "l2" else jnp.sign(theta)
-        scale = jnp.where(sets.forward, weight, weight / density)
-        return grad + scale * pull.astype(grad.dtype)
+        return grad + jnp.where(sets.forward, weight, weight / density) * pull
 
 
 def top_kast(

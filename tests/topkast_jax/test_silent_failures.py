@@ -1,5 +1,6 @@
 """What would go wrong without a word: sets of another θ, lost derivatives, NaNs, wrong leaves."""
 
+import functools
 import logging
 import sys
 
@@ -517,3 +518,147 @@ def test_a_line_search_searches_on_the_forward_view():
     np.testing.assert_allclose(stored, loss(tk.forward_params(theta, state)), rtol=1e-4)
     assert values == sorted(values, reverse=True)
     assert values[-1] < values[0]
+
+
+# 7. What is outside B stays outside, and states keep their types and their buffers.
+
+
+@pytest.mark.parametrize("stop", [0, 2])
+def test_a_full_backward_set_that_shrinks_leaves_the_rest_alone(stop):
+    inner = optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1))
+    tx = tk.top_kast(inner, 0.1, 1.0, 1, 0.0, stop_exploring_at=stop, rules=EVERYTHING)
+    theta = normal()
+    state = tx.init(theta)
+    for finished in range(4):
+        updates, state = tx.update(jnp.ones_like(theta), state, theta)
+        forward, _ = tk.keep_masks(theta, state)
+        if finished >= stop:
+            assert not jnp.any(updates[~forward])
+            norm = float(jnp.linalg.norm(updates))
+            np.testing.assert_allclose(norm, 0.01, rtol=1e-5)  # of A alone, at the clip
+        theta = theta + updates
+
+
+def test_a_dense_share_in_a_global_ranking_loses_what_it_gives_away():
+    params = {"a": normal(), "b": normal(seed=1)}
+    rules = [("a", tk.Sparse(forward_density=1.0)), ("b", tk.Sparse())]
+    tx = tk.methods.snip(optax.sgd(0.1), 0.1, rules=rules)
+    grads = {"a": normal(seed=2), "b": 10 * normal(seed=3)}
+    state = tx.init(params)
+    updates, state = tx.update(grads, state, params)
+    forward, _ = tk.keep_masks(optax.apply_updates(params, updates), state)
+    assert not jnp.all(forward["a"])
+    assert not jnp.any(updates["a"][~forward["a"]])
+
+
+@pytest.mark.parametrize("method", [tk.methods.rigl, tk.methods.snfs, tk.top_kast])
+def test_states_of_injected_hyperparameters_can_be_donated(method):
+    more = (0.2,) if method is tk.top_kast else ()
+    tx = optax.inject_hyperparams(method)(optax.adam(0.1), 0.1, *more)
+    params = {"w": normal()}
+    state = tx.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(2):
+        params, state = step(params, state)
+    assert jnp.all(jnp.isfinite(params["w"]))
+
+
+def test_a_donated_state_leaves_the_callers_numbers():
+    fraction = jnp.float32(0.3)
+    tx = tk.methods.rigl(optax.sgd(0.1), 0.1, drop_fraction=fraction)
+    params = {"w": normal()}
+    update = jax.jit(lambda s, p: tx.update(p, s, p), donate_argnums=0)
+    update(tx.init(params), params)
+    assert not fraction.is_deleted()
+
+
+def test_gradients_of_another_type_keep_the_type_of_the_state():
+    tx = tk.methods.rigl(optax.adam(0.01), 0.1, refresh_every=2)
+    params = {"w": normal()}
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), None, length=3)
+    assert params["w"].dtype == jnp.float32
+
+
+def test_the_exploration_penalty_is_not_rounded_to_the_gradients_type():
+    tx = top_kast(optax.identity(), exploration_weight=1e-3)
+    theta = jnp.ones((16, 16))
+    state = tx.init(theta)
+    forward, backward = tk.keep_masks(theta, state)
+    shaped, _ = tx.update(jnp.ones_like(theta, jnp.bfloat16), state, theta)
+    expected = np.where(forward, 1.001, np.where(backward, 1.01, 0.0))
+    np.testing.assert_allclose(shaped, expected, rtol=1e-6)
+
+
+def test_a_forward_view_of_cast_parameters_is_refused():
+    tx = top_kast(optax.sgd(0.1))
+    theta = normal()
+    state = tx.init(theta)
+    with pytest.raises(tk.SparsityError, match="is bfloat16 and this state is of float32"):
+        tk.forward_params(theta.astype(jnp.bfloat16), state)
+    assert tk.forward_params(theta, state).astype(jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_skipped_steps_end_with_the_last_choice():
+    tx = tk.methods.rigl(optax.sgd(0.1), 0.2, refresh_every=2, last_choice_at=4, skips_update=True)
+    params = {"w": normal()}
+    state = tx.init(params)
+    moved = []
+    for _ in range(8):
+        updates, state = tx.update({"w": jnp.ones((16, 16))}, state, params)
+        moved.append(bool(jnp.any(updates["w"])))
+        params = optax.apply_updates(params, updates)
+    # Those of a refresh move what enters B alone, and the update after them brings it in.
+    assert moved[5:] == [True, True, True]
+
+
+def test_a_first_choice_at_the_first_update_freezes_after_it():
+    class Late(tk.Method):
+        first_choice = "first_update"
+
+        def choose(self, layer, leaf, counts):
+            masks, _ = leaf.pattern.top(leaf.pattern.magnitudes(layer.theta), counts)
+            return tk.Sets(*masks), None
+
+    theta = normal()
+    tx = tk.sparsify(
+        optax.sgd(0.1), Late(), forward_density=0.1, backward_density=0.3, rules=EVERYTHING,
+        stop_exploring_at=0,
+    )  # fmt: skip
+    _, state = tx.update(theta, tx.init(theta), theta)
+    forward, backward = tk.keep_masks(theta, state)
+    assert int(forward.sum()) == int(backward.sum()) == 26
+
+
+def test_the_gradient_that_a_line_search_keeps_reaches_all_of_b():
+    target = jnp.asarray(TARGET)
+    loss = lambda x: 0.5 * jnp.sum((x - target) ** 2)  # noqa: E731
+    tx = top_kast(optax.lbfgs(), exploration_weight=0.0, refresh_every=None)
+    theta = normal()
+    state = tx.init(theta)
+    grads = jax.grad(loss)(tk.forward_params(theta, state))
+    updates, state = tx.update(
+        grads, state, theta, value=loss(tk.forward_params(theta, state)), grad=grads, value_fn=loss
+    )
+    theta = optax.apply_updates(theta, updates)
+    _, backward = tk.keep_masks(theta, state)
+    kept = optax.tree.get(state, "grad")
+    alpha = tk.forward_params(theta, state)
+    np.testing.assert_allclose(kept[backward], (alpha - target)[backward], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [jax.random.key(0), jax.random.PRNGKey(0), jnp.float32(1)])
+def test_a_key_as_a_seed_is_refused(seed):
+    with pytest.raises(tk.SparsityError, match=r"seed=.*: must be an integer"):
+        tk.top_kast(optax.sgd(0.1), 0.1, 0.2, seed=seed)
