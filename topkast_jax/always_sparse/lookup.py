@@ -3,15 +3,18 @@ r"""Rows of a compact table, as an embedding reads them."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from topkast_jax.always_sparse.kernel import CompactKernel, check_single, with_tile
 from topkast_jax.errors import SparsityError
 
 
-def lookup(table: jax.Array | CompactKernel, rows: jax.Array) -> jax.Array:
+def lookup(table: jax.Array | CompactKernel, rows: ArrayLike | Sequence[Any]) -> jax.Array:
     r"""Rows of a table, as `jnp.take(table, rows, axis=0, mode="fill")`.
 
     Of a compact table, the rows are those of its forward set. Where fewer rows are asked for than
@@ -21,14 +24,16 @@ def lookup(table: jax.Array | CompactKernel, rows: jax.Array) -> jax.Array:
 
     Args:
       table: `[V, E]`, dense or compact.
-      rows: integers `[...]`, of any shape.
+      rows: integers `[...]`, of any shape and dtype, or a list of them.
 
     Returns:
       `[..., E]`, in the dtype of the table; NaN in rows that do not exist.
 
     Raises:
-      SparsityError: the table is a stack, or has another number of axes than two.
+      SparsityError: the table is a stack, or has another number of axes than two; the rows are no
+        integers.
     """
+    rows = _row_numbers(rows)
     if not isinstance(table, CompactKernel):
         return jnp.take(table, rows, axis=0, mode="fill")
     check_single(table)
@@ -40,6 +45,23 @@ def lookup(table: jax.Array | CompactKernel, rows: jax.Array) -> jax.Array:
     size = table.shape[0]
     exists = (rows >= -size) & (rows < size)  # jnp.take counts negative rows from the end
     return jnp.where(exists[..., None], gathered, jnp.nan)
+
+
+def _row_numbers(rows: ArrayLike | Sequence[Any]) -> jax.Array:
+    """The rows as int32, in which no sum of the search overflows.
+
+    A number that int32 cannot hold becomes one that names no row either.
+    """
+    try:
+        numbers = jnp.asarray(rows)
+    except (TypeError, ValueError):
+        raise SparsityError(
+            f"lookup: rows must be integers, found a {type(rows).__name__}"
+        ) from None
+    if not jnp.issubdtype(numbers.dtype, jnp.integer):
+        raise SparsityError(f"lookup: rows must be integers, found {numbers.dtype}")
+    held, most = jnp.iinfo(numbers.dtype), jnp.iinfo(jnp.int32)
+    return jnp.clip(numbers, max(held.min, most.min), min(held.max, most.max)).astype(jnp.int32)
 
 
 def _gathered(table: CompactKernel, rows: jax.Array) -> jax.Array:

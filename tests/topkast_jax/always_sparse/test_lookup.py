@@ -60,6 +60,34 @@ def test_rows_that_do_not_exist_are_nan_and_any_shape_is_taken(many):
     np.testing.assert_array_equal(lookup(jnp.asarray(to_dense(table, True)), rows), expected)
 
 
+NUMBERS = {  # rows by dtype; of 300 rows, 127 + 300 and 3 · 400 entries do not fit some of them
+    "int8": [3, -1, 127], "int16": [3, -300, 299], "uint8": [3, 0, 255], "uint16": [3, 299, 65535],
+    "int32": [3, -301, 2**31 - 1], "uint32": [3, 299, 2**32 - 1], "int64": [3, -(2**32) + 3, 2**32],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_rows_of_any_integer_dtype(dtype):
+    with jax.enable_x64(dtype == "int64"):
+        table = random_case((300, 400), Unstructured(), 12_000, 24_000).kernel
+        dense = to_dense(table, forward_only=True)
+        found = lookup(table, jnp.asarray(NUMBERS[dtype], dtype))
+        for row, number in zip(found, NUMBERS[dtype], strict=True):
+            exists = -300 <= number < 300
+            np.testing.assert_array_equal(row, dense[number] if exists else np.full(400, np.nan))
+
+
+def test_rows_may_be_a_list_and_must_be_integers():
+    compact = random_case(SHAPE, Unstructured(), 40, 80).kernel
+    dense = jnp.asarray(to_dense(compact, True))
+    for table in (compact, dense):
+        np.testing.assert_array_equal(lookup(table, [[3, 0]]), dense[jnp.asarray([[3, 0]])])
+        refused = {"float32": [0.5], "bool": np.ones(2, bool), "a list": [[0], [1, 2]]}
+        for found, rows in refused.items():
+            with pytest.raises(SparsityError, match=f"rows must be integers, found {found}"):
+                lookup(table, rows)
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(), Block(8, 8)], ids=str)
 def test_no_array_of_the_tables_size_exists(pattern):
     shape, units = (4096, 64), {"Unstructured()": 26_214}.get(str(pattern), 409)
