@@ -338,7 +338,8 @@ def value_and_grad(
     Returns:
       A function of ``(params, state, *args, **kwargs)`` that returns what
       ``jax.value_and_grad(function)(forward_params(params, state), *args, **kwargs)`` does. The
-      gradient is the one that the update of a sparsity method takes.
+      gradient is the one that the update of a sparsity method takes. Always sparse, it is the
+      gradient of the values, a tree like `params`.
 
     Raises:
       SparsityError: from the returned function, as `forward_params`.
@@ -353,11 +354,19 @@ def value_and_grad(
       >>> float(loss)
       10.0
     """
+
+    def at_values(values: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(forward_params(values, state), *args, **kwargs)
+
     inner = jax.value_and_grad(function, has_aux=has_aux)
+    of_values = jax.value_and_grad(at_values, has_aux=has_aux)
 
     @functools.wraps(function)
     def at_forward_view(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        result: tuple[Any, Any] = inner(forward_params(params, state), *args, **kwargs)
+        if find_compact(state) is not None:
+            result: tuple[Any, Any] = of_values(params, state, *args, **kwargs)
+        else:
+            result = inner(forward_params(params, state), *args, **kwargs)
         return result
 
     return at_forward_view

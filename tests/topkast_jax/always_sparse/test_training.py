@@ -511,6 +511,20 @@ def test_what_a_first_loop_gets_wrong():
         np.testing.assert_array_equal(found, expected)
 
 
+def test_value_and_grad_is_the_gradient_of_the_values():
+    """Of all of B, in the tree that the update takes, with auxiliary data as well."""
+    sparse = AlwaysSparse(tk.top_kast(optax.sgd(0.1), 0.2, 0.4, rules=ONE), parameters())
+    values, state, _ = sparse.start(parameters())
+    (batch,) = data(1)
+    kernels = jax.jit(jax.value_and_grad(loss, allow_int=True))
+    expected, grads = kernels(tk.forward_params(values, state), *batch)
+    found, of_values = jax.jit(tk.value_and_grad(loss))(values, state, *batch)
+    assert_same((expected, values_of(grads)), (found, of_values))
+    assert jax.tree.structure(of_values) == jax.tree.structure(values)
+    with_aux = tk.value_and_grad(lambda p, x, y: (loss(p, x, y), "aux"), has_aux=True)
+    assert with_aux(values, state, batch[0], y=batch[1])[0][1] == "aux"
+
+
 class Uneven(tk.Method):
     def choose(self, layer, leaf, counts):
         mask = jnp.arange(layer.theta.size).reshape(layer.theta.shape) < 5
