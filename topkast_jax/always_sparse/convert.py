@@ -64,13 +64,22 @@ def to_masked(
     return theta, replace_nodes(moments, CompactState, masked)
 
 
-def sets_of(params: Tree, state: Any) -> dict[str, tuple[np.ndarray, Any]]:
-    """Flags and memory of each sparse leaf of a masked run, on the host, by name."""
+def sets_of(
+    params: Tree, state: Any
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[np.ndarray, Any]]]:
+    """The sets of each sparse leaf of a masked run, on the host, by name.
+
+    Returns:
+      The flags before the choice that is due, and flags and memory after it; the flags are equal
+      where none is due.
+    """
     now = presents(params, state)
-    return {
+    was = {name: np.array(flags, order="C") for name, flags in now.was.items()}
+    chosen = {
         name: (np.array(flags, order="C"), jax.device_get(now.memory[name]))
         for name, flags in now.flags.items()
     }
+    return was, chosen
 
 
 def from_masked(

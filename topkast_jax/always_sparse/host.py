@@ -253,6 +253,11 @@ class HostLeaf:
         left = np.flatnonzero(self._in_b(new, was) == 0) if leaving else np.empty(0, np.intp)
         return source, forward, now[entering], (left, was[left])
 
+    def entered(self, old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """Which units of the new B, in the order of `index`, were not in the old one: `[S, b]`."""
+        rows = zip(self.layers(old), self.index(new)[0], strict=True)
+        return np.stack([self._in_b(layer, index) == 0 for layer, index in rows])
+
     def _in_b(self, flags: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Not 0 where the units at `index` of one layer are in B."""
         units, places = self._at(flags, index)

@@ -566,7 +566,7 @@ class AlwaysSparse:
 
     def _moments(self, number: int, mover: Mover, by_path: dict[Any, Any]) -> dict[Any, jax.Array]:
         """What the optimizer holds of a leaf's units; for fresh ones, what `init` makes of them."""
-        axes = {path: axis for path, (of, axis) in self._axes.items() if of == number}
+        axes = self._axes_of(number)
         if not axes:
             return {}
         first = self._firsts[number](mover.fresh)
@@ -574,6 +574,10 @@ class AlwaysSparse:
             path: mover.moment(by_path[path], first.pop(jax.tree_util.keystr(path)), axis)
             for path, axis in axes.items()
         }
+
+    def _axes_of(self, number: int) -> dict[Any, int]:
+        """The axis of a leaf's units in each array of the optimizer's state that has one."""
+        return {path: axis for path, (of, axis) in self._axes.items() if of == number}
 
     def masks(self, reservoir: Reservoir) -> tuple[Tree, SparsifyState]:
         """The shapes of the dense parameters, and the sets in the state of a masked run.
@@ -615,7 +619,8 @@ class AlwaysSparse:
     def from_masked(self, params: Tree, state: T) -> tuple[Tree, T, Reservoir]:
         """The inverse of `to_masked`.
 
-        Moments outside B, which a masked run may hold with `inner_state="keep"`, are dropped.
+        A choice that is due in the masked run is made. Moments outside B, which a masked run may
+        hold with `inner_state="keep"`, are dropped.
 
         Args:
           params: dense parameters; copied.
@@ -631,12 +636,45 @@ class AlwaysSparse:
         """
         self._ahead = None
         theta = self._layout.theta("from_masked", params)
-        reservoir = self._reservoir(theta, convert.sets_of(params, state))
+        was, chosen = convert.sets_of(params, state)
+        self._choose.enter(theta, was, {name: flags for name, (flags, _) in chosen.items()})
+        reservoir = self._reservoir(theta, chosen)
         kernels = self._kernels(params, reservoir)
+        values = values_of(kernels)
         state = convert.from_masked(
             self._layout, self.plan.inner, params, state, reservoir, kernels, self._put
         )
-        return values_of(kernels), state, reservoir
+        return values, self._with_first_moments(state, values, was, reservoir), reservoir
+
+    def _with_first_moments(
+        self, state: T, values: Tree, was: dict[str, np.ndarray], reservoir: Reservoir
+    ) -> T:
+        """The state with what `init` makes of units that entered B with the choice that was due."""
+        compact: Any = find_compact(state)
+        by_path = dict(jax.tree_util.tree_leaves_with_path(compact.inner_state))
+        columns = zip(self._layout.leaves, self._layout.flatten(values), strict=True)
+        for number, (leaf, array) in enumerate(columns):
+            if leaf is not None:
+                entered = leaf.entered(was[leaf.path], reservoir.sets[leaf.path])
+                entered = entered.reshape(*leaf.leaf.stack, -1)
+                by_path |= self._reset(number, entered, array, by_path) if entered.any() else {}
+        inner = flatten(compact.inner_state)[1].unflatten(by_path.values())
+        return replace_nodes(state, CompactState, lambda c: c._replace(inner_state=inner))
+
+    def _reset(
+        self, number: int, entered: np.ndarray, values: jax.Array, by_path: dict[Any, Any]
+    ) -> dict[Any, jax.Array]:
+        """What the optimizer holds of a leaf's units, made anew for those that have entered B."""
+        first = self._firsts[number](values)
+
+        def reset(array: Any, fresh: jax.Array, axis: int) -> jax.Array:
+            fits = entered.reshape(*entered.shape, *(1,) * (fresh.ndim - axis - 1))
+            return self._put(np.where(fits, on_host(fresh), on_host(array)))
+
+        return {
+            path: reset(by_path[path], first[jax.tree_util.keystr(path)], axis)
+            for path, axis in self._axes_of(number).items()
+        }
 
     def _kernels(self, params: Tree, reservoir: Reservoir) -> Tree:
         return self._layout.kernels(params, reservoir, self._put)

@@ -240,6 +240,40 @@ def test_there_and_back_again_to_the_bit():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("method", [tk.methods.set_evolution, tk.methods.rigl])
+def test_back_again_where_a_choice_is_due(method):
+    """What enters starts from zero with new moments, as in the update that follows under masks."""
+    plan = method(INNER["decayed"](), 0.3, drop_fraction=0.5).plan
+    tx = tk.sparsify(
+        plan.inner, plan.method, forward_density=0.3, refresh_every=2, inner_state="reset",
+        rules=[(".*", tk.Sparse(stacked=0))],
+    )  # fmt: skip
+    dense = {"w": grid(2, 8, 10)}
+    state, grads, update = tx.init(dense), {"w": grid(2, 8, 10, seed=1)}, jax.jit(tx.update)
+
+    def step(dense, state):
+        updates, state = update(grads, state, dense)
+        return optax.apply_updates(dense, updates), state
+
+    for _ in range(2):
+        dense, state = step(dense, state)
+    assert state.due
+    sparse = AlwaysSparse(tx, dense)
+    values, held, reservoir = sparse.from_masked(dense, state)
+    view = tk.forward_params(dense, state)
+    assert_same(view, {"w": to_dense(jax.device_get(tk.forward_params(values, held)["w"]))})
+    index = find_compact(held).kernels["w"].index
+    at_units = {"w": jnp.take_along_axis(grads["w"].reshape(2, -1), index, axis=1)}
+    updates, held = sparse.transform.update(at_units, held, values)
+    dense, state = step(dense, state)
+    values = optax.apply_updates(values, updates)
+    found, found_state = sparse.to_masked(values, held, reservoir)
+    assert_same(dense, found)
+    assert_same(
+        on_b(state.inner_state, state.sets), on_b(found_state.inner_state, found_state.sets)
+    )
+
+
 def test_a_fixed_random_mask_and_multi_steps():
     """Another method, and a wrapper around the transform whose state has the values' shape."""
     params, batches = parameters(), data(12)
@@ -308,8 +342,8 @@ def test_factored_moments_of_units_move_and_others_stay():
     np.testing.assert_array_equal(factored(state)["v_col"], before["v_col"])
 
 
-def grid(*shape, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+def grid(*shape, dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def refreshed(tx, params, move=1.0, **options):
