@@ -10,6 +10,7 @@ on the host; a masked run does so inside a step.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -121,7 +122,8 @@ class AlwaysSparse:
         self._copies = hosts.Copies(blocks)
         self._spares: Spares = {}  # kept where copies are, for the same reason
         self._moves: dict[str, tuple[np.ndarray, Move]] = {}  # of a choice made ahead, by its flags
-        self._refreshed = -1  # the last step that `refresh` was called with
+        self._theta: list[Any] = []  # weak references to θ of the run that was followed last
+        self._step = 0  # the last step that it was followed to
 
     def frozen(self, step: int) -> bool:
         """Whether B is A and the sets no longer change (`stop_exploring_at`).
@@ -202,6 +204,7 @@ class AlwaysSparse:
         reservoir = self._reservoir(theta, chosen)
         kernels = self._kernels(params, reservoir)
         state = self._first_state((self.transform if tx is None else tx).init, kernels)
+        self._follow(reservoir, 0)
         return values_of(kernels), state, reservoir
 
     def _reservoir(self, theta: dict[str, np.ndarray], chosen: dict[str, Any]) -> Reservoir:
@@ -302,7 +305,8 @@ class AlwaysSparse:
         """Refreshes the sets where a refresh is due. Call it after every step.
 
         Where a refresh is due, or `step` does not follow that of the last call, `step` is compared
-        with the number of finished steps in the state, which waits for the device.
+        with the number of finished steps in the state, which waits for the device. Calls may be
+        left out after steps that neither choose sets nor change them.
 
         Args:
           step: the number of finished steps, an int of at least 0.
@@ -318,17 +322,23 @@ class AlwaysSparse:
 
         Raises:
           SparsityError: values or a state that do not belong together, a step that is not that of
-            the state, sets of another size than the densities give, or no gradients where the
-            method chooses by them.
+            the state, a call that was left out where a refresh was due, sets of another size than
+            the densities give, or no gradients where the method chooses by them.
         """
-        step = whole_number("step", step)
-        chooses = self.plan.chooses_after(step)
-        if chooses and self.needs_gradients(step):
+        step, last = whole_number("step", step), self._last_step(reservoir)
+        if self.plan.chooses_after(step) and self.needs_gradients(step):
             self._check_gradients(gradients)
-        if chooses or self.changes_after(step) or step != self._refreshed + 1:
+        if self._is_due(step) or not last or step != last + 1:  # also at the first call
             self._check_step(step, params, state)
-        self._refreshed = step
-        if self.delay and chooses:
+            self._check_none_left_out(last, step)
+        params, state, reservoir = self._refresh(step, params, state, reservoir, gradients)
+        self._follow(reservoir, step)
+        return params, state, reservoir
+
+    def _refresh(
+        self, step: int, params: Tree, state: T, reservoir: Reservoir, gradients: Any
+    ) -> tuple[Tree, T, Reservoir]:
+        if self.delay and self.plan.chooses_after(step):
             reservoir = self._choose_ahead(step, params, state, reservoir, gradients)
         if not self.changes_after(step):
             return params, state, reservoir
@@ -360,6 +370,27 @@ class AlwaysSparse:
             return not self.frozen(step - 1)
         every = self.plan.refresh_every
         return every is not None and step > self.delay and (step - self.delay) % int(every) == 0
+
+    def _is_due(self, step: int) -> bool:
+        return self.plan.chooses_after(step) or self.changes_after(step)
+
+    def _follow(self, reservoir: Reservoir, step: int) -> None:
+        """Remembers the last step of a run, which is known by its arrays of θ."""
+        self._theta, self._step = [weakref.ref(x) for x in reservoir.theta.values()], step
+
+    def _last_step(self, reservoir: Reservoir) -> int | None:
+        """The last step that a run was followed to; None if it is not the one that was followed."""
+        held = [known() for known in self._theta]
+        same = [x is known for x, known in zip(reservoir.theta.values(), held, strict=False)]
+        return self._step if same and all(same) else None
+
+    def _check_none_left_out(self, last: int | None, step: int) -> None:
+        left_out = () if last is None else range(last + 1, step)
+        for due in filter(self._is_due, left_out):
+            raise SparsityError(
+                f"refresh: found step={step}, and step={last} in the last call: the refresh that "
+                f"fell due after step {due} was left out; call it after every step"
+            )
 
     def _check_step(self, step: int, params: Tree, state: Any) -> None:
         self._layout.values("refresh", params, state)
@@ -644,7 +675,10 @@ class AlwaysSparse:
         state = convert.from_masked(
             self._layout, self.plan.inner, params, state, reservoir, kernels, self._put
         )
-        return values, self._with_first_moments(state, values, was, reservoir), reservoir
+        state = self._with_first_moments(state, values, was, reservoir)
+        compact: Any = find_compact(state)
+        self._follow(reservoir, int(compact.step))
+        return values, state, reservoir
 
     def _with_first_moments(
         self, state: T, values: Tree, was: dict[str, np.ndarray], reservoir: Reservoir

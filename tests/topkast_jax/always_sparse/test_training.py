@@ -636,6 +636,41 @@ def test_a_step_that_is_not_that_of_the_state():
         sparse.refresh(3, values, at_step(state, 4), reservoir)
 
 
+def test_a_refresh_that_was_left_out():
+    """Steps may run together, as in a scan, as long as none of them ends with a refresh."""
+    tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=4, stop_exploring_at=9)
+    params = {"w": grid(16, 16)}
+
+    def ends(steps, sparse, start):
+        values, state, reservoir = start(sparse)
+        for step in steps:
+            state = at_step(state, step)
+            values, state, reservoir = sparse.refresh(step, values, state, reservoir)
+        return reservoir
+
+    now, ahead = AlwaysSparse(tx, params), AlwaysSparse(tx, params, delay=2)
+    new = lambda sparse: sparse.start(params)  # noqa: E731
+    ends([2, 4, 8, 9], now, new)
+    ends([4, 6, 8, 9], ahead, new)
+    skipped = "refresh: found step=.*: the refresh that fell due after step {} was left out"
+    for sparse, steps, due in (
+        (now, [6], 4),
+        (now, [3, 7], 4),
+        (now, [4, 8, 11], 9),
+        (ahead, [4, 8], 6),
+        (ahead, [5], 4),
+    ):
+        with pytest.raises(tk.SparsityError, match=skipped.format(due)):
+            ends(steps, sparse, new)
+    back = lambda sparse: sparse.from_masked(params, tx.init(params))  # noqa: E731
+    with pytest.raises(tk.SparsityError, match=skipped.format(4)):
+        ends([5], now, back)
+
+    # Another run may be at any step: one that was restored, or an earlier checkpoint of this one.
+    ends([8, 9, 3], now, lambda _: jax.tree.map(jnp.array, now.start(params)))
+    ends([4, 5, 2, 4], now, new)
+
+
 def test_nothing_keeps_an_object_alive():
     """What jax.jit keeps of the functions it has compiled is gone with the object."""
     params, batches = parameters(), data(6)
