@@ -112,7 +112,7 @@ class Session:
         """Does the last evaluation and writes `final.json`."""
         step, results = int(state.step), {}
         if self.program.config.eval_at_end:
-            for split in evaluated_splits(self.program):
+            for split in evaluated_splits(self.program.task, self.program.config):
                 results[split] = evaluate(self.program, state, split)
                 self.metrics.write(step, split, results[split] | {"final": True})
         value = summary.summary(
@@ -178,7 +178,7 @@ def _train(
         raise UserError(f"--profile={profile[0]}:{profile[1]}: must end by step {end}, the last")
     program = build(config)  # Most mistakes show here, before the folder is touched.
     data = program.task.train_data()
-    check_data(program)
+    check_data(program.task, config)
     kept = Kept.of(program.config, lambda: metric_names(program))
     with workdir.held(directory):
         workdir.claim(directory, config)

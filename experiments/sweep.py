@@ -9,10 +9,13 @@ something. Where the name is None, it is made of the variant and the overrides: 
 such a row and DIR share its runs. The folder of a run is DIR/NAME/seed-K. Overrides on the command
 line apply to all runs and take precedence over those of the file.
 
-A finished run is not done again, and an interrupted one continues. With `--jobs=N`, N runs are done
-at a time, each by a process of its own on its share of the CPU cores, which writes its output to
-DIR/NAME/seed-K.log. The exit status is 0; 1 if a run failed; 2 for a mistake in the command or a
-config; 75 if a signal stopped the sweep, and the same command continues it.
+A finished run is not done again, and an interrupted one continues. Nothing is run or written if one
+of the runs would be refused: for its config, its data, or the results in its folder. With
+`--jobs=N`, N runs are done at a time, each by a process of its own on its share of the CPU cores,
+which writes its output to DIR/NAME/seed-K.log. DIR/FILE.sweep.json (FILE+VARIANT.sweep.json) has
+the rows and their commands for a report. The exit status is 0; 1 if a run failed; 2 for a mistake
+in the command, a config or the data; 75 if a signal stopped the sweep, and the same command
+continues it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ if __name__ == "__main__":
     signals.end_at_once()  # What is imported below takes seconds.
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -35,15 +39,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import jax
 
 from experiments.config import command_line, resolve
 from experiments.config.planned import Planned, plan
 from experiments.errors import UserError
 from experiments.loop import Outcome, train
-from experiments.records import workdir
+from experiments.records import plans, workdir
+from experiments.records.plans import Plan
 from experiments.report import report
 from experiments.signals import ASK, RESUMABLE
+from experiments.task import make_task
+from experiments.training import optimizers
+from experiments.training.evaluation import check_data
+from experiments.training.state import abstract_params
 from topkast_jax import SparsityError
 
 
@@ -63,14 +74,59 @@ def main(argv: list[str]) -> int:
     if args.slurm:
         print(_slurm(args, overrides, chosen))
         return 0
-    for i in chosen:
-        # A mistake in any config is found before the first run.
-        resolve(runs[i].config, runs[i].overrides)
-    _record(args.config, args.seeds, runs, directory)
-    status = run_all([runs[i] for i in chosen], directory, args.jobs)
+    todo = [runs[i] for i in chosen]
+    if args.jobs > 1:
+        jax.config.update("jax_platforms", "cpu")  # The devices are for the runs' own processes.
+    check(todo, directory)
+    rows = [_row(run) for run in runs if run.seed == 0]
+    plans.record(directory, Plan(args.config, args.seeds, rows), {run.row for run in todo})
+    status = run_all(todo, directory, args.jobs)
     if args.only is None and status != RESUMABLE:
         print(report([directory], directory / "report"))
     return status
+
+
+def check(runs: Sequence[Planned], directory: Path) -> None:
+    """Finds what any of the runs would be refused for, before the first of them.
+
+    Args:
+        runs: the runs.
+        directory: the folder of the sweep. The results that it holds of a row, of any seed, must be
+            those of the row's config.
+
+    Raises:
+        UserError: a config, a method, the data or a folder does not fit; it names the row.
+    """
+    rows = {run.row: [other for other in runs if other.row == run.row] for run in runs}
+    read: set[str] = set()
+    for row, own in rows.items():
+        try:
+            _check_row(own, directory, read)
+        except (UserError, SparsityError) as error:
+            raise UserError(f"{row}: {error}") from error
+
+
+# The keys of a config on which it depends what data a run reads.
+_DATA = ("task", "data", "batch_size", "eval_every", "eval_at_end")
+
+
+def _check_row(runs: Sequence[Planned], directory: Path, read: set[str]) -> None:
+    """Checks the runs of one row; `read` has the data that was read for earlier rows."""
+    config = resolve(runs[0].config, runs[0].overrides)
+    folders = {directory / run.name for run in runs}
+    for folder in folders.union(plans.results(directory / runs[0].row)):
+        config.seed = int(folder.name.removeprefix("seed-"))
+        workdir.check(folder, config)
+    if all(workdir.finished(folder) for folder in folders):
+        return
+    task = make_task(config)
+    optimizers.check(config, abstract_params(task))
+    values = workdir.as_json(config)
+    data = json.dumps([values[key] for key in _DATA])
+    if data not in read:
+        task.train_data()
+        check_data(task, config)
+    read.add(data)
 
 
 def run_all(runs: Sequence[Planned], directory: Path, jobs: int = 1) -> int:
@@ -179,20 +235,10 @@ class _Processes:
             process.terminate()
 
 
-def _record(spec: str, seeds: int, runs: Sequence[Planned], directory: Path) -> None:
-    """Writes the plan to the folder, from which a report knows which runs are missing."""
-    rows = [
-        {"row": r.row, "config": r.config, "overrides": r.overrides[:-1], "paper": r.paper}
-        for r in runs
-        if r.seed == 0
-    ]
-    name = Path(spec.partition(":")[0]).stem
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        written = {"config": spec, "seeds": seeds, "rows": rows}
-        workdir.write_json(directory / f"{name}{workdir.SWEEP}", written)
-    except OSError as error:
-        raise UserError(f"--workdir={directory}: cannot be written: {error.strerror}") from error
+def _row(run: Planned) -> dict[str, Any]:
+    """A row of the plan; the last override is the seed."""
+    overrides = list(run.overrides[:-1])
+    return {"row": run.row, "config": run.config, "overrides": overrides, "paper": run.paper}
 
 
 def _listed(run: Planned) -> str:

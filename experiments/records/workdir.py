@@ -22,6 +22,7 @@ from experiments.records import files
 
 CONFIG, METRICS, FINAL, CHECKPOINTS = "config.json", "metrics.jsonl", "final.json", "checkpoints"
 TENSORBOARD, LOCK, SWEEP, SETS = "tensorboard", ".lock", ".sweep.json", "sets"
+_OURS = {"name", "task", "seed", "steps", "model", "data", "method"}  # Every config has these keys.
 # Keys that may change when a run continues, because they do not change what it computes.
 FREE = (
     "name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints",
@@ -73,16 +74,21 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     Raises:
         UserError: it is a file, cannot be written, or belongs to another config.
     """
-    _check_folder(workdir)
-    saved = workdir / CONFIG
-    old = read_json(saved) if saved.exists() else None
-    if old is not None and _holds_results(workdir):
-        _check_same(workdir, old, as_json(config))
-        _check_writable(workdir)
-        return
+    check(workdir, config)
     _check_writable(workdir)
-    if jax.process_index() == 0:
-        write_json(saved, as_json(config))
+    if jax.process_index() == 0 and not holds_results(workdir):
+        write_json(workdir / CONFIG, as_json(config))
+
+
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Checks that a run of this config may use the folder; nothing is written.
+
+    Raises:
+        UserError: it is a file, or it holds something else, or the results of another config.
+    """
+    _check_folder(workdir)
+    if holds_results(workdir):
+        _check_same(workdir, read_json(workdir / CONFIG), as_json(config))
 
 
 def _check_folder(workdir: Path) -> None:
@@ -97,6 +103,8 @@ def _check_folder(workdir: Path) -> None:
     strange = [name for name in (METRICS, FINAL, CHECKPOINTS) if (workdir / name).exists()]
     if strange and not (workdir / CONFIG).exists():
         raise UserError(f"--workdir={workdir}: holds {strange[0]} but no {CONFIG}; choose another")
+    if (workdir / CONFIG).exists() and not _OURS.issubset(read_json(workdir / CONFIG)):
+        raise UserError(f"{workdir / CONFIG}: is no config of a run; choose another --workdir")
 
 
 def check_no_address(flag: str, path: Path) -> None:
@@ -105,7 +113,7 @@ def check_no_address(flag: str, path: Path) -> None:
         raise UserError(f"{flag}={path}: is an address; must be a path, mounted if need be")
 
 
-def _holds_results(workdir: Path) -> bool:
+def holds_results(workdir: Path) -> bool:
     """Whether something would be lost if another config took over the folder."""
     records = workdir / METRICS
     return (

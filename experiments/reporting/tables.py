@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.errors import UserError
-from experiments.records import files
-from experiments.records.workdir import SWEEP, read_json
+from experiments.records import files, plans
+from experiments.records.workdir import SWEEP
 from experiments.reporting.groups import Group, Summary, forward_density
 
 Read = Callable[[Summary], Any]
@@ -116,33 +115,19 @@ def sweeps(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
 
 
 def _sweep(path: Path, groups: Sequence[Group]) -> Table:
-    spec, seeds, rows = _plan(path)
+    plan = plans.read(path)
     by_row = {folder.parent: group for group in groups for folder in group.folders}
     heads = ["run", "seeds", *_columns(groups), "reported by the paper", "command"]
-    table = Table(path.name.removesuffix(SWEEP), spec, heads, [])
-    for planned in rows:
+    table = Table(path.name.removesuffix(SWEEP), plan.config, heads, [])
+    for planned in plan.rows:
         group = by_row.get(path.parent / planned["row"])
         done = len(group.runs) if group else 0
-        told = str(done) if done == seeds else f"{done}, missing {seeds - done}"
+        told = str(done) if done == plan.seeds else f"{done}, missing {plan.seeds - done}"
         flags = [f"--config={planned['config']}", *(f"--config.{o}" for o in planned["overrides"])]
         command = " ".join(["python -m experiments.main", *map(shlex.quote, flags)])
         numbers = _numbers(group, groups)
         table.rows.append([planned["row"], told, *numbers, planned["paper"], command])
     return table
-
-
-def _plan(path: Path) -> tuple[str, int, list[dict[str, Any]]]:
-    """The sweep, its number of seeds and its rows, as `experiments.sweep` wrote them."""
-    plan = read_json(path)
-    rows: Any = plan.get("rows")
-    kinds = {"row": str, "config": str, "overrides": list, "paper": str}
-    fits = isinstance(plan.get("config"), str) and type(plan.get("seeds")) is int
-    fits = fits and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    if not (
-        fits and all(isinstance(row.get(key), kind) for row in rows for key, kind in kinds.items())
-    ):
-        raise UserError(f"{path}: is no plan of a sweep; must be written by experiments.sweep")
-    return plan["config"], plan["seeds"], rows
 
 
 def _columns(groups: Sequence[Group]) -> dict[str, tuple[Read, str]]:

@@ -5,28 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from experiments.errors import UserError
+from experiments.task import Task
 from experiments.training.metric_sums import MetricSums
 from experiments.training.program import Program
 from experiments.training.state import TrainState
 
 
-def evaluated_splits(program: Program) -> list[str]:
+def evaluated_splits(task: Task, config: ConfigDict) -> list[str]:
     """The splits that a run evaluates, during training or at its end."""
-    task, config = program.task, program.config
     splits = [task.eval_split] if config.eval_every or config.eval_at_end else []
     return list(dict.fromkeys([*splits, *([task.test_split] if config.eval_at_end else [])]))
 
 
-def check_data(program: Program) -> None:
+def check_data(task: Task, config: ConfigDict) -> None:
     """Reads the first batch of each split that the run evaluates.
 
     Raises:
         UserError: a split cannot be read or holds nothing.
     """
-    for split in evaluated_splits(program):
-        if next(iter(program.task.eval_data(split)), None) is None:
+    for split in evaluated_splits(task, config):
+        if next(iter(task.eval_data(split)), None) is None:
             raise UserError(f"the {split} split of the data is empty: must hold an example")
 
 

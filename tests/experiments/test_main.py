@@ -118,6 +118,23 @@ def test_workdir_of_something_else(capsys, tmp_path, name, told):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"architectures": ["BertModel"], "model_type": "bert"}',
+        '{"name": "x", "seed": 1}',
+        "[]",
+    ],
+)
+def test_the_config_of_another_program_is_not_overwritten(capsys, tmp_path, text):
+    """As the folder of a Hugging Face model has one."""
+    (tmp_path / "config.json").write_text(text)
+    assert_refused(call(capsys, *command(tmp_path)), f"{tmp_path}/config.json: ")
+    assert (tmp_path / "config.json").read_text() == text
+    assert list(tmp_path.iterdir()) == [tmp_path / "config.json"]
+
+
+@pytest.mark.parametrize(
     ("name", "told"),
     [
         ("config.json", "config.json: is a folder; must be a file"),

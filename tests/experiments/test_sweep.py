@@ -238,3 +238,84 @@ def test_bad_input(tmp_path, capsys, text, args, message):
     assert message in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "s").exists()
+
+
+def plans(directory):
+    return {path.name: json.loads(path.read_text()) for path in directory.glob("*.sweep.json")}
+
+
+def overrides(directory):
+    (plan,) = plans(directory).values()
+    return {row["row"]: row["overrides"] for row in plan["rows"]}
+
+
+def snapshot(directory):
+    return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+RATE = "--config.optimizer.learning_rate=0.05"
+
+
+def test_results_of_another_command_are_refused_before_the_plan_is_written(tmp_path, capsys):
+    """Of the runs of the command, and of another seed of its rows."""
+    assert sweep(tmp_path / "s", "--only=1", "--config.checkpoint_every=5") == 0
+    before = snapshot(tmp_path / "s")
+    for args in (["--only=1"], ["--only=6", "--seeds=2"], []):
+        capsys.readouterr()
+        assert sweep(tmp_path / "s", RATE, *args) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: 80-60: --workdir={tmp_path}/s/80-60/seed-0: belongs to")
+        assert "optimizer.learning_rate is 0.1 there and 0.05 here" in line
+        assert snapshot(tmp_path / "s") == before
+
+
+def test_a_plan_changes_where_the_command_runs_something(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.sweep.train", lambda c, d: "finished")
+    assert sweep(tmp_path, "--only=5", "--seeds=3", "--config.log_every=2") == 0
+    assert set(map(tuple, overrides(tmp_path).values())) == {("steps=10", "log_every=2")}
+    assert sweep(tmp_path, "--only=1", RATE) == 0
+    changed = overrides(tmp_path)
+    assert changed.pop("80-60") == ["steps=10", "optimizer.learning_rate=0.05"]
+    assert set(map(tuple, changed.values())) == {("steps=10", "log_every=2")}
+    assert plans(tmp_path)["toy_sweep.sweep.json"]["seeds"] == 3
+
+
+def test_a_row_that_the_file_no_longer_has_stays_with_its_results(tmp_path):
+    spoilt = tmp_path / "spoilt" / "seed-0"
+    assert sweep(tmp_path, "--only=5", "--config.steps=14", variant=":nan") == 1
+    path = tmp_path / "toy_sweep+nan.sweep.json"
+    path.rename(tmp_path / "toy_sweep.sweep.json")
+    assert (spoilt / "metrics.jsonl").stat().st_size
+    assert sweep(tmp_path, "--only=0") == 0
+    assert "spoilt" in overrides(tmp_path)
+    shutil.rmtree(spoilt)
+    assert sweep(tmp_path, "--only=0") == 0
+    assert "spoilt" not in overrides(tmp_path)
+
+
+def test_each_variant_has_a_plan_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.sweep.train", lambda c, d: "finished")
+    assert sweep(tmp_path, "--only=0") == sweep(tmp_path, "--only=0", variant=":nan") == 0
+    assert {name: plan["config"] for name, plan in plans(tmp_path).items()} == {
+        "toy_sweep.sweep.json": SWEEP, "toy_sweep+nan.sweep.json": f"{SWEEP}:nan"
+    }  # fmt: skip
+
+
+WRONG = {
+    "pattern": (["method.pattern=block:3x3"], "Block(3, 3) does not divide"),
+    "data": (["data.name=image_folder", "data.dir=nowhere"], "no folder train"),
+    "batch": (["batch_size=4008"], "must be at most the 4000 images"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "told"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("jobs", ["--jobs=1", "--jobs=2"])
+def test_all_runs_are_checked_before_the_first(tmp_path, capsys, wrong, told, jobs):
+    path = tmp_path / "s.py"
+    path.write_text("def get_sweep(): yield 'a', 'configs/digits_lenet.py:static-90,smoke', {}")
+    flags = [f"--config.{text}" for text in wrong]
+    assert main([f"--config={path}", f"--workdir={tmp_path}/s", jobs, *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: a: ")
+    assert told in line
+    assert not (tmp_path / "s").exists()
