@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from experiments.config import apply_variant, base_config
 
-FLAGS = ("smoke", "2x", "5x", "10x", "all-sparse", "last-sparse")
+FLAGS = ("smoke", ("2x", "5x", "10x"), ("all-sparse", "last-sparse"))
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -36,7 +36,7 @@ from experiments.config import apply_variant, base_config
 
 STEPS_PER_EPOCH = 1_281_167 / 4_096
 
-FLAGS = ("smoke", "2x", "5x", "10x", "all-sparse", "last-sparse")
+FLAGS = ("smoke", ("2x", "5x", "10x"), ("all-sparse", "last-sparse"))
 
 
 def get_config(variant: str = "") -> ConfigDict:

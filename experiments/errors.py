@@ -11,6 +11,10 @@ class UserError(Exception):
     """A mistake of a user, in one line that names the thing, what was found and what is allowed."""
 
 
+class VariantError(UserError):
+    """A variant that a config file or a sweep file does not have; `load` adds which file it is."""
+
+
 def warn(line: str) -> None:
     """Prints a warning."""
     print(f"warning: {line}", file=sys.stderr, flush=True)

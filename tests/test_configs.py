@@ -64,7 +64,8 @@ def test_every_variant_validates(name, smoke):
 
 
 @pytest.mark.parametrize(
-    "variant", ["90", "dens", "90/80/70", "static-", "static-100", "rig-90", "smoke,fast"]
+    "variant",
+    ["90", "dens", "90/80/70", "static-", "static-100", "rig-90", "top_kast-90", "smoke,fast"],
 )
 @pytest.mark.parametrize("name", IMAGE_CONFIGS)
 def test_a_bad_variant_names_what_is_allowed(name, variant):
@@ -83,6 +84,21 @@ def test_sweeps_name_configs_that_validate(name):
         path, _, variant = run.config.partition(":")
         config = resolve(pathlib.Path(path).stem, variant, *run.overrides)
         assert config.name == f"{pathlib.Path(path).stem}:{variant}"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_sweep_names_its_variants(name):
+    spec = f"{ROOT / 'sweeps' / name}.py:tiny"
+    with pytest.raises(UserError) as error:
+        plan(spec, 1)
+    assert str(error.value) == f"--config={spec}: variant 'tiny': allowed: nothing, small"
+
+
+@pytest.mark.parametrize("variant", ["2x,5x", "90/80,all-sparse,last-sparse"])
+@pytest.mark.parametrize("name", ["cifar10_small", "imagenet_resnet50"])
+def test_words_that_contradict_each_other_are_one_line(name, variant):
+    with pytest.raises(UserError, match="'.*' and '.*' exclude each other"):
+        resolve(name, variant)
 
 
 def test_the_quickstart_compares_methods_at_the_same_densities():

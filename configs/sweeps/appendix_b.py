@@ -12,6 +12,8 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from experiments.config import check_variant
+
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 
 REPORTED = {
@@ -26,5 +28,6 @@ REPORTED = {
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
+    check_variant(variant, CONFIGS)
     for row, accuracy in REPORTED.items():
         yield None, f"{CONFIGS[variant]}:{row},all-sparse", {}, f"{accuracy:.2f} % (appendix B)"

@@ -14,6 +14,8 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from experiments.config import check_variant
+
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 
 # Top-1 % and training FLOPs of dense.
@@ -55,6 +57,7 @@ ERK = {
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
+    check_variant(variant, CONFIGS)
     config = CONFIGS[variant]
     for row, (number, flops) in TOP_KAST.items():
         yield None, f"{config}:{row}", {}, _reported(f"{number:.2f}", flops, "figure 2a")

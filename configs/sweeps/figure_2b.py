@@ -13,6 +13,8 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from experiments.config import check_variant
+
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 
 TOP_KAST = {
@@ -56,6 +58,7 @@ SPARSEML = {"batch_size": 400, "steps": 320_292}
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str, object], str]]:
+    check_variant(variant, CONFIGS)
     config = CONFIGS[variant]
     for row, number in TOP_KAST.items():
         yield None, f"{config}:{row}", {}, f"{number:.2f} % (figure 2b)"

@@ -13,6 +13,8 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from experiments.config import check_variant
+
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 
 # Top-1 % and training FLOPs of dense.
@@ -33,6 +35,7 @@ REPORTED = {
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
+    check_variant(variant, CONFIGS)
     config = CONFIGS[variant]
     for row, (accuracy, flops) in REPORTED.items():
         yield None, f"{config}:{row}", {}, f"{accuracy} % at {flops} FLOPs (figure 2c)"

@@ -14,6 +14,8 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from experiments.config import check_variant
+
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 EVERY = {"": 5_000, "small": 781}
 REPORTED = (
@@ -24,6 +26,7 @@ REPORTED = (
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
+    check_variant(variant, CONFIGS)
     own = {"method.refresh_every": 1, "write_sets_every": EVERY[variant]}
     yield None, f"{CONFIGS[variant]}:80/50", own, REPORTED
     yield None, f"{CONFIGS[variant]}:80/50", {"write_sets_every": EVERY[variant]}, ""

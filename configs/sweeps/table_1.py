@@ -12,6 +12,8 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from experiments.config import check_variant
+
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 
 EXPLORED = {"90/80": (73.03, 74.76), "95/90": (70.42, 68.48), "98/90": (None, None)}
@@ -21,6 +23,7 @@ STOPPED = {0: 68.26, 5_000: 72.05, 16_000: 74.14, None: 74.65}
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
+    check_variant(variant, CONFIGS)
     config = CONFIGS[variant]
     for row, reported in EXPLORED.items():
         for own, accuracy in zip(({}, {"method.exploration_set": "random"}), reported, strict=True):

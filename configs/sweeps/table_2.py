@@ -13,6 +13,8 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from experiments.config import check_variant
+
 CONFIGS = {"": "configs/enwik8_large.py", "small": "configs/enwik8_small.py"}
 REPORTED = {
     "dense": "0.99",
@@ -30,6 +32,7 @@ REPORTED = {
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str, object], str]]:
+    check_variant(variant, CONFIGS)
     for row, bpc in REPORTED.items():
         yield None, f"{CONFIGS[variant]}:{row}", {}, f"{bpc} bpc (table 2, figure 3c)"
     reference = "Transformer-XL, 44 M: 1.06 bpc; All-Attention, 39 M: 1.01 bpc (table 2)"

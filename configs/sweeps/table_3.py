@@ -12,11 +12,14 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from experiments.config import check_variant
+
 CONFIGS = {"": "configs/wikitext103_large.py", "small": "configs/enwik8_small.py"}
 REPORTED = {"dense": 18.3, "80/0": 19.8, "80/60": 21.3, "90/80": 25.1, "95/90": 32.2}
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str, object], str]]:
+    check_variant(variant, CONFIGS)
     for row, perplexity in REPORTED.items():
         yield None, f"{CONFIGS[variant]}:{row}", {}, f"{perplexity} perplexity (table 3)"
     small = f"{CONFIGS[variant]}:small-dense-67" if variant else "configs/wikitext103_94m.py:dense"

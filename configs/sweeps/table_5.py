@@ -11,6 +11,8 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from experiments.config import check_variant
+
 CONFIGS = {"": "configs/enwik8_69m.py", "small": "configs/enwik8_small.py"}
 REPORTED = {
     "dense": 1.00,
@@ -27,5 +29,6 @@ REPORTED = {
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
+    check_variant(variant, CONFIGS)
     for row, bpc in REPORTED.items():
         yield None, f"{CONFIGS[variant]}:{row}", {}, f"{bpc:.2f} bpc (table 5)"

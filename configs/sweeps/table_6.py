@@ -12,12 +12,15 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from experiments.config import check_variant
+
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
 
 REPORTED = {"80/50": (75.03, 75.14), "90/80": (73.03, 73.18), "95/90": (70.42, 70.38)}
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
+    check_variant(variant, CONFIGS)
     config = CONFIGS[variant]
     for row, (always, every_100) in REPORTED.items():
         yield None, f"{config}:{row}", {"method.refresh_every": 1}, f"{always} % (table 6)"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ml_collections import ConfigDict
 
 import topkast_jax as tk
 from experiments import task as tasks
-from experiments.errors import UserError
+from experiments.errors import VariantError
 from experiments.training import methods
 
 
@@ -71,7 +71,21 @@ def base_config(task: str) -> ConfigDict:
     return config.lock()
 
 
-def apply_variant(config: ConfigDict, variant: str, flags: Sequence[str] = ("smoke",)) -> set[str]:
+def check_variant(variant: str, allowed: Iterable[str]) -> None:
+    """Checks the variant of a sweep file; the empty one stands for a file named without any.
+
+    Raises:
+        UserError: it is not one of those that are allowed.
+    """
+    names = list(allowed)
+    if variant not in names:
+        listed = ", ".join(name or "nothing" for name in names)
+        raise VariantError(f"variant {variant!r}: allowed: {listed}")
+
+
+def apply_variant(
+    config: ConfigDict, variant: str, flags: Sequence[str | tuple[str, ...]] = ("smoke",)
+) -> set[str]:
     """Sets the method of a config from a variant.
 
     Args:
@@ -81,20 +95,31 @@ def apply_variant(config: ConfigDict, variant: str, flags: Sequence[str] = ("smo
             (a fixed random mask, `static_random-F`), `small-dense-F` (a dense and narrower model
             of the same depth, with as many parameters as one of F % sparsity by `method.rules` runs
             on), and the flags.
-        flags: further words, to which the config file itself reacts.
+        flags: further words, to which the config file itself reacts. Of those in one tuple, a
+            variant contains one at most.
 
     Returns:
         The flags that the variant contains.
+
+    Raises:
+        UserError: a word is not known, or two words contradict each other.
     """
+    groups = [(flag,) if isinstance(flag, str) else flag for flag in flags]
+    words = [word for group in groups for word in group]
     found, named = set(), ""
     for word in filter(None, (word.strip() for word in variant.split(","))):
-        if word in flags:
+        if word in words:
             found.add(word)
             continue
         if named:
-            raise UserError(f"variant {variant!r}: {named!r} and {word!r} both name a method")
-        _apply_method(config, word, flags)
+            raise VariantError(f"variant {variant!r}: {named!r} and {word!r} both name a method")
+        _apply_method(config, word, words)
         named = word
+    for both in ([word for word in group if word in found] for group in groups):
+        if len(both) > 1:
+            raise VariantError(
+                f"variant {variant!r}: {both[0]!r} and {both[1]!r} exclude each other"
+            )
     return found
 
 
@@ -111,7 +136,7 @@ def _apply_method(config: ConfigDict, word: str, flags: Sequence[str]) -> None:
         elif "-" in word:
             name, _, forward = word.rpartition("-")
             method.name = {"static": "static_random"}.get(name, name)
-            if method.name not in tk.methods.names():
+            if method.name not in tk.methods.names() or method.name == "top_kast":
                 raise ValueError
             method.forward_density = _density(forward)
         else:
@@ -123,7 +148,7 @@ def _apply_method(config: ConfigDict, word: str, flags: Sequence[str]) -> None:
         names = [f"{name}-F" for name in tk.methods.names() if name != "top_kast"]
         small = ["small-dense-F"] if "small_dense" in config.model else []
         allowed = ", ".join(["dense", "F/B", "static-F", *small, *names, *flags])
-        raise UserError(
+        raise VariantError(
             f"variant {word!r}: allowed: {allowed} (F, B: sparsity in %, 0 to below 100)"
         ) from None
 

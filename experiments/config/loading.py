@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import inspect
 import runpy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from experiments.config.validation import finish
-from experiments.errors import UserError
+from experiments.errors import UserError, VariantError
 from experiments.training import methods
 
 
@@ -36,9 +37,19 @@ def load(spec: str, function: str = "get_config") -> Any:
             raise UserError(f"--config={spec}: {path} defines no {function}()")
         if variant and not inspect.signature(found).parameters:
             raise UserError(f"--config={spec}: {function}() of {path} takes no variant")
-        return found(variant) if variant else found()
+        with named(spec):
+            return found(variant) if variant else found()
     except SystemExit as error:
         raise UserError(f"--config={spec}: {path} ends the process: {error!r}") from error
+
+
+@contextlib.contextmanager
+def named(spec: str) -> Iterator[None]:
+    """Says in an error about a variant which file does not have it."""
+    try:
+        yield
+    except VariantError as error:
+        raise UserError(f"--config={spec}: {error}") from None
 
 
 def resolve(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:

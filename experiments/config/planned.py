@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from experiments.config.loading import load
+from experiments.config.loading import load, named
 from experiments.errors import UserError
 
 
@@ -57,7 +57,8 @@ def plan(spec: str, seeds: int, overrides: Sequence[str] = ()) -> list[Planned]:
         raise UserError(
             f"--config={spec}: get_sweep() returned {found!r}; must yield (name, config, overrides)"
         )
-    entries = [_entry(spec, entry) for entry in found]
+    with named(spec):  # A generator finds out only now that it has no such variant.
+        entries = [_entry(spec, entry) for entry in found]
     names = [name for name, _, _, _ in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not entries:
