@@ -100,6 +100,15 @@ def check_sizes(leaf: HostLeaf, forward: int, backward: int) -> None:
         )
 
 
+def check_reservoir(reservoir: Any) -> None:
+    """Raises SparsityError unless it is a reservoir, such as where it and a state are mistaken."""
+    if not isinstance(reservoir, hosts.Reservoir):
+        raise SparsityError(
+            f"reservoir: found a {type(reservoir).__name__}, must be what start or the last "
+            "refresh returned"
+        )
+
+
 def whole_number(name: str, value: Any) -> int:
     """The value as an int; SparsityError unless it is one, not traced, and at least 0."""
     try:

@@ -106,6 +106,11 @@ def check(host: HostLeaf) -> None:
             f"{host.path}: stacked axes {leaf.axes} have no compact form; allowed: leading axes "
             "in order"
         )
+    if 0 in leaf.stack:
+        raise SparsityError(
+            f"{host.path}: a stack of 0 layers has no compact form, found shape {leaf.full_shape}: "
+            "must be dense"
+        )
     units = units_in(leaf.pattern, leaf.shape)
     density = float(leaf.forward_density)
     if leaf.pattern.unit_shape and density * units < 0.5:

@@ -11,13 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from topkast_jax.always_sparse.checks import check_sizes, leaves_like, unit_counts
+from topkast_jax.always_sparse.checks import (
+    check_reservoir,
+    check_sizes,
+    leaves_like,
+    unit_counts,
+)
 from topkast_jax.always_sparse.host import HostLeaf, Reservoir
 from topkast_jax.always_sparse.kernel import CompactKernel, is_compact
 from topkast_jax.errors import SparsityError
 from topkast_jax.sets import SparsifyState, find_compact
 from topkast_jax.sparsify import Plan
-from topkast_jax.trees import flatten_with_names
+from topkast_jax.trees import columns_of, flatten_with_names
 
 Tree = Any
 
@@ -43,6 +48,10 @@ class Layout:
         """What a tree of the parameters' structure holds for each leaf."""
         held: list[Any] = self._treedef.flatten_up_to(tree)
         return held
+
+    def column(self, what: str, tree: Tree) -> list[Any]:
+        """As `flatten`, of a tree of the user's; `what` names it in the error."""
+        return list(columns_of(what, tree, self.names, self._treedef).values())
 
     def unflatten(self, leaves: Iterable[Any]) -> Tree:
         """The inverse of `flatten`."""
@@ -109,6 +118,7 @@ class Layout:
 
     def masks(self, reservoir: Reservoir) -> tuple[Tree, SparsifyState]:
         """Abstract dense parameters, and the sets in a masked run's state."""
+        check_reservoir(reservoir)
         sets = [reservoir.sets.get(name, optax.MaskedNode()) for name in self.names]
         state = SparsifyState(np.int32(0), self.unflatten(sets), {}, ())  # type: ignore[arg-type]
         return self.unflatten(self.dense), state

@@ -17,6 +17,7 @@ import numpy as np
 from topkast_jax.always_sparse.host import Move
 from topkast_jax.always_sparse.kernel import CompactKernel
 from topkast_jax.errors import SparsityError
+from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.method import Leaf
 from topkast_jax.trees import flatten
 
@@ -90,6 +91,50 @@ def _unit_axis(
     first = axis - len(stack)
     numbers_units = shape[axis] == units == fewer[axis] + 1
     return axis if first >= 0 and shape[first:axis] == stack and numbers_units else None
+
+
+def check_wrapper(init: Callable[[Any], Any], values: Any, leaves: Any) -> None:
+    """Raises SparsityError unless all that a wrapper remembers of units starts at zero.
+
+    Units that enter B get zeros there. An array that starts otherwise holds copies of parameters as
+    a rule (schedule-free, Mechanic). With these, a wrapper also moves entries that have left B,
+    which an always-sparse run cannot.
+
+    Args:
+      init: makes what is around the state of the always-sparse transform.
+      values: abstract tree of values.
+      leaves: a tree of its structure, None where a leaf is dense.
+    """
+
+    def remembered(value: Any) -> dict[str, jax.Array]:
+        here = jax.tree.map(lambda x: jnp.full(x.shape, value).astype(x.dtype), values)
+        return {path: jnp.ravel(x)[:1] for path, x in remembered_units(init(here), here, leaves)}
+
+    if jax.eval_shape(remembered, 0.5):
+        for path, first in jax.jit(remembered)(0.5).items():
+            if np.any(first):
+                raise SparsityError(
+                    f"a wrapper's state{path} is not zero at first, so that units that enter B "
+                    "cannot start there: make the wrapper the inner optimizer, as in "
+                    "top_kast(wrapper(...), ...), or take a wrapper whose arrays start at zero"
+                )
+
+
+def remembered_units(outside: Any, params: Any, leaves: Any) -> list[tuple[str, Any]]:
+    """What an optimizer's state holds in the shape of the leaves that are not None in `leaves`.
+
+    Returns:
+      Pairs of `keystr` of a path in the state and the array.
+    """
+    is_marked = lambda node: isinstance(node, _Remembered)  # noqa: E731
+    marked = map_parameter_shaped(lambda array, _: _Remembered(array), outside, params, leaves)
+    found = jax.tree_util.tree_leaves_with_path(marked, is_leaf=is_marked)
+    return [(jax.tree_util.keystr(path), x.array) for path, x in found if is_marked(x)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Remembered:
+    array: Any
 
 
 def first_arrays(

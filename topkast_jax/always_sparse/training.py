@@ -26,6 +26,7 @@ from topkast_jax.always_sparse import host as hosts
 from topkast_jax.always_sparse.checks import (
     check_inner_state,
     check_plan,
+    check_reservoir,
     check_sizes,
     whole_number,
 )
@@ -34,7 +35,16 @@ from topkast_jax.always_sparse.gradients import DenseGradients, groups
 from topkast_jax.always_sparse.host import HostLeaf, Move, Reservoir
 from topkast_jax.always_sparse.kernel import CompactKernel, values_of
 from topkast_jax.always_sparse.layout import Layout, is_here, on_host, places_of
-from topkast_jax.always_sparse.refresh import Mover, Place, Spares, first_arrays, sent, unit_axes
+from topkast_jax.always_sparse.refresh import (
+    Mover,
+    Place,
+    Spares,
+    check_wrapper,
+    first_arrays,
+    remembered_units,
+    sent,
+    unit_axes,
+)
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.method import Sets, enters_anew
@@ -143,15 +153,27 @@ class AlwaysSparse:
     ) -> tuple[Tree, Any]:
         """Shapes and types of the values and the optimizer state, as `start` returns them."""
         kernels = self.abstract(step)
+        self._check_wrapper(tx)
         init = functools.partial(jax.eval_shape, (self.transform if tx is None else tx).init)
         return values_of(kernels), self._first_state(init, kernels)
 
-    def _first_state(self, init: Callable[[Tree], Any], kernels: Tree) -> Any:
+    def _check_wrapper(self, tx: optax.GradientTransformation | None) -> None:
+        """Raises SparsityError unless a refresh can follow what `tx` adds to `transform`."""
+        if tx is not None:
+            init = lambda values: _outside(self._starting(tx.init, values))  # noqa: E731
+            leaves = self._layout.unflatten(self._layout.leaves)
+            check_wrapper(init, values_of(self.abstract()), leaves)
+
+    def _starting(self, init: Callable[[Tree], Any], values: Tree) -> Any:
+        """What `init` returns, where `transform.init` may be a part of it."""
         self._is_starting = True
         try:
-            state = init(values_of(kernels))
+            return init(values)
         finally:
             self._is_starting = False
+
+    def _first_state(self, init: Callable[[Tree], Any], kernels: Tree) -> Any:
+        state = self._starting(init, values_of(kernels))
         if find_compact(state) is None:
             raise SparsityError("start: AlwaysSparse.transform is no part of the tx it was given")
         return replace_nodes(state, CompactState, lambda c: c._replace(kernels=places_of(kernels)))
@@ -192,9 +214,11 @@ class AlwaysSparse:
 
         Raises:
           SparsityError: other parameters than those of `__init__`, a `tx` without `transform` in
-            it, or sets of another size than the densities say.
+            it or with arrays that a refresh cannot follow, or sets of another size than the
+            densities say.
         """
         self._ahead = None
+        self._check_wrapper(tx)
         theta = self._layout.theta("start", params, donate)
         chosen = self._choose(0, theta)
         if self.frozen(0):
@@ -233,10 +257,15 @@ class AlwaysSparse:
     ) -> tuple[Tree, CompactState]:
         if params is None:
             raise SparsityError("update needs the values: transform.update(grads, state, values)")
+        if not isinstance(state, CompactState):
+            raise SparsityError(
+                f"update(grads, state, values): state is a {type(state).__name__}, must be what "
+                "start returned for this transform"
+            )
         columns = (
             self._layout.leaves,
-            self._layout.flatten(values_of(grads)),
-            self._layout.flatten(params),
+            self._layout.column("update: gradients", values_of(grads)),
+            self._layout.column("update: values", params),
             self._layout.flatten(state.kernels),
         )
         shaped = [
@@ -380,6 +409,7 @@ class AlwaysSparse:
 
     def _last_step(self, reservoir: Reservoir) -> int | None:
         """The last step that a run was followed to; None if it is not the one that was followed."""
+        check_reservoir(reservoir)
         held = [known() for known in self._theta]
         same = [x is known for x, known in zip(reservoir.theta.values(), held, strict=False)]
         return self._step if same and all(same) else None
@@ -425,6 +455,7 @@ class AlwaysSparse:
         Args:
           reservoir: as `start` or the last `refresh` returned it.
         """
+        check_reservoir(reservoir)
         if self._ahead is not None:
             reservoir = reservoir._replace(chosen=self._ahead.result())
         return reservoir
@@ -528,7 +559,7 @@ class AlwaysSparse:
         twice = _held_twice((params, state))
         spares = self._spares if ahead else None
         compact: Any = find_compact(state)
-        outside = replace_nodes(state, CompactState, lambda _: None)
+        outside = _outside(state)
         arrays, kernels = self._layout.flatten(params), self._layout.flatten(compact.kernels)
         by_path = dict(jax.tree_util.tree_leaves_with_path(compact.inner_state))
         numbers = {name: number for number, name in enumerate(self._layout.names)}
@@ -647,7 +678,9 @@ class AlwaysSparse:
         chooser = self._choose.chooser if self.plan.ever_chooses else ()
         return convert.to_masked(self._layout, self.plan, params, state, reservoir, chooser)
 
-    def from_masked(self, params: Tree, state: T) -> tuple[Tree, T, Reservoir]:
+    def from_masked(
+        self, params: Tree, state: T, tx: optax.GradientTransformation | None = None
+    ) -> tuple[Tree, T, Reservoir]:
         """The inverse of `to_masked`.
 
         A choice that is due in the masked run is made. Moments outside B, which a masked run may
@@ -656,6 +689,7 @@ class AlwaysSparse:
         Args:
           params: dense parameters; copied.
           state: the optimizer state of the masked run.
+          tx: what trains, if `transform` is only a part of it, as for `start`.
 
         Returns:
           The tree of values and the optimizer state, on the device, and the reservoir.
@@ -663,11 +697,15 @@ class AlwaysSparse:
         Raises:
           SparsityError: `state` holds no masks, or sets of another size than the densities give;
             other parameters than those of `__init__`; an inner optimizer whose state has no
-            compact representation.
+            compact representation; a `tx` with arrays that a refresh cannot follow, or none where
+            `transform` is a part of it that has such arrays.
         """
         self._ahead = None
         theta = self._layout.theta("from_masked", params)
         was, chosen = convert.sets_of(params, state)
+        self._check_wrapper(tx)
+        if tx is None:
+            self._check_alone(params, state)
         self._choose.enter(theta, was, {name: flags for name, (flags, _) in chosen.items()})
         reservoir = self._reservoir(theta, chosen)
         kernels = self._kernels(params, reservoir)
@@ -679,6 +717,16 @@ class AlwaysSparse:
         compact: Any = find_compact(state)
         self._follow(reservoir, int(compact.step))
         return values, state, reservoir
+
+    def _check_alone(self, params: Tree, state: Any) -> None:
+        """Raises SparsityError where units are remembered outside the sparsity state."""
+        outside = replace_nodes(state, SparsifyState, lambda _: None)
+        leaves = self._layout.unflatten(self._layout.leaves)
+        for path, _ in remembered_units(outside, params, leaves):
+            raise SparsityError(
+                f"from_masked: a wrapper's state{path} holds numbers of units: hand the wrapper "
+                "over as well, from_masked(params, state, tx)"
+            )
 
     def _with_first_moments(
         self, state: T, values: Tree, was: dict[str, np.ndarray], reservoir: Reservoir
@@ -712,6 +760,11 @@ class AlwaysSparse:
 
     def _kernels(self, params: Tree, reservoir: Reservoir) -> Tree:
         return self._layout.kernels(params, reservoir, self._put)
+
+
+def _outside(state: Any) -> Any:
+    """An optimizer state without that of `transform`."""
+    return replace_nodes(state, CompactState, lambda _: None)
 
 
 def _held_twice(tree: Any) -> Callable[[jax.Array], bool]:

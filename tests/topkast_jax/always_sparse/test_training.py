@@ -291,6 +291,45 @@ def test_a_fixed_random_mask_and_multi_steps():
         assert state.acc_grads["first"]["kernel"].shape == mu.shape
 
 
+WRAPPERS = {
+    r"state.z\['w'\]": lambda tx: optax.contrib.schedule_free(tx, 0.1),
+    r"state\[1\].z\['w'\]": lambda tx: optax.chain(
+        optax.clip(1.0), optax.contrib.schedule_free(tx, 0.1)
+    ),
+    r"state.x0\['w'\]": optax.contrib.mechanize,
+    r"state\[1\].sum_of_squares\['w'\]": lambda tx: optax.chain(tx, optax.scale_by_rss(0.1)),
+}
+
+
+@pytest.mark.parametrize("where", WRAPPERS)
+def test_a_wrapper_that_remembers_parameters_is_refused(where):
+    """It moves entries outside B under masks, and units that enter B would start from zeros."""
+    tx, params = tk.top_kast(optax.sgd(0.1), 0.2, 0.4), {"w": grid(16, 16)}
+    sparse = AlwaysSparse(tx, params)
+    wrapper = WRAPPERS[where](sparse.transform)
+    masked_state = WRAPPERS[where](tx).init(params)
+    refused = f"a wrapper's {where} is not zero at first"
+    for call in (
+        lambda: sparse.start({"w": jnp.zeros((16, 16))}, wrapper),
+        lambda: sparse.abstract_start(wrapper),
+        lambda: sparse.from_masked(params, masked_state, wrapper),
+    ):
+        with pytest.raises(tk.SparsityError, match=refused) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(tk.SparsityError, match=f"from_masked: .*{where}.*from_masked.params, st"):
+        sparse.from_masked(params, masked_state)
+
+
+def test_a_wrapper_that_starts_at_zero_comes_over_from_masks():
+    tx, params = tk.top_kast(optax.sgd(0.1), 0.2, 0.4), {"w": grid(16, 16)}
+    sparse = AlwaysSparse(tx, params)
+    around = lambda tx: optax.MultiSteps(tx, 2).gradient_transformation()  # noqa: E731
+    state = around(tx).init(params)._replace(acc_grads=params)
+    values, held, _ = sparse.from_masked(params, state, around(sparse.transform))
+    np.testing.assert_array_equal(held.acc_grads["w"], values["w"])
+
+
 class FirstHalf(tk.Method):
     """Keeps the first half of a leaf and scales its gradient."""
 
@@ -532,6 +571,16 @@ def test_what_a_first_loop_gets_wrong():
             lambda: tk.forward_params(params, state),
         "update: gradient of first/kernel": lambda: sparse.transform.update(params, state, values),
         "update: values of first/kernel": lambda: sparse.transform.update(values, state, params),
+        "update.*: state is a dict, must": lambda: sparse.transform.update(state, values, values),
+        "update.*: state is a tuple, must":
+            lambda: sparse.transform.update(values, (state,), values),
+        "update: gradients must have the structure .*missing: conv/kernel":
+            lambda: sparse.transform.update(values["first"], state, values),
+        "update: values must have the structure":
+            lambda: sparse.transform.update(values, state, values["first"]),
+        "reservoir: found a CompactState": lambda: sparse.masks(state),
+        "reservoir: found a dict": lambda: sparse.settled(values),
+        "reservoir: found a CompactState, must be": lambda: sparse.refresh(1, values, state, state),
         "to_masked: this optimizer state": lambda: sparse.to_masked(values, other, reservoir),
     }.items():  # fmt: skip
         with pytest.raises(tk.SparsityError, match=words) as caught:
@@ -602,6 +651,12 @@ def test_what_cannot_be_is_said_in_one_line(make, options, words):
     with pytest.raises(tk.SparsityError, match=words) as caught:
         AlwaysSparse(make(), {"w": jnp.ones((8, 8)), "s": 1.0}, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_stack_without_layers_is_refused():
+    tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, rules=[(".*", tk.Sparse(stacked=0))])
+    with pytest.raises(tk.SparsityError, match="w: a stack of 0 layers .*must be dense"):
+        AlwaysSparse(tx, {"w": jnp.zeros((0, 8, 8)), "v": jnp.ones((2, 8, 8))})
 
 
 def test_sets_of_another_size_than_the_densities_ask_for():
