@@ -62,7 +62,7 @@ def default_config() -> ConfigDict:
             },
             "data": {
                 "name": "python_docs",  # See `data`.
-                "file": "",  # The raw text of text_file: a plain, .xz or .zip file.
+                "file": "",  # The raw text of text_file: a plain, .xz, .gz or .zip file.
                 "dir": "",  # The folder where enwik8 and wikitext103 were prepared.
                 "level": "byte",  # Or character, or word.
                 "min_count": 1,  # Symbols that are rarer in the training part are <unk>.
@@ -140,10 +140,16 @@ def check_lengths(config: ConfigDict, corpus: Corpus) -> None:
 
 def _vocabulary_of(data: ConfigDict, corpus: Corpus) -> dict[str, Any]:
     vocabulary = corpus.vocabulary
-    if len(vocabulary) < 2:
+    if (left := vocabulary.of_text) < 2:
+        symbols = f"{left} symbol{'' if left == 1 else 's'}"
+        if data.min_count == 1:
+            raise UserError(
+                f"config.data.name: found {data.name!r}; {corpus.name} has {symbols} to train on; "
+                "must have 2 at least"
+            )
         raise UserError(
-            f"config.data.min_count: found {data.min_count}, which leaves {len(vocabulary)} symbol "
-            f"of {data.name}; must leave 2 at least"
+            f"config.data.min_count: found {data.min_count}, which leaves {symbols} of "
+            f"{corpus.name}; must leave 2 at least"
         )
     return {"vocabulary_size": len(vocabulary), "vocabulary": vocabulary.fingerprint}
 

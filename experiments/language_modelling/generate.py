@@ -158,11 +158,13 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
 def encode_prompt(vocabulary: Vocabulary, prompt: str) -> list[int]:
     """The numbers of the symbols of a prompt. A prompt of words does not end its last line."""
     try:
-        numbers = vocabulary.encode(prompt.encode()).tolist()
+        text = prompt.encode()
     except UnicodeEncodeError:
         raise UserError("--prompt: found what is no UTF-8; must be text") from None
-    except KeyError as error:
-        raise UserError(f"--prompt: {error.args[0]!r} is not in the vocabulary") from None
+    if unknown := vocabulary.unknown(text):
+        listed = [f"{ord(s):#04x}" if vocabulary.level == "byte" else repr(s) for s in unknown]
+        raise UserError(f"--prompt: not in the vocabulary of the run: {', '.join(listed)}")
+    numbers = vocabulary.encode(text).tolist()
     if vocabulary.level == "word" and not prompt.endswith("\n"):
         numbers = numbers[:-1]
     if not numbers:
@@ -199,7 +201,7 @@ def _parser() -> command_line.Parser:
     parser.add_argument("--top_k", type=int, default=0, help="0: all tokens")
     parser.add_argument("--top_p", type=float, default=1.0, help="share of the probability")
     parser.add_argument("--seed", type=_seed, default=0)
-    parser.add_argument("--params", help="a file from experiments.export")
+    parser.add_argument("--params", type=command_line.path, help="a file from experiments.export")
     return parser
 
 

@@ -133,7 +133,8 @@ def folder_classes(directory: str) -> list[str]:
     """The class names of an image folder, after a check of its structure.
 
     Raises:
-        UserError: a folder is missing or empty, or training and test classes differ.
+        UserError: a folder is missing or empty, training and test classes differ, or there is one
+            class alone.
     """
     train, test = (split_folder(directory, split) for split in ("train", "test"))
     classes, test_classes = _subfolders(train), _subfolders(test)
@@ -143,6 +144,8 @@ def folder_classes(directory: str) -> list[str]:
     for name in sorted(set(classes) ^ set(test_classes)):
         here, there = (train, test) if name in classes else (test, train)
         raise UserError(f"class {name!r} is in {here} but not in {there}")
+    if len(classes) == 1:
+        raise UserError(f"{train} holds one class folder, {classes[0]!r}; must hold 2 at least")
     return classes
 
 

@@ -36,6 +36,11 @@ class Vocabulary:
         return len(self.symbols)
 
     @property
+    def of_text(self) -> int:
+        """The number of symbols that are a part of a text: all but `<unk>` and `<eos>`."""
+        return len({*self.symbols} - {UNKNOWN, END_OF_LINE})
+
+    @property
     def dtype(self) -> type[np.unsignedinteger]:
         """The narrowest dtype for the numbers."""
         return np.uint8 if len(self) <= 256 else np.uint16 if len(self) <= 65_536 else np.uint32
@@ -60,6 +65,10 @@ class Vocabulary:
         for point in np.flatnonzero(_histogram(points)):
             table[point] = self._number(chr(point))
         return table[points]
+
+    def unknown(self, text: bytes) -> list[str]:
+        """The symbols of a text that are not in the vocabulary."""
+        return sorted(_count(text, self.level).keys() - self._numbers.keys())
 
     def decode(self, numbers: Sequence[int] | np.ndarray) -> str:
         """The text of some numbers."""

@@ -28,6 +28,14 @@ def root(tmp_path):
     return tmp_path
 
 
+def test_one_class_is_one_line(root):
+    for split in ("train", "test"):
+        shutil.rmtree(root / split / "dog")
+    with pytest.raises(UserError) as error:
+        sources.folder_classes(str(root))
+    assert one_line(error) == f"{root}/train holds one class folder, 'cat'; must hold 2 at least"
+
+
 def source(root, split="train", channels=3):
     classes = sources.folder_classes(str(root))
     return sources.FolderSource(sources.split_folder(str(root), split), classes, channels)

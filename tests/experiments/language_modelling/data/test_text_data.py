@@ -197,7 +197,11 @@ def test_what_the_data_decides_is_in_the_config(text):
         ),
         (
             ["data.min_count=9999999"],
-            "min_count: found 9999999, which leaves 1 symbol of python_docs",
+            "min_count: found 9999999, which leaves 0 symbols of python_docs",
+        ),
+        (
+            ["data.min_count=9999999", "data.level=word"],
+            "min_count: found 9999999, which leaves 0 symbols of python_docs",
         ),
         (["method.rules=(('layers/(','dense'),)"], r"rule 'layers/\(' is no regular expression"),
         (["model.evaluation.memory=-1"], "config.model.evaluation.memory=-1: must be a whole"),
@@ -234,6 +238,7 @@ def test_stacked_layers_need_rules():
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "data.file: .* holds no text"), (b"a b", "train part of .* has 3 tokens"),
+     (b"a" * 9_000, "data.name: found 'text_file'; .*text has 1 symbol to train on; must have 2"),
      (None, "cannot read .*: is no file")],
 )  # fmt: skip
 def test_a_file_of_no_use_is_one_line(tmp_path, content, message):
@@ -255,5 +260,16 @@ def test_prompts():
     assert encode_prompt(known, "b a\n") == [1, 2, 0]
     with pytest.raises(UserError, match="--prompt: empty"):
         encode_prompt(known, "")
-    with pytest.raises(UserError, match="--prompt: 'c' is not in the vocabulary"):
-        encode_prompt(vocabulary.build(b"ab", "byte", unknown=False), "abc")
+
+
+@pytest.mark.parametrize("unknown", [True, False])
+@pytest.mark.parametrize(
+    ("level", "prompt", "told"),
+    [("word", "b c a d c\n", "'c', 'd'"), ("character", "a\u00fc", "'\u00fc'"),
+     ("byte", "a\u00fc", "0xbc, 0xc3")],
+)  # fmt: skip
+def test_a_prompt_of_unknown_symbols_is_one_line(level, prompt, told, unknown):
+    """Whether or not the vocabulary has the symbol `<unk>` for rare ones."""
+    known = vocabulary.build(b"a b\nb a\n", level, unknown=unknown)
+    with pytest.raises(UserError, match=f"^--prompt: not in the vocabulary of the run: {told}$"):
+        encode_prompt(known, prompt)
