@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from experiments import hosts
 from experiments.config import command_line, resolve
+from experiments.errors import UserError
 from experiments.loop import train
 from experiments.records import files, summary
 from experiments.signals import RESUMABLE
@@ -47,10 +48,13 @@ ENDS = {
 def main(argv: list[str]) -> int:
     """Runs the command line."""
     args, overrides = command_line.parse(_parser("--describe" in argv), argv)
+    hosts.check_flags(args)
     if args.describe:
+        for name in ("workdir", "stop_at", "profile", "distributed"):
+            if getattr(args, name):
+                raise UserError(f"--{name}: found with --describe, which trains nothing")
         describe(resolve(args.config, overrides))
         return 0
-    hosts.check_flags(args)
     directory = files.path(args.workdir)
     if args.distributed and not hosts.watched():
         return hosts.watch("experiments.main", argv, args)

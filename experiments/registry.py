@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar, cast
 
 from experiments.errors import UserError
 
 T = TypeVar("T")
+# A condition on what an import path leads to, and the words for it that complete "must be …".
+Kind = tuple[Callable[[Any], bool], str]
 
 
 class Registry(Generic[T]):
@@ -19,9 +22,15 @@ class Registry(Generic[T]):
     no registration, so that a run can also be resumed, exported and reported by other commands.
     """
 
-    def __init__(self, key: str, entries: Mapping[str, T]):
-        """Starts with some entries; the key of the config is for error messages."""
-        self._key, self._entries = key, dict(entries)
+    def __init__(self, key: str, entries: Mapping[str, T], kind: Kind):
+        """Starts with some entries.
+
+        Args:
+            key: the key of the config, for error messages.
+            entries: the entries by name.
+            kind: what an import path must lead to.
+        """
+        self._key, self._entries, self._kind = key, dict(entries), kind
 
     def register(self, name: str, entry: T) -> None:
         """Adds an entry under a new name.
@@ -40,16 +49,37 @@ class Registry(Generic[T]):
         """The entry of that name, or what the import path leads to.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or it is of another kind.
         """
         if name in self._entries:
             return self._entries[name]
         if re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-            return cast(T, import_path(self._key, name))
+            found = import_path(self._key, name)
+            fits, rule = self._kind
+            if not fits(found):
+                raise UserError(
+                    f"{self._key}: found {name!r}, a {type(found).__name__}; must be {rule}"
+                )
+            return cast(T, found)
         raise UserError(
             f"{self._key}: found {name!r}; must be one of {', '.join(self._entries)}, or an import "
             "path package.module:name"
         )
+
+
+def function_of(*arguments: str) -> Kind:
+    """A function that can be called with these arguments, by position."""
+
+    def fits(value: Any) -> bool:
+        try:
+            inspect.signature(value).bind(*arguments)
+        except ValueError:  # Some functions that are written in C do not tell what they take.
+            return callable(value)
+        except TypeError:
+            return False
+        return True
+
+    return fits, f"a function of ({', '.join(arguments)})"
 
 
 def import_path(key: str, path: str) -> Any:

@@ -20,7 +20,13 @@ from experiments.reporting.groups import collect
 def main(argv: list[str]) -> None:
     """Runs the command line."""
     parser = command_line.Parser(prog="experiments.report", description=__doc__)
-    parser.add_argument("dirs", nargs="+", metavar="DIR", help="folders with runs, at any depth")
+    parser.add_argument(
+        "dirs",
+        type=command_line.path,
+        nargs="+",
+        metavar="DIR",
+        help="folders with runs, at any depth",
+    )
     parser.add_argument(
         "--out", type=command_line.path, required=True, help="folder for the table and the figures"
     )

@@ -277,10 +277,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="print the numbered runs")
     parser.add_argument("--only", help="numbers of the runs to do, like 0,3; no report")
-    parser.add_argument(
+    way = parser.add_mutually_exclusive_group()  # Slurm decides how many run at a time.
+    way.add_argument(
         "--jobs", type=command_line.positive, default=1, help="how many runs at a time"
     )
-    parser.add_argument("--slurm", action="store_true", help="print an sbatch array script")
+    way.add_argument("--slurm", action="store_true", help="print an sbatch array script")
     parser.add_argument(
         "--seeds", type=command_line.positive, default=1, help="runs of each, by seed"
     )

@@ -105,7 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         "--every", type=command_line.positive, default=100, help="steps of a window"
     )
     parser.add_argument("--pairs", type=command_line.positive, default=6, help="pairs counted")
-    parser.add_argument("--folder", default=tempfile.gettempdir(), help="where checkpoints go")
+    parser.add_argument(
+        "--folder",
+        type=command_line.path,
+        default=tempfile.gettempdir(),
+        help="where checkpoints go",
+    )
     return parser
 
 

@@ -30,10 +30,11 @@ def number(
 
 def integer(low: int, below: int = 2**31) -> Check:
     """An integer between two bounds."""
-    power = f"2**{below.bit_length() - 1}"
+    power = below.bit_length() - 1
+    bound = f"below 2**{power}" if below == 2**power else f"at most {below - 1}"
     return (
         lambda v: type(v) is int and low <= v < below
-    ), f"an integer of at least {low} and below {power}"
+    ), f"an integer of at least {low} and {bound}"
 
 
 def optional(check: Check) -> Check:

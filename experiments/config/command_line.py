@@ -52,6 +52,10 @@ def parse(
     """Parses the flags, and returns the overrides `--config.KEY=VALUE` as `KEY=VALUE`."""
     overrides = [arg.removeprefix(_OVERRIDE) for arg in argv if arg.startswith(_OVERRIDE)]
     keys = [text.partition("=")[0] for text in overrides]
+    for text in overrides:
+        if "=" not in text:
+            flag = f"{_OVERRIDE}{text}"
+            raise UserError(f"{flag}: no value; expected {flag}=VALUE")
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"{_OVERRIDE}{key}: found {keys.count(key)} times; must be given once")
@@ -161,7 +165,15 @@ def path(text: str) -> str:
     """A path; an unset shell variable leaves it empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"found {text!r}; must be a path")
-    return text
+    return at_home(text)
+
+
+def at_home(text: str) -> str:
+    """A path that may be empty. A shell leaves the `~` of `--flag=~/folder` to the command."""
+    found = os.path.expanduser(text)
+    if found.startswith("~"):
+        raise argparse.ArgumentTypeError(f"found {text!r}; there is no such home folder")
+    return found
 
 
 def some_of(names: Iterable[str]) -> Callable[[str], list[str]]:

@@ -30,7 +30,9 @@ _CHECKS: dict[str, Check] = {
     "method.backend": one_of(None, *BACKENDS),
     "optimizer.learning_rate": number(0, above=True),
     "optimizer.reference_batch_size": integer(0),
-    **{f"optimizer.{key}": number(0, 1) for key in ("momentum", "b1", "b2")},
+    "optimizer.momentum": number(0, 1),
+    # The corrections of the first steps divide by 1 - b1 and 1 - b2.
+    **{f"optimizer.{key}": number(0, 1, below=True) for key in ("b1", "b2")},
     **{f"optimizer.{k}": number(0) for k in ("eps", "l2", "weight_decay", "clip_global_norm")},
     **{f"optimizer.schedule.{key}": integer(0) for key in ("warmup_steps", "reference_steps")},
     **{f"optimizer.schedule.{key}": number(0, 1) for key in ("factor", "final_factor")},

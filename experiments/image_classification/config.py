@@ -12,7 +12,7 @@ _CHECKS = {
     "model.label_smoothing": number(0, 1, below=True),
     "model.small_dense.forward_density": number(0, 1, above=True),
     "data.channels": one_of(1, 3),
-    "data.image_size": integer(8),
+    "data.image_size": integer(8, 4097),  # An image of that size takes 50 MB.
     "data.threads": integer(1),
     "data.workers": integer(0),
     "data.read_ahead": integer(1),

@@ -44,6 +44,12 @@ class ImageClassification:
         self._num_classes = self._data_set.num_classes()
         self._builder = self._make_builder(config.model)
         abstract = nnx.eval_shape(lambda: self._make_model(jax.random.key(0)))
+        size = getattr(abstract, "image_size", self._data.image_size)
+        if size != self._data.image_size:
+            raise UserError(
+                f"config.data.image_size: found {self._data.image_size}; must be {size}, which the "
+                f"model {config.model.name} is for"
+            )
         self.tensor_axes: Rules = getattr(abstract, "tensor_axes", WHOLE)
         self._graph = nnx.graphdef(abstract)
         self._abstract_params = nnx.state(abstract, nnx.Param)

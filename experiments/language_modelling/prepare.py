@@ -17,10 +17,16 @@ def main(argv: list[str]) -> None:
     parser = command_line.Parser(prog="prepare_text", description=__doc__)
     parser.add_argument("name", choices=sorted(PREPARED))
     parser.add_argument(
-        "--data_dir", default="", help="output folder; default: ~/tensorflow_datasets"
+        "--data_dir",
+        type=command_line.at_home,
+        default="",
+        help="output folder; default: ~/tensorflow_datasets",
     )
     parser.add_argument(
-        "--manual_dir", default="", help="folder with the file, if it is already here"
+        "--manual_dir",
+        type=command_line.at_home,
+        default="",
+        help="folder with the file, if it is already here",
     )
     args = parser.parse_args(argv)
     where = prepare(args.name, args.data_dir, args.manual_dir)

@@ -164,13 +164,18 @@ def _arguments(name: str) -> dict[str, inspect.Parameter]:
 def _factory(name: str) -> tk.methods.Factory:
     """The factory of a registered name or of an import path."""
     registered: dict[str, Any] = {n: tk.methods.get(n) for n in tk.methods.names()}
-    found = Registry("config.method.name", {"dense": None, **registered}).get(name)
-    if not callable(found):
-        raise UserError(
-            f"config.method.name: found {name!r}, a {type(found).__name__}; must be a factory, "
-            "called as factory(optimizer, **arguments)"
-        )
+    kind = _is_factory, "a factory, called as factory(optimizer, **arguments)"
+    found = Registry("config.method.name", {"dense": None, **registered}, kind).get(name)
     return cast(tk.methods.Factory, found)
+
+
+def _is_factory(found: Any) -> bool:
+    """Whether something takes an optimizer first, and says which arguments it takes."""
+    try:
+        inspect.signature(found).bind_partial("optimizer")
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _required(argument: inspect.Parameter) -> bool:

@@ -163,6 +163,16 @@ def test_an_empty_path_is_refused(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_home_folder_of_a_path(capsys, tmp_path, monkeypatch):
+    """A shell leaves the ~ of --workdir=~/run as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert call(capsys, *command("~/run", "--stop_at=1"))[0] == 0
+    assert (tmp_path / "home" / "run" / "config.json").exists()
+    assert_refused(call(capsys, *command("~nobody-here/run")), "there is no such home folder")
+    assert list(tmp_path.iterdir()) == [tmp_path / "home"]
+
+
 def test_a_link_in_the_way_is_not_followed(capsys, tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "run").mkdir()
@@ -204,6 +214,14 @@ def test_describes_a_config(capsys):
     assert numbers["inference_flops_fraction"] == pytest.approx((102 + 26) / 640)
     assert numbers["training_flops_fraction"] == pytest.approx((2 * 128 + 205 + 51) / 3 / 640)
     assert_refused(call(capsys, f"--config={CONFIG}:80/60"), "arguments are required: --workdir")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--workdir=somewhere", "--stop_at=3", "--profile=1:2", "--distributed"]
+)
+def test_describe_refuses_what_it_does_not_read(capsys, flag):
+    result = call(capsys, f"--config={CONFIG}:80/60", "--describe", flag)
+    assert_refused(result, f"{flag.partition('=')[0]}: found with --describe, which trains nothing")
 
 
 @pytest.mark.parametrize(

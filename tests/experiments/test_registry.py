@@ -3,12 +3,12 @@
 import pytest
 
 from experiments.errors import UserError
-from experiments.registry import Registry
+from experiments.registry import Registry, function_of
 
 
 @pytest.fixture
 def registry():
-    return Registry("config.model.name", {"one": 1})
+    return Registry("config.model.name", {"one": 1}, function_of("model"))
 
 
 def test_a_name_of_the_table_or_an_import_path(registry):
@@ -27,6 +27,8 @@ def test_a_name_of_the_table_or_an_import_path(registry):
         ("os.nothing:x", "there is no module 'os.nothing'"),
         ("no_such_package.module:x", "there is no module 'no_such_package'"),
         ("os:nothing", "os has no 'nothing'"),
+        ("os:getcwd", "found 'os:getcwd', a builtin_function_or_method; must be a function of (mo"),
+        ("os:sep", "found 'os:sep', a str; must be a function of (model)"),
     ],
 )
 def test_a_mistake_in_a_name_is_one_line(registry, name, told):

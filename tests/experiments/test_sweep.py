@@ -212,6 +212,7 @@ def test_slurm_of_some(tmp_path, capsys, only):
         (None, ["--seeds=0"], "must be an integer of at least 1"),
         (None, ["--config.seed=3"], "--config.seed=3: a sweep sets the seeds itself; use --seeds"),
         (None, ["--config.stepz=1"], "no key 'stepz'"),
+        (None, ["--slurm", "--jobs=2"], "argument --jobs: not allowed with argument --slurm"),
         (None, ["--workdir=gs://a/b"], "--workdir=gs:/a/b: is an address; must be a path"),
         (None, ["--workdir=/proc/x"], "--workdir=/proc/x: cannot be written"),
         ("x = 1", [], "defines no get_sweep()"),

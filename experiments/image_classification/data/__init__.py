@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.image_classification.data import sources, tfds
 from experiments.image_classification.data.sources import DataSet
-from experiments.registry import Registry
+from experiments.registry import Registry, function_of
 
 
 def embedded_mnist(data: ConfigDict) -> DataSet:
@@ -49,4 +49,5 @@ DATA_SETS: Registry[Callable[[ConfigDict], DataSet]] = Registry(
         "image_folder": image_folder,
         **dict.fromkeys(tfds.DATASETS, prepared_images),
     },
+    function_of("data"),
 )

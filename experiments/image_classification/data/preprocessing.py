@@ -67,6 +67,7 @@ RECIPES: Registry[Recipe] = Registry(
             mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), flip=True, resized_crop=True
         ),
     },
+    (lambda found: isinstance(found, Recipe), "a Recipe"),
 )
 
 

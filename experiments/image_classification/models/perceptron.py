@@ -15,7 +15,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from experiments.config.checks import check_values, number, one_of
-from experiments.errors import UserError
 from experiments.image_classification.models.blocks import Dense
 
 SIDE = 28
@@ -40,6 +39,8 @@ class Perceptron(nnx.Module):
         rngs: the random numbers for the initialisation.
     """
 
+    image_size = SIDE
+
     def __init__(
         self,
         *,
@@ -59,11 +60,6 @@ class Perceptron(nnx.Module):
     def __call__(self, images: jax.Array, train: bool) -> jax.Array:
         """Maps normalised images to float32 logits; it is the same in training."""
         del train
-        if images.shape[1:3] != (SIDE, SIDE):
-            raise UserError(
-                f"config.data.image_size: found {images.shape[1]}; must be {SIDE}, which the model "
-                "lenet_300_100 is for"
-            )
         x = images.reshape(images.shape[0], -1).astype(self.dtype)
         x = jax.nn.relu(self.hidden1(x))
         x = jax.nn.relu(self.hidden2(x))

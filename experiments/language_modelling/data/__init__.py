@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from experiments.language_modelling.data import corpus
 from experiments.language_modelling.data.corpus import Text
 from experiments.language_modelling.data.prepared import PREPARED, open_prepared
-from experiments.registry import Registry
+from experiments.registry import Registry, function_of
 
 
 def text_file(data: ConfigDict) -> Text:
@@ -31,4 +31,5 @@ def prepared_text(data: ConfigDict) -> Text:
 TEXTS: Registry[Callable[[ConfigDict], Text]] = Registry(
     "config.data.name",
     {"text_file": text_file, "python_docs": python_docs, **dict.fromkeys(PREPARED, prepared_text)},
+    function_of("data"),
 )

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from experiments.language_modelling.models.narrow import transformer_config
 from experiments.language_modelling.models.settings import Lengths
 from experiments.language_modelling.models.transformer_xl import LanguageModel
-from experiments.registry import Registry
+from experiments.registry import Registry, function_of
 
 Tree = Any
 
@@ -70,4 +70,8 @@ def transformer_xl(model: ConfigDict, vocabulary_size: int) -> LanguageModel:
 # A factory reads the section `model` of a config, and the size of the vocabulary; it raises
 # UserError for a bad value.
 Factory = Callable[[ConfigDict, int], Model]
-MODELS: Registry[Factory] = Registry("config.model.name", {"transformer_xl": transformer_xl})
+MODELS: Registry[Factory] = Registry(
+    "config.model.name",
+    {"transformer_xl": transformer_xl},
+    function_of("model", "vocabulary_size"),
+)

@@ -5,6 +5,7 @@ import pytest
 from experiments.main import main
 
 DIGITS = "configs/quickstart.py:smoke"
+LENET = "configs/digits_lenet.py:smoke"
 TEXT = "configs/enwik8_small.py:smoke"
 THREE, NINE = "\uff13", "\uff19"  # digits of full width
 HUGE = "1" + 30 * "0"
@@ -28,6 +29,16 @@ HUGE = "1" + 30 * "0"
         (DIGITS, ["batch_size=4008"], "must be at most the 4000 images to train on"),
         (DIGITS, [f"steps={HUGE}"], f"config.steps: found {HUGE}; must be an integer of at least"),
         (DIGITS, [f"data.image_size={HUGE}"], "config.data.image_size: found"),
+        (DIGITS, ["data.image_size=4097"], "must be an integer of at least 8 and at most 4096"),
+        (LENET, ["data.image_size=32"], "config.data.image_size: found 32; must be 28, which"),
+        (LENET, ["optimizer.b1=1"], "config.optimizer.b1: found 1.0; must be a number of at lea"),
+        (LENET, ["optimizer.b2=1.0"], "config.optimizer.b2: found 1.0; must be a number of at "),
+        (DIGITS, ["data.name=os:getcwd"], "config.data.name: found 'os:getcwd', a builtin_funct"),
+        (DIGITS, ["model.name=os:getcwd"], "must be a function of (model)"),
+        (DIGITS, ["data.recipe=os:getcwd"], "must be a Recipe"),
+        (DIGITS, ["method.name=os:getcwd"], "config.method.name: found 'os:getcwd', a builtin_fu"),
+        (TEXT, ["data.name=os:getcwd"], "must be a function of (data)"),
+        (TEXT, ["model.name=os:fsdecode"], "must be a function of (model, vocabulary_size)"),
         (DIGITS, ["seed=4294967296"], "config.seed: found 4294967296; must be an integer of at"),
         (DIGITS, ["method.seed=4294967296", "method.name=set"], "config.method.seed: found 42949"),
         (DIGITS, ["data.dir=/elsewhere"], "config.data.dir: found '/elsewhere'; must be empty"),
@@ -64,6 +75,12 @@ HUGE = "1" + 30 * "0"
 def test_wrong_values(capsys, tmp_path, config, flags, told):
     flags = [f"--config.{flag}" for flag in flags]
     assert_refused(capsys, tmp_path, told, f"--config={config}", *flags)
+
+
+def test_a_value_after_a_space(capsys, tmp_path):
+    flags = [f"--config={DIGITS}", "--config.steps", "5"]
+    told = "--config.steps: no value; expected --config.steps=VALUE"
+    assert_refused(capsys, tmp_path, told, *flags)
 
 
 def test_a_flag_given_twice(capsys, tmp_path):

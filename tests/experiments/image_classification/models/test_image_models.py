@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from experiments import layers
-from experiments.errors import UserError
 from experiments.image_classification.models import blocks
 from experiments.image_classification.models.perceptron import Perceptron
 from experiments.image_classification.models.resnet import ARCHITECTURES, ResNet, max_pool_3x3
@@ -263,8 +262,3 @@ def test_lenet_against_numpy():
     np.testing.assert_allclose(model(images, train=True), expected, rtol=1e-4, atol=1e-6)
     spread = np.std(p["hidden1/kernel"])
     np.testing.assert_allclose(spread, math.sqrt(2 / 784), rtol=0.05)  # He et al. 2015
-
-
-def test_lenet_takes_digits_alone():
-    with pytest.raises(UserError, match="^config.data.image_size: found 32; must be 28"):
-        jax.eval_shape(lambda x: lenet(width=0.1)(x, train=False), jnp.zeros((1, 32, 32, 1)))
