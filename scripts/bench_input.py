@@ -33,7 +33,8 @@ import numpy as np
 from PIL import Image
 
 from experiments.chips import CHIPS
-from experiments.config import command_line, resolve
+from experiments.config import command_line, load, resolve
+from experiments.errors import UserError
 from experiments.records.summary import leaf_flops
 from experiments.task import make_task
 
@@ -81,6 +82,9 @@ def report(
     spec: str, overrides: Sequence[str], count: int, seconds: float, chip: str, needs: int | None
 ) -> dict[str, Any]:
     """Measures one config; returns the record that is printed."""
+    task = getattr(load(spec), "task", None)
+    if task not in ("image_classification", None):  # What has no task is refused by resolve.
+        raise UserError(f"--config={spec}: of the task {task}; must be of image_classification")
     with tempfile.TemporaryDirectory() as folder:
         own = [f"data.dir={folder}", "data.name=image_folder", "data.cache=False"]
         if not any(text.startswith("batch_size=") for text in overrides):

@@ -162,9 +162,13 @@ def _pairs(text: str) -> list[Pair]:
     pairs = [(int(m[1]), int(m[2] or m[1])) for m in found if m]
     if len(pairs) < len(found) or not all(min(pair) for pair in pairs):
         raise argparse.ArgumentTypeError(
-            f"found {text!r}; must be a comma list of sizes such as 128 or 4096x16384"
+            f"found {text!r}; must be a comma list of blocks such as 128 or 64x128"
         )
     return pairs
+
+
+def _shapes(text: str) -> list[Pair]:
+    return [command_line.shape(word) for word in text.split(",")]
 
 
 def _tokens(text: str) -> list[int]:
@@ -174,7 +178,7 @@ def _tokens(text: str) -> list[int]:
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.Parser(prog="tune_products", description=__doc__)
     parser.add_argument("--backend", choices=BACKENDS, help="else the device's own")
-    parser.add_argument("--shapes", type=_pairs, help="of kernels, KxN; else the device's")
+    parser.add_argument("--shapes", type=_shapes, help="of kernels, KxN; else the device's")
     parser.add_argument("--tokens", type=_tokens, help="rows of x; else the device's")
     parser.add_argument("--blocks", type=_pairs, help="else 128")
     parser.add_argument("--dtype", choices=DTYPES, help="else the device's")

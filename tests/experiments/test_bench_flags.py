@@ -33,6 +33,7 @@ from scripts import (
         (bench_checkpoints, "--folder=/not/there", "/not/there", "a folder that exists"),
         (bench_input, "--seconds=0", "--seconds", "at least 1"),
         (bench_input, "--chip=v1", "v1", "v5e"),
+        (bench_input, "--config=configs/enwik8_small.py", "language_modelling", "image_class"),
         (bench_input, "--config.data.read_ahead=0", "data.read_ahead: found 0", "at least 1"),
         (bench_refresh, "--variant=nope", "'nope'", "small-dense-F"),
         (bench_refresh, "--config.method.patern=block:16x16", "method.patern", "pattern"),

@@ -160,7 +160,9 @@ def test_products_are_tuned_into_a_table(capsys, tmp_path):
         (tune_products.main, ["--backend=triton"], "invalid choice: 'triton'"),
         (tune_products.main, ["--smoke"], "--smoke: needs --out=FILE"),
         (tune_products.main, ["--out=/not/there.json"], "no such folder"),
-        (tune_products.main, ["--shapes=16x", "--out=t"], "'16x'; must be a comma list of sizes"),
+        (tune_products.main, ["--blocks=16x", "--out=t"], "'16x'; must be a comma list of blocks"),
+        (tune_products.main, ["--shapes=16x", "--out=t"], "'16x'; must be a shape such as 1024x"),
+        (tune_products.main, ["--shapes=1024", "--out=t"], "'1024'; must be a shape such as 1024"),
         (tune_products.main, ["--tokens=8,", "--out=t"], "at least 1"),
         (tune_products.main, ["--shapes=16x20", "--blocks=16"], "must divide the shape"),
         (

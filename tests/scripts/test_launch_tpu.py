@@ -188,6 +188,12 @@ def test_what_gcloud_refuses_is_one_line(cloud):
         (("create", "", "--zone=z"), "must not be empty"),
         (("run", "slice", "--zone=z"), "required: command"),
         (("stop", "slice"), "invalid choice: 'stop'"),
+        *(
+            (("delete", "slice", "--zone=z", f"--poll={poll}"), "must be a number of seconds above")
+            for poll in ("-1", "0", "nan", "inf", "x")
+        ),
+        (("delete", "slice", "--zone=a", "--zone=b"), "--zone: found 2 times; must be given once"),
+        (("run", "slice", "--zone=z", "--", "a", "--b", "--b"), "gcloud not found on the PATH"),
         (("delete", "slice", "--zone=z"), "gcloud not found on the PATH"),
     ],
 )
