@@ -12,15 +12,8 @@ from topkast_jax.errors import SparsityError
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A key path of `jax.tree_util` as "a/b/0"; the ".value" of a Flax variable is left out.
-
-    So a leaf has one name in a tree of `nnx.Param`, in the same tree of plain arrays, and in the
-    one of optimizer variables that `nnx.Optimizer` makes.
-    """
+    """A key path of `jax.tree_util` as "a/b/0"."""
     names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    is_attribute = isinstance(path[-1], jax.tree_util.GetAttrKey) if path else False
-    if len(names) > 1 and is_attribute and names[-1] in ("value", "raw_value"):
-        names.pop()
     return "/".join(name.lstrip(".") for name in names)
 
 
@@ -46,10 +39,41 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 def flatten_with_names(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[list[str], list[Any], Any]:
-    """Names, leaves and structure."""
+    """Names, leaves and structure; the level of a Flax variable is left out of the names.
+
+    So a leaf has one name in a tree of `nnx.Param`, in the same tree of plain arrays, and in the
+    one of optimizer variables that `nnx.Optimizer` makes. The same holds for the boxes of Flax
+    linen that carry partitioning metadata.
+    """
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
-    names = [path_name(path) for path, _ in paths_and_leaves]
-    return names, [leaf for _, leaf in paths_and_leaves], treedef
+    paths = [path for path, _ in paths_and_leaves]
+    if any(map(_may_be_wrapped, paths)):
+        wrappers = _wrapper_paths(tree, is_leaf)
+        paths = [p[:-1] if _may_be_wrapped(p) and _text(p[:-1]) in wrappers else p for p in paths]
+    return list(map(path_name, paths)), [leaf for _, leaf in paths_and_leaves], treedef
+
+
+def _may_be_wrapped(path: Sequence[Any]) -> bool:
+    """Whether a path ends as that of the array inside a Flax variable does."""
+    last = path[-1] if len(path) > 1 else None
+    return isinstance(last, jax.tree_util.GetAttrKey) and last.name in ("value", "raw_value")
+
+
+def _wrapper_paths(tree: Any, is_leaf: Callable[[Any], bool] | None) -> set[tuple[str, ...]]:
+    """The paths of the Flax variables and boxes in a tree."""
+    homes = (("flax.nnx", "Variable"), ("flax.core.meta", "AxisMetadata"))
+    found = (getattr(sys.modules.get(module), name, None) for module, name in homes)
+    kinds = tuple(kind for kind in found if kind is not None)
+
+    def stops(node: Any) -> bool:
+        return isinstance(node, kinds) or (is_leaf is not None and is_leaf(node))
+
+    nodes = jax.tree_util.tree_flatten_with_path(tree, stops)[0]
+    return {_text(path) for path, node in nodes if isinstance(node, kinds)}
+
+
+def _text(path: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(map(str, path))
 
 
 def columns_of(what: str, tree: Any, names: Sequence[str], treedef: Any) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The same three lines on every kind of parameter tree."""
 
+from typing import NamedTuple
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -9,6 +11,7 @@ import optax
 from flax import nnx
 
 import topkast_jax as tk
+from topkast_jax.trees import flatten_with_names
 
 X = jax.random.normal(jax.random.key(0), (32, 8))
 Y = jnp.sin(X[:, :1])
@@ -69,6 +72,38 @@ def test_nnx_optimizer():
 
     losses = [step(model, optimizer) for _ in range(20)]
     check(nnx.state(model, nnx.Param), optimizer.opt_state, losses)
+
+
+class Attention(NamedTuple):
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+class Layer(eqx.Module):
+    raw_value: jax.Array
+    value: nnx.Param
+
+
+def test_fields_that_are_called_value_keep_their_name():
+    w = jnp.ones((4, 5))
+    params = {"attn": Attention(w, w, w), "layer": Layer(w, nnx.Param(w))}
+    names = ["attn/query", "attn/key", "attn/value", "layer/raw_value", "layer/value"]
+    assert flatten_with_names(params)[0] == names
+    rules = [("attn/value", tk.Sparse()), (".*", tk.Dense())]
+    state = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, rules=rules).init(params)
+    assert list(state.memory) == ["attn/value"]
+    kept = tk.keep_masks(params, state)[0]["attn"]
+    assert [int(mask.sum()) for mask in kept] == [20, 20, 4]
+
+
+def test_the_level_of_a_flax_variable_is_left_out():
+    state = nnx.state(nnx.Linear(4, 5, rngs=nnx.Rngs(0)), nnx.Param)
+    assert flatten_with_names(state)[0] == ["bias", "kernel"]
+    assert flatten_with_names(nnx.to_pure_dict(state))[0] == ["bias", "kernel"]
+    init = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
+    boxed = nn.Dense(5, kernel_init=init).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    assert flatten_with_names(boxed)[0] == ["bias", "kernel"]
 
 
 def test_linen():
