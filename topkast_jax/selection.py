@@ -561,7 +561,7 @@ def counts_of_global_top_k(leaves: Mapping[str, jax.Array], count: Count) -> dic
     """How many of the `count` entries of largest magnitude over all leaves each leaf has.
 
     Passes count over all leaves and add the counts up, so nothing is gathered. Of entries that tie
-    with the global threshold those of earlier leaves come first.
+    with the global threshold each leaf has a part in proportion to how many of them it holds.
 
     Args:
         leaves: Arrays of any shapes, of one dtype, together at most 2**31 - 1 entries.
@@ -591,6 +591,8 @@ def counts_of_global_top_k(leaves: Mapping[str, jax.Array], count: Count) -> dic
         return [_reduce(x, probes, of=reached, combine=lax.add) for x in xs]
 
     low, none = jnp.full([1], -1, _key_dtype(xs[0].dtype)), jnp.zeros_like(wanted)
+    for x in xs:
+        low, none, wanted = varying_like((low, none, wanted), x)
     high = low + (_largest(xs[0].dtype) + np.int32(2))
     bracket = _Bracket(low, high, none + total, none)
 
@@ -608,5 +610,31 @@ def counts_of_global_top_k(leaves: Mapping[str, jax.Array], count: Count) -> dic
     above = jnp.stack([c[0] for c in counted(bracket.high)])
     tied = jnp.stack([c[0] for c in counted(bracket.low)]) - above
     left = wanted[0] - jnp.sum(above, dtype=jnp.int32)
-    before = jnp.cumsum(tied, dtype=jnp.int32) - tied
-    return dict(zip(leaves, above + jnp.clip(left - before, 0, tied), strict=True))
+    return dict(zip(leaves, above + _in_proportion(left, tied), strict=True))
+
+
+def _in_proportion(wanted: jax.Array, parts: jax.Array) -> jax.Array:
+    """Shares a whole number out over parts in proportion to their sizes, none above its size.
+
+    Args:
+        wanted: int32 scalar, at most the sum of the parts.
+        parts: int32 [n], their sizes.
+
+    Returns:
+        int32 [n] whose sum is `wanted`.
+    """
+    total = jnp.sum(parts, dtype=jnp.int32)
+    each = wanted.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)
+
+    def take(so_far: tuple[jax.Array, jax.Array], part: jax.Array) -> tuple[Any, jax.Array]:
+        given, passed = so_far
+        passed = passed + part
+        goal = jnp.minimum(jnp.round(each * passed.astype(jnp.float32)), np.float32(2**31 - 128))
+        # What float32 rounds may not leave more for the parts that follow than they can take.
+        least, most = wanted - given - (total - passed), jnp.minimum(part, wanted - given)
+        share = jnp.clip(goal.astype(jnp.int32) - given, jnp.maximum(least, 0), most)
+        return (given + share, passed), share
+
+    none = jnp.zeros_like(wanted)
+    shares: jax.Array = lax.scan(take, varying_like((none, none), parts), parts)[1]
+    return shares

@@ -50,7 +50,7 @@ def cubic(entries, final, step, begin, end):
 
 
 def global_masks(scores, total):
-    """The `total` largest scores over all leaves, ties to the earlier leaf and lower index."""
+    """The `total` largest scores over all leaves, which must not tie with each other."""
     flat = np.concatenate([np.abs(np.asarray(s, np.float64)).ravel() for s in scores.values()])
     kept = largest(flat, total)
     masks, start = {}, 0

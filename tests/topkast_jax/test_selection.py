@@ -289,6 +289,56 @@ def test_few_passes_whatever_the_data(monkeypatch):
         assert len(passes) <= 32 + 13, kind  # one halving a pass of the keys, then of the indices
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    ties=st.lists(st.integers(0, 300), min_size=4, max_size=4),
+    above=st.integers(0, 5),
+    share=st.floats(0, 1),
+)
+def test_ties_over_all_leaves_are_shared_out_in_proportion(ties, above, share):
+    leaves = {str(i): np.zeros(301, np.float32) for i in range(4)}
+    for number, x in zip(ties, leaves.values(), strict=True):
+        x[:number] = 1
+    leaves["2"][-above:] += 2 * (above > 0) * (leaves["2"][-above:] == 0)
+    above = int(np.sum(leaves["2"] == 2))
+    left = round(share * sum(ties))
+    if above + left == 0:
+        return
+    found = global_counts(leaves, jnp.int32(above + left))
+    parts = np.array([int(found[name]) for name in leaves]) - [0, 0, above, 0]
+    assert parts.sum() == left
+    assert np.all((parts >= 0) & (parts <= ties))
+    np.testing.assert_allclose(parts, np.array(ties) * left / max(sum(ties), 1), atol=1.001)
+
+
+global_counts = jax.jit(selection.counts_of_global_top_k)
+
+
+def test_one_ranking_in_each_member_of_a_shard_map():
+    members = {"a": jnp.arange(12.0).reshape(2, 6), "b": jnp.ones((2, 5))}
+
+    def counts(leaves):
+        found = selection.counts_of_global_top_k({n: x[0] for n, x in leaves.items()}, 4)
+        return jnp.stack(list(found.values()))[None]
+
+    mesh = jax.make_mesh(
+        (2,), ("member",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
+    )
+    spec = PartitionSpec("member")
+    found = jax.jit(jax.shard_map(counts, mesh=mesh, in_specs=spec, out_specs=spec))(members)
+    np.testing.assert_array_equal(found, [[4, 0], [4, 0]])
+
+
+def test_as_many_ties_as_there_can_be():
+    """Where float32 rounds the numbers of entries."""
+    parts = jnp.array([2**30, 0, 2**30 - 2, 1], jnp.int32)
+    for wanted in (0, 1, 2**30 + 1, 2**31 - 1):
+        found = np.asarray(jax.jit(selection._in_proportion)(jnp.int32(wanted), parts))
+        assert found.astype(np.int64).sum() == wanted
+        assert np.all((found >= 0) & (found <= parts))
+        assert abs(int(found[0]) - wanted / 2) < 2**8
+
+
 @pytest.mark.parametrize(
     ("x", "count", "message"),
     [
