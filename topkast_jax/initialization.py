@@ -38,8 +38,9 @@ def scale_to_fan_in(params: Any, state: Any, tx: Planned) -> Any:
       A tree like `params`; dense leaves and entries that are not kept are the same.
 
     Raises:
-      SparsityError: the method chooses its first sets from the first gradient, and keeps all
-        entries until then; `state` holds no sparsity state, or one of other parameters.
+      SparsityError: `tx` is not what a sparsity method returned, but, say, a chain around it; the
+        method chooses its first sets from the first gradient, and keeps all entries until then;
+        `state` holds no sparsity state, or one of other parameters.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -54,6 +55,11 @@ def scale_to_fan_in(params: Any, state: Any, tx: Planned) -> Any:
       Evci et al., `Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win
       <https://arxiv.org/abs/2010.03533>`_, 2022
     """
+    if not isinstance(getattr(tx, "plan", None), Plan):
+        raise SparsityError(
+            f"scale_to_fan_in: tx is a {type(tx).__name__}; must be what top_kast(...) or another "
+            "method returned, without what is wrapped around it"
+        )
     if tx.plan.method.first_choice != "init":
         raise SparsityError(
             f"scale_to_fan_in: {type(tx.plan.method).__name__} keeps everything until the first "

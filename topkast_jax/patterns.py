@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from topkast_jax.errors import SparsityError
 from topkast_jax.selection import SMALL, Thresholds, count_of, keys_of, top_k_masks
@@ -224,7 +225,7 @@ class NOfM(_Grouped):
     """N of M: of every `m` entries in a row along the input axis, the last but one, `n` are kept.
 
     The forward set keeps `n` of `m`, so the forward density must be n / m; the backward density a
-    multiple of 1 / m. Of equal entries the lower index is kept.
+    multiple of 1 / m. A traced forward density is passed over.
 
     Attributes:
       n: entries of a group in the forward set, 1 to `m`.
@@ -251,18 +252,28 @@ class NOfM(_Grouped):
         """One group to `m` entries."""
         return math.prod(shape) // self.m
 
-    def check_densities(self, forward: float, backward: float) -> None:
-        """Raises SparsityError unless n of m is the forward density, and the backward one fits."""
-        if abs(forward * self.m - self.n) > 1e-6:
+    def check_densities(self, forward: float | jax.Array, backward: float | jax.Array) -> None:
+        """Raises SparsityError unless n of m is the forward density, and the backward one fits.
+
+        Traced densities pass unseen.
+        """
+        if not isinstance(forward, jax.core.Tracer) and not self._fits(forward, self.n):
             raise SparsityError(
-                f"forward_density={forward:g} with NOfM({self.n}, {self.m}): must be "
+                f"forward_density={float(forward):g} with NOfM({self.n}, {self.m}): must be "
                 f"{self.n / self.m:g}"
             )
-        if abs(backward * self.m - round(backward * self.m)) > 1e-6:
+        if not isinstance(backward, jax.core.Tracer) and not self._fits(backward):
             raise SparsityError(
-                f"backward_density={backward:g} with NOfM({self.n}, {self.m}): must be a multiple "
-                f"of {1 / self.m:g}"
+                f"backward_density={float(backward):g} with NOfM({self.n}, {self.m}): must be a "
+                f"multiple of {1 / self.m:g}"
             )
+
+    def _fits(self, density: float | jax.Array, entries: int | None = None) -> bool:
+        """Whether a density is that of a group's `entries`, or of any whole number of them."""
+        precision = jnp.finfo(density.dtype).eps if isinstance(density, jax.Array) else 0.0
+        found = float(density) * self.m
+        wanted = round(found) if entries is None else entries
+        return abs(found - wanted) <= max(1e-6, float(precision) * self.m)
 
     def count(self, shape: tuple[int, ...], density: float | jax.Array) -> Count:
         """As many of each group, at least one, times the number of groups."""
@@ -284,13 +295,13 @@ class NOfM(_Grouped):
         if among is not None:
             keys = jnp.where(among, keys, -1)
         keys = keys.reshape(*lead, rows // self.m, self.m, cols)
-        place = jnp.arange(self.m, dtype=jnp.int32)
-        if ties is not None:
-            place = jax.random.permutation(ties, place)
-        before = place[:, None] < place[None, :]  # [other, one]
+        place = jax.lax.broadcasted_iota(jnp.uint32, keys.shape, keys.ndim - 2)
+        if ties is not None:  # The index stays in the number, or equal numbers would tie again.
+            chance = jax.random.bits(ties, keys.shape, jnp.uint32) >> np.uint32(1)
+            place = place + chance // np.uint32(self.m) * np.uint32(self.m)
         one, other = keys[..., None, :, :], keys[..., :, None, :]
-        tied = other == one
-        ahead = (other > one) | (tied & jnp.broadcast_to(before[:, :, None], tied.shape))
+        before = place[..., :, None, :] < place[..., None, :, :]
+        ahead = (other > one) | ((other == one) & before)
         rank = jnp.sum(ahead, axis=-3, dtype=jnp.int32)
         groups = self.groups(scores.shape)
         masks = (rank < jnp.asarray(c, jnp.int32) // groups for c in counts)

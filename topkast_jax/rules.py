@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from topkast_jax.errors import SparsityError, shown
 from topkast_jax.method import Counts, Density, Leaf
@@ -91,7 +92,7 @@ def resolve(
       params: tree of arrays (or abstract arrays).
       rules: ordered (regular expression → spec); the first that matches a whole path wins. None:
         floating leaves with two or more axes longer than one are sparse, but for those that are
-        named as biases, scales or a part of a norm; all others are dense.
+        named as biases, scales or a part of a norm, or have no entries; all others are dense.
       forward_density: for specs that name none.
       backward_density: for specs that name none.
       pattern: for specs that name none.
@@ -100,10 +101,12 @@ def resolve(
       Leaf path → `Leaf`, or None for a dense leaf.
 
     Raises:
-      SparsityError: a leaf no rule covers, a rule that matches no leaf or that earlier ones hide, a
-        spec that does not fit, two leaves of one name, nothing sparse at all.
+      SparsityError: a leaf that is no array, one that no rule covers, a rule that matches no leaf
+        or that earlier ones hide, a spec that does not fit, two leaves of one name, nothing sparse
+        at all.
     """
     names, arrays, _ = flatten_with_names(params)
+    check_arrays(names, arrays)
     _refuse_duplicates(names)
     specs = default_specs(names, arrays) if rules is None else _match(names, rules)
     leaves = [
@@ -143,6 +146,24 @@ def _refuse_duplicates(names: Sequence[str]) -> None:
         raise SparsityError(f"{times} leaves are named {name!r}: keys joined by '/' must differ")
 
 
+def check_arrays(names: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Raises SparsityError unless all leaves are arrays, abstract arrays or numbers."""
+    for name, leaf in zip(names, leaves, strict=True):
+        if not _is_array(leaf):
+            raise SparsityError(
+                f"{name}={shown(leaf)}: must be an array; take the arrays out of a model first, as "
+                "equinox.partition(model, equinox.is_inexact_array) does"
+            )
+
+
+def _is_array(leaf: Any) -> bool:
+    try:
+        jnp.result_type(leaf)
+    except TypeError:
+        return False
+    return not isinstance(leaf, str | type)  # names of types, and types, have one too
+
+
 def _is_floating(array: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(array), jnp.floating)
 
@@ -158,11 +179,12 @@ def default_specs(names: Sequence[str], arrays: Sequence[Any]) -> list[Spec]:
 
     def is_matrix(name: str, array: Any) -> bool:
         *layers, last = name.split("/")
-        long_axes = sum(size > 1 for size in jnp.shape(array))
+        shape = jnp.shape(array)
+        has_long_axes = sum(size > 1 for size in shape) >= 2 and 0 not in shape
         beside_w = last == "b" and "/".join([*layers, "w"]) in present  # Haiku's linear layers
         is_norm = any(map(_NORM.fullmatch, [*layers, last]))
         named_otherwise = _NO_MATRIX.fullmatch(last) or beside_w or is_norm
-        return _is_floating(array) and long_axes >= 2 and not named_otherwise
+        return _is_floating(array) and has_long_axes and not named_otherwise
 
     rows = zip(names, arrays, strict=True)
     return [Sparse() if is_matrix(name, array) else Dense() for name, array in rows]
@@ -217,8 +239,25 @@ def check_pattern(pattern: Any) -> None:
 def _compile(expression: str) -> re.Pattern[str]:
     try:
         return re.compile(expression)
-    except (re.error, TypeError) as error:
+    except (re.error, TypeError, OverflowError) as error:
         raise SparsityError(f"rule {expression!r} is no regular expression: {error}") from None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is one real number: Python's, NumPy's or an array without axes."""
+    if isinstance(value, numbers.Real):
+        return not isinstance(value, bool)
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or getattr(value, "ndim", None) != 0:
+        return False
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is one integer: Python's, NumPy's or an array without axes."""
+    if isinstance(value, numbers.Integral):
+        return not isinstance(value, bool)
+    return is_number(value) and jnp.issubdtype(jnp.result_type(value), jnp.integer)
 
 
 def check_densities(forward: Density, backward: Density, where: str = "") -> None:
@@ -226,16 +265,23 @@ def check_densities(forward: Density, backward: Density, where: str = "") -> Non
     for name, density in (("forward_density", forward), ("backward_density", backward)):
         if isinstance(density, jax.core.Tracer):
             continue
-        number = isinstance(density, numbers.Real) or getattr(density, "ndim", None) == 0
-        if isinstance(density, bool) or not number or not 0.0 < float(density) <= 1.0:
+        if not is_number(density) or not 0.0 < float(density) <= 1.0:
             raise SparsityError(f"{where}{name}={shown(density)}: must be a number in (0, 1]")
     if any(isinstance(density, jax.core.Tracer) for density in (forward, backward)):
         return
-    if float(backward) < float(forward):
+    kind = _coarser_type(forward, backward)
+    if kind.type(float(backward)) < kind.type(float(forward)):
         raise SparsityError(
-            f"{where}backward_density={backward} is below forward_density={forward}: the backward "
-            "set contains the forward set"
+            f"{where}backward_density={float(backward):.6g} is below "
+            f"forward_density={float(forward):.6g}: the backward set contains the forward set"
         )
+
+
+def _coarser_type(*densities: Density) -> np.dtype:
+    """The floating type of least precision: hyperparameters of optax have been rounded to one."""
+    kinds = [np.dtype(getattr(density, "dtype", np.float64)) for density in densities]
+    floating = [kind for kind in kinds if jnp.issubdtype(kind, jnp.floating)]
+    return max(floating, key=lambda kind: float(jnp.finfo(kind).eps), default=np.dtype(np.float64))
 
 
 def _leaf(
@@ -250,6 +296,27 @@ def _leaf(
     axes = _stacked_axes(name, shape, spec)
     stack = tuple(shape[axis] for axis in axes)
     layer = tuple(size for axis, size in enumerate(shape) if axis not in axes)
+    forward, backward = _densities(name, spec, forward, backward)
+    pattern = spec.pattern or pattern
+    try:
+        pattern.grid(layer)
+        if isinstance(pattern, NOfM):
+            _check_groups(pattern, spec, forward, backward)
+    except SparsityError as error:
+        raise SparsityError(f"{name}: {error}") from None
+    if not 0 < math.prod(layer) <= MOST_ENTRIES:
+        raise SparsityError(
+            f"{name}: a layer of {math.prod(layer)} entries; allowed: 1 to {MOST_ENTRIES} (name "
+            "the axes that number separate layers as stacked, or leave it dense)"
+        )
+    counts = _counts(pattern, layer, forward, backward)
+    return Leaf(layer, dtype, pattern, forward, backward, counts, stack, axes)
+
+
+def _densities(
+    name: str, spec: Sparse, forward: Density, backward: Density
+) -> tuple[Density, Density]:
+    """The densities of a leaf: its own where the spec names them, else those of the transform."""
     if spec.forward_density is not None:
         forward = spec.forward_density
         check_densities(forward, 1.0, f"{name}: ")
@@ -261,20 +328,17 @@ def _leaf(
         backward = spec.backward_density
     check_densities(forward, backward, f"{name}: ")
     forward, backward = (d if isinstance(d, jax.Array) else float(d) for d in (forward, backward))
-    pattern = spec.pattern or pattern
-    try:
-        pattern.grid(layer)
-        if isinstance(pattern, NOfM) and isinstance(forward, float):
-            pattern.check_densities(forward, float(backward))
-    except SparsityError as error:
-        raise SparsityError(f"{name}: {error}") from None
-    if not 0 < math.prod(layer) <= MOST_ENTRIES:
+    return forward, backward
+
+
+def _check_groups(pattern: NOfM, spec: Sparse, forward: Density, backward: Density) -> None:
+    """Raises SparsityError unless the groups of a pattern can keep these densities."""
+    if spec.distribution == "erk":
         raise SparsityError(
-            f"{name}: a layer of {math.prod(layer)} entries; allowed: 1 to {MOST_ENTRIES} (name "
-            "the axes that number separate layers as stacked, or leave it dense)"
+            f"distribution='erk' with NOfM({pattern.n}, {pattern.m}), whose forward density is "
+            f"{pattern.n / pattern.m:g} in every leaf: must be 'uniform', or another pattern"
         )
-    counts = _counts(pattern, layer, forward, backward)
-    return Leaf(layer, dtype, pattern, forward, backward, counts, stack, axes)
+    pattern.check_densities(forward, backward)
 
 
 def _stacked_axes(name: str, shape: tuple[int, ...], spec: Sparse) -> tuple[int, ...]:
@@ -295,6 +359,9 @@ def _counts(
     pattern: Pattern, shape: tuple[int, ...], forward: Density, backward: Density
 ) -> Counts:
     kept = pattern.count(shape, forward)
+    if isinstance(pattern, NOfM) and isinstance(forward, jax.Array):
+        # Whatever a traced density says, which cannot be checked: the pattern fixes the number.
+        kept = jnp.asarray(pattern.n * pattern.groups(shape), jnp.int32)
     updated = pattern.count(shape, backward)
     if isinstance(kept, int) and isinstance(updated, int):
         return Counts(kept, max(kept, updated))

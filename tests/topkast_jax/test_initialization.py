@@ -42,6 +42,13 @@ def test_kept_entries_have_the_variance_of_their_fan_in():
     assert len({int(n) for n in masks["kernel"].sum((0, 1, 2))}) > 1
 
 
+def test_a_chain_in_place_of_the_method_is_refused():
+    params = {"kernel": jnp.ones((4, 4))}
+    tx = optax.chain(tk.top_kast(optax.sgd(0.1), 0.5, 0.5))
+    with pytest.raises(tk.SparsityError, match="tx is a GradientTransformationExtraArgs; must be"):
+        tk.scale_to_fan_in(params, tx.init(params), tx)
+
+
 def test_a_method_that_keeps_everything_at_first_is_refused():
     params = {"kernel": jnp.ones((4, 4))}
     tx = tk.methods.get("snip")(optax.sgd(0.1), 0.5)

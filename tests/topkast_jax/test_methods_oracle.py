@@ -267,6 +267,46 @@ def test_patterns_keep_the_largest_of_each_group(pattern, density, units):
         np.testing.assert_array_equal(found, kept)
 
 
+def test_numbers_of_numpy_are_numbers():
+    """They make the states that Python's do."""
+    inner, params = optax.sgd(0.1), {"a": start()["a"]}
+    whole, part = np.int64, np.float32
+    pairs = [
+        (rigl(inner, 0.1, whole(5), part(0.3), whole(9)), rigl(inner, 0.1, 5, 0.3, 9)),
+        (
+            set_evolution(inner, 0.1, 5, np.array(0.3), np.array(9)),
+            set_evolution(inner, 0.1, 5, 0.3, 9),
+        ),
+        (snfs(inner, 0.1, momentum=part(0.9)), snfs(inner, 0.1, momentum=0.9)),
+        (pruning(inner, part(0.1), whole(0), whole(9)), pruning(inner, 0.1, 0, 9)),
+    ]
+    for numpy, python in pairs:
+        found, expected = (jax.eval_shape(tx.init, params) for tx in (numpy, python))
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        methods = (numpy.plan.method, python.plan.method)
+        one, other = (
+            [str(np.float32(x)) for x in vars(m).values() if x != "layer"] for m in methods
+        )
+        assert one == other
+
+
+def test_snip_of_a_last_layer_of_zeros_keeps_a_part_of_every_layer():
+    """All saliencies of the first step are zero, and tie."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    hidden = {name: jax.random.normal(key, (8, 8)) for name, key in zip("ab", keys, strict=True)}
+    params = {**hidden, "out": jnp.zeros((8, 4))}
+
+    def loss(p):
+        return jnp.sum((jnp.tanh(jnp.tanh(jnp.ones((2, 8)) @ p["a"]) @ p["b"]) @ p["out"] - 1) ** 2)
+
+    tx = snip(optax.sgd(0.1), 0.25)
+    state = tx.init(params)
+    grads = jax.grad(loss)(tk.forward_params(params, state))
+    masks = tk.keep_masks(params, tx.update(grads, state, params)[1])[0]
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"a": 16, "b": 16, "out": 8}
+    assert len({row.tobytes() for row in np.asarray(masks["a"])}) > 2  # not the first rows
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -274,6 +314,12 @@ def test_patterns_keep_the_largest_of_each_group(pattern, density, units):
         (lambda: set_evolution(optax.sgd(0.1), 0.1, drop_fraction="x"), "drop_fraction='x'"),
         (lambda: rigl(optax.sgd(0.1), 0.1, 100, last_choice_at=50), "last_choice_at=50 must be"),
         (lambda: snfs(optax.sgd(0.1), 0.1, momentum=1.0), r"momentum=1.0: must be .* \[0, 1\)"),
+        (lambda: snfs(optax.sgd(0.1), 0.1, momentum="x"), r"momentum='x': must be a number"),
+        (lambda: rigl(optax.sgd(0.1), 0.1, drop_fraction=jnp.float32(2)), "drop_fraction=Array"),
+        (lambda: rigl(optax.sgd(0.1), 0.1, last_choice_at=9.5), "last_choice_at=9.5: .* integer"),
+        (lambda: rigl(optax.sgd(0.1), 0.1, last_choice_at=np.int64(50)), "must be above refresh"),
+        (lambda: pruning(optax.sgd(0.1), 0.1, np.int64(-1), 5), "begin_at=.*at least 0"),
+        (lambda: pruning(optax.sgd(0.1), 0.1, 1, 5, ranking=["layer"]), r"ranking=\['layer'\]"),
         (lambda: pruning(optax.sgd(0.1), 0.1, 5, 5), "end_at=5 must be above begin_at=5"),
         (lambda: pruning(optax.sgd(0.1), 0.1, -1, 5), "begin_at=-1"),
         (lambda: pruning(optax.sgd(0.1), 0.1, 1, 5, ranking="all"), "ranking='all'"),

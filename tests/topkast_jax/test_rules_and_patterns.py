@@ -68,6 +68,79 @@ def test_rules_that_do_not_fit_are_named(rules, message):
     assert "\n" not in str(caught.value)
 
 
+def test_leaves_without_entries_are_dense_by_default():
+    params = {"w": jnp.ones((4, 5)), "none": jnp.zeros((0, 4, 5))}
+    found = resolve(params, None, 0.1, 0.2, tk.Unstructured())
+    assert [name for name, leaf in found.items() if leaf] == ["w"]
+
+
+injected = optax.inject_hyperparams
+
+
+@pytest.mark.parametrize("density", [0.1, 0.3, 0.7, 0.9])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_rounded_hyperparameter_is_no_other_density(density, dtype):
+    """Hyperparameters have the parameters' type, other densities that of Python."""
+    params = {"w": jnp.ones((8, 10), dtype)}
+    rules = [("w", tk.Sparse(forward_density=density))]
+    made = [
+        injected(tk.top_kast, static_args=(name,))(optax.sgd(0.1), density, density)
+        for name in ("forward_density", "backward_density")
+    ]
+    for tx in (*made, injected(tk.top_kast)(optax.sgd(0.1), 0.05, 0.05, rules=rules)):
+        forward, backward = tk.keep_masks(params, tx.init(params))
+        assert abs(int(forward["w"].sum()) - 80 * density) <= (0 if dtype == jnp.float32 else 1)
+        assert backward["w"].sum() >= forward["w"].sum()
+
+
+def test_a_backward_density_that_is_smaller_by_more_than_rounding():
+    tx = injected(tk.top_kast, static_args=("backward_density",))(optax.sgd(0.1), 0.3, 0.2999)
+    with pytest.raises(tk.SparsityError, match="backward_density=0.2999 is below .*density=0.3:"):
+        tx.init({"w": jnp.ones((8, 10))})
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("n", "m"), [(1, 3), (2, 4), (5, 6)])
+def test_n_of_m_holds_to_its_n_whatever_the_hyperparameters(n, m, dtype):
+    params = {"w": jnp.ones((2 * m, 8), dtype)}
+
+    def factory(density):
+        return injected(tk.top_kast)(optax.sgd(0.1), density, 1.0, pattern=tk.NOfM(n, m))
+
+    def kept(params):
+        return tk.keep_masks(params, factory(n / m).init(params))[0]["w"].reshape(-1, m, 8).sum(1)
+
+    assert np.all(kept(params) == n)
+    assert np.all(jax.jit(kept)(params) == n)
+    with pytest.raises(tk.SparsityError, match=rf"w: forward_density=0.2.* with NOfM\({n}, {m}\)"):
+        factory(0.26).init(params)
+    # A schedule's value inside a compiled function cannot be checked.
+    state = jax.jit(factory(0.26).init)(params)
+    assert tk.keep_masks(params, state)[0]["w"].sum() == 2 * n * 8
+
+
+def test_erk_does_not_share_out_what_n_of_m_fixes():
+    rules = [(".*", tk.Sparse(distribution="erk", pattern=tk.NOfM(1, 4)))]
+    tx = tk.top_kast(optax.sgd(0.1), 0.25, 0.25, rules=rules)
+    with pytest.raises(tk.SparsityError, match=r"v: distribution='erk' with NOfM\(1, 4\).*'unif"):
+        tx.init({"w": jnp.ones((8, 8)), "v": jnp.ones((64, 64))})
+
+
+def test_each_group_breaks_its_ties_by_itself():
+    pattern, zeros = tk.NOfM(2, 4), {"w": jnp.zeros((8, 64))}
+    tx = tk.top_kast(optax.sgd(0.1), 0.5, 0.75, pattern=pattern)
+    forward, backward = (np.asarray(m["w"]) for m in tk.keep_masks(zeros, tx.init(zeros)))
+    assert np.all(forward.reshape(2, 4, 64).sum(1) == 2)
+    assert np.all(backward.reshape(2, 4, 64).sum(1) == 3)
+    assert not np.any(forward & ~backward)
+    groups = np.moveaxis(forward.reshape(2, 4, 64), 1, -1).reshape(-1, 4)
+    found, times = np.unique(groups, axis=0, return_counts=True)
+    assert len(found) == 6  # all pairs of four
+    assert times.min() >= 8  # of 128 / 6 = 21
+    (later,), _ = pattern.top(zeros["w"], [256])
+    np.testing.assert_array_equal(later, np.tile([[True], [True], [False], [False]], (2, 64)))
+
+
 @pytest.mark.parametrize("sizes", [(0, 2), (2, -1), (1.5, 2), (True, 1)])
 def test_a_block_needs_whole_sizes(sizes):
     with pytest.raises(tk.SparsityError, match="must be an integer of at least 1"):

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topkast_jax.errors import SparsityError
+from topkast_jax.errors import SparsityError, shown
 from topkast_jax.method import Counts, Layer, Leaf, Method, Sets
+from topkast_jax.rules import is_number, is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +85,19 @@ class DropAndGrow(Method):
 
 def check_drop_and_grow(drop_fraction: Any, last_choice_at: Any, refresh_every: Any) -> None:
     """Raises SparsityError unless the options of a method that drops and grows fit each other."""
-    if not isinstance(drop_fraction, jax.Array):
-        number = isinstance(drop_fraction, int | float) and not isinstance(drop_fraction, bool)
-        if not number or not 0 < drop_fraction < 1:
-            raise SparsityError(f"drop_fraction={drop_fraction!r}: must be a number in (0, 1)")
+    if not isinstance(drop_fraction, jax.core.Tracer) and not (
+        is_number(drop_fraction) and 0 < drop_fraction < 1
+    ):
+        raise SparsityError(f"drop_fraction={shown(drop_fraction)}: must be a number in (0, 1)")
     if last_choice_at is None or isinstance(last_choice_at, jax.Array):
         return
-    whole = isinstance(last_choice_at, int) and not isinstance(last_choice_at, bool)
-    if not whole or last_choice_at < 1:
-        raise SparsityError(f"last_choice_at={last_choice_at!r}: must be None or at least 1")
-    if isinstance(refresh_every, int) and last_choice_at <= refresh_every:
+    if not is_whole(last_choice_at) or not 1 <= last_choice_at < 2**31:
+        raise SparsityError(
+            f"last_choice_at={shown(last_choice_at)}: must be None or an integer of at least 1 "
+            "and below 2**31"
+        )
+    plain = is_whole(refresh_every) and not isinstance(refresh_every, jax.Array)
+    if plain and last_choice_at <= refresh_every:
         raise SparsityError(
             f"last_choice_at={last_choice_at} must be above refresh_every={refresh_every}, or no "
             "choice is made"

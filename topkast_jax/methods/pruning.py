@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from topkast_jax.errors import SparsityError
+from topkast_jax.errors import SparsityError, shown
 from topkast_jax.method import Counts, Density, Layer, Leaf, Method, Sets
 from topkast_jax.methods.global_ranking import global_counts, refuse_groups
 from topkast_jax.patterns import Pattern
-from topkast_jax.rules import Rules
+from topkast_jax.rules import Rules, is_whole
 from topkast_jax.sparsify import SparseTransform, sparsify
 
 
@@ -118,14 +118,16 @@ def pruning(
     )
 
 
-def _check(begin_at: Any, end_at: Any, ranking: str) -> None:
-    if ranking not in ("layer", "global"):
-        raise SparsityError(f"ranking={ranking!r}: must be 'layer' or 'global'")
+def _check(begin_at: Any, end_at: Any, ranking: Any) -> None:
+    if not isinstance(ranking, str) or ranking not in ("layer", "global"):
+        raise SparsityError(f"ranking={shown(ranking)}: must be 'layer' or 'global'")
     for name, step in (("begin_at", begin_at), ("end_at", end_at)):
         if isinstance(step, jax.Array):
             continue
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise SparsityError(f"{name}={step!r}: must be an integer of at least 0")
+        if not is_whole(step) or not 0 <= step < 2**31:
+            raise SparsityError(
+                f"{name}={shown(step)}: must be an integer of at least 0 and below 2**31"
+            )
     traced = isinstance(begin_at, jax.Array) or isinstance(end_at, jax.Array)
     if not traced and end_at <= begin_at:
         raise SparsityError(f"end_at={end_at} must be above begin_at={begin_at}")

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from topkast_jax.errors import SparsityError
+from topkast_jax.errors import SparsityError, shown
 from topkast_jax.method import Counts, Density, Layer, Leaf
 from topkast_jax.methods.drop_and_grow import DropAndGrow, check_drop_and_grow
 from topkast_jax.methods.global_ranking import refuse_groups
 from topkast_jax.patterns import Pattern
-from topkast_jax.rules import Rules
+from topkast_jax.rules import Rules, is_number
 from topkast_jax.sparsify import SparseTransform, sparsify
 
 
@@ -167,8 +167,10 @@ def snfs(
       Performance <https://arxiv.org/abs/1907.04840>`_, 2019
     """
     check_drop_and_grow(drop_fraction, last_choice_at, refresh_every)
-    if not isinstance(momentum, jax.Array) and not 0 <= momentum < 1:
-        raise SparsityError(f"momentum={momentum!r}: must be a number in [0, 1)")
+    if not isinstance(momentum, jax.core.Tracer) and not (
+        is_number(momentum) and 0 <= momentum < 1
+    ):
+        raise SparsityError(f"momentum={shown(momentum)}: must be a number in [0, 1)")
     return sparsify(
         inner,
         SNFS(drop_fraction, last_choice_at, momentum),
