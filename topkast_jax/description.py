@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from topkast_jax.errors import SparsityError
-from topkast_jax.method import Leaf
+from topkast_jax.method import Counts, Leaf
+from topkast_jax.rules import check_arrays
 from topkast_jax.sparsify import observing_leaves
 from topkast_jax.trees import flatten_with_names
 
@@ -20,7 +23,8 @@ def describe(params: Any, tx: optax.GradientTransformation) -> str:
 
     Args:
       params: tree of parameters, or of their shapes.
-      tx: a sparsity method's transformation, or any that holds one. Nothing is computed.
+      tx: a sparsity method's transformation, or any that holds one. Nothing is computed, but for
+        the hyperparameters of `optax.inject_hyperparams` at the first step.
 
     Returns:
       A table with a line for each leaf: its path, shape, pattern, forward and backward density, and
@@ -40,15 +44,66 @@ def describe(params: Any, tx: optax.GradientTransformation) -> str:
       w     (8, 10) Unstructured()    0.1       0.2       8       16       80
       all                                                18       26       90
     """
-    found: dict[str, Leaf] = {}
-    seen: list[Mapping[str, Leaf | None]] = []
-    with observing_leaves(seen.append):
-        jax.eval_shape(tx.init, params)
+    seen = decided_leaves(params, tx)
     if not seen:
         raise SparsityError("describe: this transformation holds no sparsity method")
+    found: dict[str, Leaf] = {}
     for leaves in seen:
         found.update({path: leaf for path, leaf in leaves.items() if leaf is not None})
     return table(params, found)
+
+
+def decided_leaves(params: Any, tx: optax.GradientTransformation) -> list[dict[str, Leaf | None]]:
+    """How the leaves are sparse for each sparsity method inside a transformation.
+
+    Args:
+      params: tree of parameters, or of their shapes.
+      tx: any transformation.
+
+    Returns:
+      For each method its leaves by path, None where they are dense. Their numbers are concrete,
+      those too that come from hyperparameters of `optax.inject_hyperparams`.
+
+    Raises:
+      SparsityError: a leaf of `params` is no array, or the rules do not fit the parameters.
+    """
+    names, arrays, treedef = flatten_with_names(params)
+    check_arrays(names, arrays)
+    seen: list[dict[str, Leaf | None]] = []
+
+    def decide(params: Any) -> list[dict[str, Any]]:
+        seen.clear()
+        with observing_leaves(seen.append):
+            tx.init(params)
+        return [{path: _numbers(leaf) for path, leaf in leaves.items()} for leaves in seen]
+
+    def decide_by_shapes() -> list[dict[str, Any]]:
+        zeros = [jnp.zeros(jnp.shape(x), jnp.result_type(x)) for x in arrays]
+        return decide(treedef.unflatten(zeros))
+
+    jax.eval_shape(decide, params)
+    traced = [_numbers(leaf) for leaves in seen for leaf in leaves.values()]
+    if not any(isinstance(number, jax.core.Tracer) for number in jax.tree.leaves(traced)):
+        return seen
+    # The numbers depend on no parameter, so that nothing else is left of the compiled function.
+    concrete = jax.jit(decide_by_shapes)()
+    return [
+        {path: _with_numbers(leaf, numbers[path]) for path, leaf in leaves.items()}
+        for leaves, numbers in zip(seen, concrete, strict=True)
+    ]
+
+
+def _numbers(leaf: Leaf | None) -> Any:
+    return None if leaf is None else (leaf.forward_density, leaf.backward_density, leaf.counts)
+
+
+def _with_numbers(leaf: Leaf | None, numbers: Any) -> Leaf | None:
+    if leaf is None:
+        return None
+    forward, backward, counts = numbers
+    return dataclasses.replace(
+        leaf, forward_density=forward, backward_density=backward, counts=Counts(*counts)
+    )
 
 
 def table(params: Any, leaves: Mapping[str, Leaf | None]) -> str:
@@ -60,8 +115,7 @@ def table(params: Any, leaves: Mapping[str, Leaf | None]) -> str:
     """
     names, arrays, _ = flatten_with_names(params)
     rows = [
-        _row(name, jax.numpy.shape(x), leaves.get(name))
-        for name, x in zip(names, arrays, strict=True)
+        _row(name, jnp.shape(x), leaves.get(name)) for name, x in zip(names, arrays, strict=True)
     ]
     sums = [sum(row[i] for row in rows) for i in (5, 6, 7)]
     header = ["leaf", "shape", "pattern", "forward", "backward", "active", "updated", "entries"]

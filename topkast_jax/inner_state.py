@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from topkast_jax.errors import SparsityError
 from topkast_jax.trees import flatten
 
 
@@ -31,6 +33,11 @@ def map_parameter_shaped(
 
     Returns:
       The state with those arrays replaced.
+
+    Raises:
+      SparsityError: an array holds the entries of all parameters in one row, as the moments of
+        `optax.flatten` do, so that those of one parameter cannot be found. Inside `optax.masked`
+        such an array holds those of some parameters, and is passed over.
     """
     by_path = {}
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
@@ -38,14 +45,28 @@ def map_parameter_shaped(
     for i, (path, leaf) in enumerate(paths):
         by_path[tuple(map(str, path))] = (jnp.shape(leaf), [column[i] for column in columns])
 
+    shapes = {shape for shape, _ in by_path.values()}
+    entries = sum(math.prod(shape) for shape, _ in by_path.values())
+
     def replace(path: tuple[Any, ...], array: Any) -> Any:
         names = tuple(map(str, path))
-        for start in range(len(names) + 1):
-            if names[start:] in by_path:
-                shape, arguments = by_path[names[start:]]
-                if any(a is None for a in arguments):
-                    return array
-                return function(array, *arguments) if jnp.shape(array) == shape else array
-        return array
+        ends = (names[start:] for start in range(len(names) + 1))
+        shape, arguments = next((by_path[end] for end in ends if end in by_path), (None, []))
+        if jnp.shape(array) != shape:
+            _refuse_flattened(path, array, shapes, entries)
+            return array
+        return array if any(a is None for a in arguments) else function(array, *arguments)
 
     return jax.tree_util.tree_map_with_path(replace, inner_state)
+
+
+def _refuse_flattened(path: tuple[Any, ...], array: Any, shapes: set[Any], entries: int) -> None:
+    """Raises SparsityError if an array is one row of the entries of all parameters."""
+    shape = jnp.shape(array)
+    floating = jnp.issubdtype(jnp.result_type(array), jnp.floating)
+    if floating and entries > 1 and shape == (entries,) and shape not in shapes:
+        raise SparsityError(
+            f"the optimizer's state{jax.tree_util.keystr(path)} holds all {entries} parameter "
+            "entries in one row, so that those of one parameter cannot be reset or moved: must be "
+            "a tree like the parameters, as it is without optax.flatten"
+        )

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from topkast_jax.description import decided_leaves
 from topkast_jax.method import Leaf, Method
 from topkast_jax.sets import NOT_DUE, find_states, forward_params, keep_masks
-from topkast_jax.sparsify import SparseTransform, observing_leaves
+from topkast_jax.sparsify import SparseTransform
 from topkast_jax.trees import flatten_with_names
 
 Factory = Callable[[optax.GradientTransformation], optax.GradientTransformation]
@@ -121,10 +122,8 @@ def train(tx: optax.GradientTransformation, params: Params, steps: int = _STEPS)
 
 def leaves_of(tx: optax.GradientTransformation, params: Params) -> dict[str, Leaf]:
     """The sparse leaves that a transformation decides on, wherever in it the method sits."""
-    seen: list[dict[str, Leaf | None]] = []
-    with observing_leaves(seen.append):
-        jax.eval_shape(tx.init, params)
-    return {name: leaf for leaves in seen for name, leaf in leaves.items() if leaf is not None}
+    decided = decided_leaves(params, tx)
+    return {name: leaf for leaves in decided for name, leaf in leaves.items() if leaf is not None}
 
 
 def check_history(

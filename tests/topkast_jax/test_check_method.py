@@ -2,6 +2,7 @@
 
 import functools
 
+import optax
 import pytest
 
 import topkast_jax as tk
@@ -19,6 +20,7 @@ METHODS = {
     "top_kast_blocks": functools.partial(tk.top_kast, forward_density=0.25, backward_density=0.5,
                                          refresh_every=2, pattern=tk.Block(4, 2)),
     "static_random": functools.partial(tk.static_random, forward_density=0.1, seed=3),
+    "injected": lambda inner: optax.inject_hyperparams(tk.top_kast)(inner, 0.1, 0.2, 2),
 }  # fmt: skip
 
 
@@ -27,6 +29,7 @@ TELLING = {
     "top_kast_every_step": ("types",),
     "top_kast_stopping": ("types", "checkpoints"),
     "top_kast_blocks": ("types",),
+    "injected": (),
     "static_random": ("types", "ensemble", "checkpoints"),
 }
 
@@ -41,6 +44,16 @@ def cases():
 @pytest.mark.parametrize(("method", "check"), list(cases()))
 def test_conformance(method, check):
     testing.check_method(METHODS[method], checks=[check])
+
+
+def test_hyperparameters_have_numbers():
+    injected, plain = (
+        testing.leaves_of(METHODS[name](optax.sgd(0.1)), testing.example())
+        for name in ("injected", "top_kast")
+    )
+    assert list(injected) == list(plain) == ["in/kernel", "out/kernel"]
+    for path, leaf in injected.items():
+        assert tuple(map(int, leaf.counts)) == plain[path].counts
 
 
 PATTERNS = (tk.Unstructured(), tk.Block(4, 2), tk.Channel(), tk.NOfM(2, 4), tk.FanIn())

@@ -12,6 +12,7 @@ import pytest
 
 import topkast_jax as tk
 from topkast_jax.always_sparse import AlwaysSparse
+from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.selection import MOST_ENTRIES, _Order
 
 EVERYTHING = [(".*", tk.Sparse())]
@@ -310,6 +311,12 @@ AT_THE_CALL = {
         lambda: top_kast(SGD, rules=[(".*", tk.Sparse)]), "rule .*must be a list of"),
     "a rule that is no expression": (
         lambda: top_kast(SGD, rules=[("(", tk.Sparse())]), "is no regular expression"),
+    "a repetition beyond what Python counts": (
+        lambda: top_kast(SGD, rules=[("a{99999999999999}", tk.Sparse())]), "no regular expression"),
+    "a density that is complex": (
+        lambda: tk.top_kast(SGD, np.complex64(0.1), 0.2), "forward_density=np.complex64.*a number"),
+    "an array of text": (
+        lambda: tk.top_kast(SGD, np.array("a"), 0.2), "forward_density=array.*must be a number"),
     "a seed that is a density": (
         lambda: tk.static_random(SGD, 0.1, 0.2), "seed=0.2: must be an integer"),
     "a method that is not made": (
@@ -342,6 +349,57 @@ def test_swapped_arguments_of_update_and_views():
     wrong = {"w": jnp.ones((64, 63))}
     shapes = r"grads: w must have the shape \(64, 64\) of the parameter, found \(64, 63\)"
     refused(lambda: tx.update(wrong, state, params), shapes)
+
+
+@pytest.mark.parametrize("leaf", ["relu", "float32", jnp.float32, jax.nn.relu, np.array("a")])
+def test_a_leaf_that_is_no_array_is_named(leaf):
+    params = {"w": jnp.ones((8, 8)), "layer": {"activation": leaf}}
+    for rules in (None, EVERYTHING):
+        tx = top_kast(SGD, rules=rules)
+        refused(lambda tx=tx: tx.init(params), "layer/activation=.*must be an array; take the")
+        refused(lambda tx=tx: tk.describe(params, tx), "layer/activation=.*must be an array")
+
+
+def test_a_state_that_does_not_follow_the_parameters_is_not_reset():
+    params = {"w": normal(), "b": jnp.zeros(10)}
+    rules = [("w", tk.Sparse()), (".*", tk.Dense())]
+    flat = optax.flatten(optax.adam(0.1))
+    tx = top_kast(flat, rules=rules, inner_state="reset")
+    state = tx.init(params)
+    message = r"state\[0\].mu holds all 90 parameter entries in one row"
+    refused(lambda: tx.update(params, state, params), message)
+    kept = top_kast(flat, rules=rules)
+    jax.eval_shape(kept.update, params, kept.init(params), params)
+
+
+@pytest.mark.parametrize("shape", [(8, 10), (10,), (10, 1)])
+def test_other_states_that_hold_more_than_moments_are_not_refused(shape):
+    params = {"w": jnp.ones(shape), "b": jnp.zeros(10)}
+    factored = optax.adafactor(0.1, min_dim_size_to_factor=8)
+    for inner in (factored, optax.noisy_sgd(0.1, key=0), optax.lbfgs(0.1), optax.sm3(0.1)):
+        map_parameter_shaped(lambda x: x, inner.init(params), params)
+    vector = {"w": jnp.ones(10)}  # its own entries in one row
+    map_parameter_shaped(lambda x: x, optax.flatten(optax.adam(0.1)).init(vector), vector)
+
+
+# 9. Descriptions.
+
+
+def test_the_hyperparameters_at_the_first_step_are_described():
+    """Without an array of the size of the parameters, which would not fit into memory."""
+    params = {
+        "w": jax.ShapeDtypeStruct((2**15, 2**15), jnp.float32),
+        "stack": jax.ShapeDtypeStruct((3, 8, 10), jnp.float32),
+        "b": jnp.zeros(10),
+        "count": 0,
+    }
+    rules = [("w", tk.Sparse()), ("stack", tk.Sparse(stacked=0)), (".*", tk.Dense())]
+    falling = optax.linear_schedule(0.5, 0.1, 10)
+    tx = optax.inject_hyperparams(tk.top_kast)(SGD, 0.1, falling, rules=rules)
+    plain = tk.describe(params, tk.top_kast(SGD, 0.1, 0.5, rules=rules))
+    assert tk.describe(params, tx) == plain
+    assert tk.describe(params, optax.chain(optax.clip(1.0), tx)) == plain
+    assert "stack  (3, 8, 10)      Unstructured()      0.1       0.5         24" in plain
 
 
 def test_the_version():
