@@ -226,6 +226,8 @@ def _first_state(plan: Plan, params: Any) -> SparsifyState:
     if not names:
         gradient = params if plan.method.needs_gradient else ()
         return SparsifyState(step, params, due, inner_state, due, gradient, due)
+    if plan.inner_state == "reset":  # Raises if moments do not follow the parameters.
+        map_parameter_shaped(lambda moments: moments, inner_state, params)
     sparse = {path: leaf for path, leaf in leaves.items() if leaf is not None}
     theta = {n: jnp.asarray(a) for n, a in zip(names, arrays, strict=True) if n in sparse}
     chooser = Chooser.of(plan.method, sparse, plan.seed, plan.refresh_every is not None)
