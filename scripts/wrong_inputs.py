@@ -66,13 +66,18 @@ WRONG_FLAGS = {
     "--top_k": ("x", "-1", "1.5"),
     "--top_p": ("x", "-1", "2", "nan", "0"),
     "--seed": ("x", "-1", "1.5", str(2**32)),
-    "--workdir": ("", " ", "/dev/null", "/dev/null/run", "gs://bucket/run", "x" * 5000),
+    "--workdir": ("", " ", "/dev/null", "/dev/null/run", "gs://bucket/run", "x" * 5000,
+                  "~no-such-user/run"),
     "--out": ("", "/dev/null/x.npz", "gs://bucket/x.npz", "x" * 5000),
     "--params": ("no_such.npz", "/dev/null", "README.md"),
     "--config": ("", "no_such.py", "README.md", "configs", ":smoke", "configs/quickstart.py:x",
                  "configs/quickstart.py:90/80,dense", "configs/quickstart.py:80/90",
                  "configs/quickstart.py:100/0", "configs/quickstart.py:nan/80",
-                 "configs/quickstart.py:-1/80", "configs/quickstart.py:static-100"),
+                 "configs/quickstart.py:-1/80", "configs/quickstart.py:static-100",
+                 "configs/quickstart.py:top_kast-90", "configs/cifar10_small.py:2x,5x",
+                 "configs/cifar10_small.py:all-sparse,last-sparse",
+                 "configs/sweeps/table_1.py:tiny", "configs/sweeps/quickstart.py:tiny"),
+    "--prompt": ("", "\N{SNOWMAN}", "\udcff"),
 }  # fmt: skip
 MAY_BE_EMPTY = ("--data_dir", "--manual_dir")
 
@@ -224,6 +229,12 @@ def _wrong_keys(right: dict[str, dict[str, str]]) -> Iterator[Made]:
         ("optimizer.schedule.warmup_steps=3",),
         ("optimizer.schedule.name=step",),
         ("optimizer.b1=0.5",),
+        ("optimizer.name=adam", "optimizer.b1=1.0"),
+        ("optimizer.name=adam", "optimizer.b2=1.0"),
+        ("data.image_size=4097",),
+        ("model.name=lenet_300_100", "data.image_size=32"),
+        *((f"{key}.name=os:getcwd",) for key in ("data", "model", "method")),
+        *((f"{key}.name=os:sep",) for key in ("data", "model", "method")),
         ("data.workers=1",),
         ("method.refresh_delay=1",),
         ("method.always_sparse=True", "method.inner_state=keep"),
@@ -235,6 +246,11 @@ def _wrong_keys(right: dict[str, dict[str, str]]) -> Iterator[Made]:
     )
     for texts in together:
         yield _case("main", right["main"], *overrides(*texts))
+    yield _case("main", right["main"], "--config.steps", "5")
+    yield _case("main", right["main"], "--describe")
+    yield _case("sweep", right["sweep"], "--slurm", "--jobs=2")
+    for texts in (("data.name=image_folder", "data.dir=no_such"), ("batch_size=4001",)):
+        yield _case("sweep", right["sweep"], *overrides(*texts))
 
 
 def _wrong_files(right: dict[str, dict[str, str]], inputs: Path) -> Iterator[Made]:
@@ -298,6 +314,8 @@ def _make_text_files(inputs: Path) -> None:
     files = {
         "byte-empty.txt": b"",
         "byte-short.txt": text[:100],
+        **{f"{level}-one-symbol.txt": b"x" * 30_000 for level in ("byte", "character")},
+        "word-one-symbol.txt": b"x\n" * 15_000,
         "word-latin.txt": latin,
         "character-latin.txt": latin,
         "word-utf-16.txt": text.decode().encode("utf-16"),
@@ -369,6 +387,9 @@ def _make_image_folders(inputs: Path) -> None:
         for label in ("one", "two"):
             shutil.rmtree(folders / f"no-classes-{split}" / split / label, ignore_errors=True)
             (folders / f"no-classes-{split}" / split).mkdir(parents=True, exist_ok=True)
+    one_class = folder("one-class")
+    for split in ("train", "test"):
+        shutil.rmtree(one_class / split / "one")
     (folders / "nothing").mkdir()
     (folders / "file").write_bytes(png)
 
@@ -462,6 +483,9 @@ def _make_workdirs(inputs: Path) -> None:
         )
         (copy / workdir.FINAL).write_text(text)
     (inputs / "claimed").mkdir()
+    for name, config in (("other-program", {"model_type": "bert"}), ("nothing-in-it", {})):
+        (inputs / "claimed" / name).mkdir()
+        (inputs / "claimed" / name / workdir.CONFIG).write_text(json.dumps(config))
     for name in (workdir.METRICS, workdir.FINAL, workdir.CHECKPOINTS, workdir.TENSORBOARD):
         for kind in ("file", "folder"):
             if (name, kind) == (workdir.TENSORBOARD, "folder"):

@@ -100,11 +100,19 @@ def _check_folder(workdir: Path) -> None:
     for name in (CONFIG, METRICS, LOCK):
         if (workdir / name).is_dir():
             raise UserError(f"{workdir / name}: is a folder; must be a file")
-    strange = [name for name in (METRICS, FINAL, CHECKPOINTS) if (workdir / name).exists()]
-    if strange and not (workdir / CONFIG).exists():
-        raise UserError(f"--workdir={workdir}: holds {strange[0]} but no {CONFIG}; choose another")
-    if (workdir / CONFIG).exists() and not _OURS.issubset(read_json(workdir / CONFIG)):
-        raise UserError(f"{workdir / CONFIG}: is no config of a run; choose another --workdir")
+    _check_ours(workdir)
+
+
+def _check_ours(workdir: Path) -> None:
+    """Refuses the folder of another program, and one of source files."""
+    config = workdir / CONFIG
+    if config.exists():
+        if not _OURS.issubset(read_json(config)):
+            raise UserError(f"{config}: is no config of a run; choose another --workdir")
+        return
+    for name in sorted(path.name for path in files.listed(workdir)):
+        if name in (METRICS, FINAL, CHECKPOINTS) or name.endswith(".py"):
+            raise UserError(f"--workdir={workdir}: holds {name} but no {CONFIG}; choose another")
 
 
 def check_no_address(flag: str, path: Path) -> None:

@@ -105,6 +105,7 @@ def test_unwritable_workdir(capsys, tmp_path):
     ("name", "told"),
     [
         ("metrics.jsonl", "holds metrics.jsonl but no config.json"),
+        ("quickstart.py", "holds quickstart.py but no config.json"),
         ("final.json", "final.json: cannot be read as JSON"),
         ("checkpoints", "checkpoints: is a file; must be a folder"),
         ("tensorboard", "tensorboard: is a file; must be a folder"),
