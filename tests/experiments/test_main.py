@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -303,6 +304,7 @@ def test_a_profile_is_of_the_steps_that_were_named(capsys, tmp_path, finished):
     numbers, names = traced_steps(tmp_path / "run")
     assert numbers == [4, 5, 6]
     assert "PjitFunction(_step)" in names
+    time.sleep(1)  # JAX names a trace by the second; two commands are further apart.
     status, out, _ = call(capsys, *run, "--profile=9:12")  # A command may be given again.
     assert status == 0
     assert "--profile=9:12: no trace of the steps up to 10\n" in out
