@@ -15,6 +15,8 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from experiments.config import check_variant
+
 CONFIG = "configs/enwik8_small.py"
 METHODS = ("dense", "small-dense-90", "static-90", "set-90", "rigl-90", "pruning-90", "90/80")
 TOP_KAST = ("80/0", "80/60", "80/80", "90/60", "95/90")
@@ -22,6 +24,7 @@ RATES = (2e-3, 4e-3, 8e-3)
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str, object]]]:
+    check_variant(variant, ("", "rates"))
     if variant == "rates":
         for row in METHODS:
             for rate in RATES:
