@@ -142,7 +142,8 @@ class _Order(NamedTuple):
         """The position of each row-major index: one-to-one, whatever the salt.
 
         Adding a constant, multiplying by an odd number and xoring with a right shift each permute
-        the integers of `bits` bits. Indices beyond 2**30 keep their positions.
+        the integers of `bits` bits. All bits of the salt enter each of them, because a small leaf
+        would otherwise have as many orders as entries. Indices beyond 2**30 keep their positions.
         """
         if self.salt is None:
             return index
@@ -150,7 +151,9 @@ class _Order(NamedTuple):
         shift = np.uint32((self.bits + 1) // 2)
         mixed = index.astype(jnp.uint32)
         for odd in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35):
-            mixed = ((mixed + self.salt) * np.uint32(odd)) & mask
+            key = self.salt * np.uint32(odd)
+            key = key ^ (key >> np.uint32(15))
+            mixed = ((mixed + key) * (np.uint32(odd) ^ (key << np.uint32(1)))) & mask
             mixed = mixed ^ (mixed >> shift)
         return jnp.where(index < 2**self.bits, mixed.astype(jnp.int32), index)
 

@@ -1,5 +1,6 @@
 """Selection against a stable argsort in NumPy."""
 
+import math
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import topkast_jax as tk
 from topkast_jax import selection
 from topkast_jax.errors import SparsityError
 from topkast_jax.selection import Thresholds, keep, keep_count, thresholds, top_k_masks
@@ -243,6 +245,23 @@ def test_every_way_of_reducing(monkeypatch, path, kind):
         np.testing.assert_array_equal(np.asarray(mask), oracle(x, count))
 
 
+@pytest.mark.parametrize(("shape", "count"), [((4, 4), 8), ((5,), 2), ((8, 8), 6)])
+def test_every_tie_and_every_pair_of_ties_is_kept_as_often(shape, count):
+    """Within five standard deviations of the probabilities of a uniform choice."""
+    keys, size = 4000, math.prod(shape)
+    one = lambda key: tk.Unstructured().top(jnp.zeros(shape), [count], ties=key)[0][0]  # noqa: E731
+    kept = np.asarray(jax.vmap(one)(jax.random.split(jax.random.key(0), keys)))
+    kept = kept.reshape(keys, size).astype(np.float64)
+    assert np.all(kept.sum(1) == count)
+    alone = count / size
+    deviation = np.sqrt(alone * (1 - alone) / keys)
+    np.testing.assert_allclose(kept.mean(0), alone, atol=5 * deviation)
+    together = (kept.T @ kept / keys)[~np.eye(size, dtype=bool)]
+    # The order is a cheap hash: pairs are less even, but none is excluded or twice as frequent.
+    pair = alone * (count - 1) / (size - 1)
+    assert 0.2 * pair < together.min() <= together.max() < 2.5 * pair
+
+
 @pytest.mark.parametrize("kind", ["ties", "nan"])
 def test_large_leaves_look_at_one_tie_first(monkeypatch, kind):
     monkeypatch.setattr(selection, "_LARGE", 1)
@@ -258,6 +277,7 @@ def test_large_leaves_look_at_one_tie_first(monkeypatch, kind):
 def test_one_device_takes_the_fast_path():
     code = """
 import jax, numpy as np
+import topkast_jax as tk
 from topkast_jax import selection
 flat, calls = selection._reduce_flat, []
 selection._reduce_flat = lambda *a, **k: (calls.append(1), flat(*a, **k))[1]
