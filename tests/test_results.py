@@ -10,7 +10,7 @@ from experiments.reporting.groups import collect
 ROOT = Path(__file__).parent.parent / "results"
 
 
-@pytest.mark.parametrize("name", ["images"])
+@pytest.mark.parametrize("name", ["images", "texts"])
 def test_tables_are_made_again_from_the_records(name, tmp_path):
     groups, _ = collect([ROOT / name])
     listed = [tables.all_runs(groups), *tables.sweeps([ROOT / name], groups)]

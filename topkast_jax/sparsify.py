@@ -346,10 +346,9 @@ def held_where_skipped(
     """Updates and inner state; no update, and the state before, where a method skips a step."""
     if not plan.method.skips_update or plan.refresh_every is None:
         return updates, inner_state
-    chooses = step % jnp.asarray(plan.refresh_every, jnp.int32) == 0
-    for end in (plan.method.last_choice_at, plan.stop_exploring_at):
-        if end is not None:
-            chooses &= step <= jnp.asarray(end, jnp.int32)
+    chooses = _chooses_after(plan, step)
+    if plan.method.last_choice_at is not None:
+        chooses &= step <= jnp.asarray(plan.method.last_choice_at, jnp.int32)
     held = jax.tree.map(jnp.zeros_like, updates), before
     kept: tuple[Any, Any] = jax.lax.cond(chooses, lambda: held, lambda: (updates, inner_state))
     return kept
@@ -438,13 +437,8 @@ def _after(
     plan: Plan, step: jax.Array, flags: dict[str, Any], inner_state: Any, theta: Any
 ) -> tuple[dict[str, Any], jax.Array, Any]:
     """Flags, what is due and inner state after `step` finished steps."""
-    every, stop = plan.refresh_every, plan.stop_exploring_at
-    due = jnp.asarray(False) if every is None else step % jnp.asarray(every, jnp.int32) == 0
+    due, stop = _chooses_after(plan, step), _stop_of(plan)
     if stop is not None:
-        # The first choice is made before exploration can stop.
-        earliest = 0 if plan.method.first_choice == "init" else 1
-        stop = jnp.maximum(jnp.asarray(stop, jnp.int32), earliest)
-        due = due & (step < stop)
         frozen = {path: frozen_flags(f) for path, f in flags.items()}
         resets = plan.inner_state == "reset"
         flags, inner_state = jax.lax.cond(
@@ -454,6 +448,22 @@ def _after(
             inner_state, theta, flags, frozen,
         )  # fmt: skip
     return flags, jnp.where(due, DUE, NOT_DUE).astype(jnp.int8), inner_state
+
+
+def _chooses_after(plan: Plan, step: jax.Array) -> jax.Array:
+    """Whether a refresh is due after `step` finished steps."""
+    if plan.refresh_every is None:
+        return jnp.asarray(False)
+    due, stop = step % jnp.asarray(plan.refresh_every, jnp.int32) == 0, _stop_of(plan)
+    return due if stop is None else due & (step < stop)
+
+
+def _stop_of(plan: Plan) -> jax.Array | None:
+    """The step after which exploration stops; the first choice is made before it."""
+    if plan.stop_exploring_at is None:
+        return None
+    earliest = 0 if plan.method.first_choice == "init" else 1
+    return jnp.maximum(jnp.asarray(plan.stop_exploring_at, jnp.int32), earliest)
 
 
 def _reset_moved(

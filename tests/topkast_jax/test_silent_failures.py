@@ -18,6 +18,7 @@ import topkast_jax as tk
 from topkast_jax import rules as rules_module
 from topkast_jax import statistics
 from topkast_jax.always_sparse import AlwaysSparse
+from topkast_jax.methods.rigl import RigL
 from topkast_jax.rules import resolve
 
 TARGET = np.random.default_rng(1).normal(size=(16, 16)).astype(np.float32)
@@ -610,8 +611,12 @@ def test_a_forward_view_of_cast_parameters_is_refused():
     assert tk.forward_params(theta, state).astype(jnp.bfloat16).dtype == jnp.bfloat16
 
 
-def test_skipped_steps_end_with_the_last_choice():
-    tx = tk.methods.rigl(optax.sgd(0.1), 0.2, refresh_every=2, last_choice_at=4, skips_update=True)
+@pytest.mark.parametrize(("last", "stop"), [(4, None), (None, 6)])
+def test_skipped_steps_end_with_the_last_choice(last, stop):
+    method = RigL(last_choice_at=last, skips_update=True)
+    tx = tk.sparsify(
+        optax.sgd(0.1), method, forward_density=0.2, refresh_every=2, stop_exploring_at=stop
+    )
     params = {"w": normal()}
     state = tx.init(params)
     moved = []
@@ -619,8 +624,8 @@ def test_skipped_steps_end_with_the_last_choice():
         updates, state = tx.update({"w": jnp.ones((16, 16))}, state, params)
         moved.append(bool(jnp.any(updates["w"])))
         params = optax.apply_updates(params, updates)
-    # Those of a refresh move what enters B alone, and the update after them brings it in.
-    assert moved[5:] == [True, True, True]
+    # Steps 2 and 4 are skipped; the update after each brings in what has entered B.
+    assert moved[4:] == [True, True, True, True]
 
 
 def test_a_first_choice_at_the_first_update_freezes_after_it():
