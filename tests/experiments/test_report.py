@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from experiments.report import main
+from experiments.reporting import figures
 
 
 def final(name, method, seed, accuracy, density=1.0, **config):
@@ -290,3 +291,19 @@ def test_bad_input(runs, tmp_path, capsys):
         err = capsys.readouterr().err
         assert message in err
         assert len(err.splitlines()) == 1
+
+
+def test_a_method_has_one_colour_and_a_density_one_marker():
+    lines = [
+        figures.Line("rigl", "0.1", [(0.1, 0.6, 0.0)]),
+        figures.Line("rigl", "0.05", [(0.05, 0.5, 0.0), (0.07, 0.55, 0.0)]),
+        figures.Line("set", "0.1", [(0.2, 0.7, 0.0)]),
+        figures.Line("dense", None, [(1.0, 0.8, 0.0)]),
+    ]
+    axes = figures._against(lines, "FLOPs", "accuracy", logarithmic=True).axes[0]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(legend[:3]) == ["dense", "rigl", "set"]
+    assert legend[3:] == ["forward density 0.1", "forward density 0.05"]
+    first, second, third = (bars.lines[0] for bars in axes.containers)
+    assert first.get_color() == second.get_color() != third.get_color()
+    assert first.get_marker() == third.get_marker() != second.get_marker()
