@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from experiments.convolutions import Padding, convolution
 from topkast_jax import always_sparse
 from topkast_jax.always_sparse import CompactKernel, FanInKernel, with_tile
 from topkast_jax.patterns import Block
 
 Kernel = jax.Array | CompactKernel
-Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 def matmul(x: jax.Array, kernel: Kernel | FanInKernel) -> jax.Array:
@@ -42,15 +42,11 @@ def conv(x: jax.Array, kernel: Kernel, strides: tuple[int, int], padding: Paddin
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         return matmul(x[:, :: strides[0], :: strides[1]], kernel)
 
-    def convolve(tile: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            x, tile, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
     kernel = kernel.astype(x.dtype)
-    return (
-        with_tile(convolve, kernel, x) if isinstance(kernel, CompactKernel) else convolve(kernel, x)
-    )
+    convolve = convolution(strides, padding, pointwise=kernel.shape[:2] == (1, 1))
+    if isinstance(kernel, CompactKernel):
+        return with_tile(lambda tile, x: convolve(x, tile), kernel, x)
+    return convolve(x, kernel)
 
 
 def matmul_transposed(x: jax.Array, table: Kernel) -> jax.Array:

@@ -66,3 +66,52 @@ def test_blocks_of_a_1x1_convolution_are_a_block_product():
     )
     sizes = buffer_sizes(step.lower(kernel.values, jnp.ones((1, 3, 3, 32))).compile())
     assert max(sizes) < dense.size
+
+
+def convolved(x, kernel, strides, padding):
+    """A convolution by its definition, in float64."""
+    x = np.pad(x.astype(np.float64), ((0, 0), *padding, (0, 0)))
+    height, width = kernel.shape[:2]
+    rows = range(0, x.shape[1] - height + 1, strides[0])
+    columns = range(0, x.shape[2] - width + 1, strides[1])
+    windows = [[x[:, i : i + height, j : j + width] for j in columns] for i in rows]
+    return np.einsum("rcnhwi,hwio->nrco", np.asarray(windows), kernel.astype(np.float64))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 3)])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize("padding", [NONE, SAME, ((0, 2), (1, 0))])
+def test_a_convolution_and_its_gradients_are_those_of_the_definition(size, strides, padding):
+    """The definition is linear in both arguments, so that differences give its exact gradients."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(*size, 3, 2))
+    y = convolved(x, kernel, strides, padding)
+    weights = rng.normal(size=y.shape)
+    of_x, of_kernel = (
+        np.reshape([np.sum(weights * of(e)) for e in np.eye(a.size).reshape(-1, *a.shape)], a.shape)
+        for a, of in (
+            (x, lambda e: convolved(e, kernel, strides, padding)),
+            (kernel, lambda e: convolved(x, e, strides, padding)),
+        )
+    )
+
+    def product(x, kernel):
+        return layers.conv(x, kernel, strides, padding)
+
+    args = [jnp.asarray(a, jnp.float32) for a in (x, kernel)]
+    found, gradients = jax.vjp(product, *args)
+    np.testing.assert_allclose(found, y, atol=1e-4)
+    gradients = gradients(jnp.asarray(weights, jnp.float32))
+    for found, expected in zip(gradients, (of_x, of_kernel), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_only_a_cpu_has_a_product_for_the_gradient_of_a_1x1_kernel(platform):
+    def gradient(kernel, x):
+        return jax.grad(lambda kernel: jnp.sum(layers.conv(x, kernel, (1, 1), NONE) ** 2))(kernel)
+
+    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 1, 4, 8), (2, 5, 5, 4)))
+    text = jax.jit(gradient).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.convolution") == {"cpu": 1, "tpu": 2}[platform]
+    assert text.count("stablehlo.dot_general") == {"cpu": 1, "tpu": 0}[platform]
