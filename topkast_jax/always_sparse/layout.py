@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from topkast_jax.always_sparse.checks import (
     leaves_like,
     unit_counts,
 )
-from topkast_jax.always_sparse.host import HostLeaf, Reservoir
+from topkast_jax.always_sparse.host import HostLeaf, Reservoir, in_threads
 from topkast_jax.always_sparse.kernel import CompactKernel, is_compact
 from topkast_jax.errors import SparsityError
 from topkast_jax.sets import SparsifyState, find_compact
@@ -99,6 +99,21 @@ class Layout:
             )
         ]
         return self.of_sparse(leaves_like(what, params, self._treedef, self.names, expected))
+
+    def indices(self, state: Any) -> dict[str, jax.Array]:
+        """The indices of the units that the device holds, in their order, by sparse leaf."""
+        compact: Any = find_compact(state)
+        return {k: x.index for k, x in self.of_sparse(self.flatten(compact.kernels)).items()}
+
+    def write_back(
+        self, theta: Mapping[str, np.ndarray], index: Mapping[str, Any], values: Mapping[str, Any]
+    ) -> None:
+        """Makes θ current on B: writes the values of its units, by sparse leaf, to it."""
+        tasks = [
+            leaf.writes(theta[name], np.asarray(index[name]), np.asarray(values[name]))
+            for name, leaf in self.sparse.items()
+        ]
+        in_threads([task for of_leaf in tasks for task in of_leaf])
 
     def kernels(self, params: Tree, reservoir: Reservoir, put: Callable[[Any], jax.Array]) -> Tree:
         """The tree with compact kernels; dense leaves are those of `params`.

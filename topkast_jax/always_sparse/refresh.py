@@ -1,13 +1,10 @@
-"""What the device does at a refresh: a gather brings each array to the next backward set.
-
-`unit_axes` says which arrays of an optimizer's state those are, whatever the optimizer.
-"""
+"""What the device does at a refresh: a gather brings each array to the next backward set."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,79 +15,9 @@ from topkast_jax.always_sparse.host import Move
 from topkast_jax.always_sparse.kernel import CompactKernel
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
-from topkast_jax.method import Leaf
-from topkast_jax.trees import flatten
 
-Path = tuple[Any, ...]
 Place = Callable[[tuple[int, ...]], jax.sharding.Sharding]
 Spares = dict[Any, jax.Array]
-
-
-def unit_axes(
-    init: Callable[[Any], Any], values: Any, leaves: Mapping[str, Leaf | None]
-) -> dict[Path, tuple[int, int]]:
-    """Which axis of which array of an optimizer's state numbers the units of which leaf.
-
-    An array does if with one unit fewer it would be shorter by one along one axis. Nothing asks
-    which optimizer it is, nor where in its state the array lies.
-
-    Args:
-      init: of the optimizer.
-      values: abstract tree of values.
-      leaves: by path, in flattening order; None where a leaf is dense.
-
-    Returns:
-      Path in the state → (number of the leaf, axis).
-
-    Raises:
-      SparsityError: an array depends on the units in a way that a refresh cannot follow.
-    """
-    shapes = _shapes_of(init, values)
-    arrays, treedef = flatten(values)
-    axes = {}
-    for number, (name, leaf) in enumerate(leaves.items()):
-        if leaf is None:
-            continue
-        fewer = list(arrays)
-        fewer[number] = _without_one_unit(arrays[number], len(leaf.stack))
-        others = _shapes_of(init, treedef.unflatten(fewer))
-        for path, shape in shapes.items():
-            if others.get(path) != shape:
-                units = arrays[number].shape[len(leaf.stack)]
-                axis = _unit_axis(shape, others.get(path), leaf.stack, units)
-                if axis is None:
-                    raise SparsityError(
-                        f"the inner optimizer's state{jax.tree_util.keystr(path)} {shape} depends "
-                        f"on the units of {name} in a way that a refresh cannot follow: take "
-                        "another optimizer, or pattern"
-                    )
-                axes[path] = number, axis
-    return axes
-
-
-def _shapes_of(init: Callable[[Any], Any], values: Any) -> dict[Path, tuple[int, ...]]:
-    state = jax.eval_shape(init, values)
-    return {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def _without_one_unit(values: jax.ShapeDtypeStruct, stack: int) -> jax.ShapeDtypeStruct:
-    *layers, units = values.shape[: stack + 1]
-    return jax.ShapeDtypeStruct((*layers, units - 1, *values.shape[stack + 1 :]), values.dtype)
-
-
-def _unit_axis(
-    shape: tuple[int, ...], fewer: tuple[int, ...] | None, stack: tuple[int, ...], units: int
-) -> int | None:
-    """The axis that is shorter by one with one unit fewer; None if that is not all that differs."""
-    if fewer is None or len(fewer) != len(shape):
-        return None
-    differ = [i for i, pair in enumerate(zip(shape, fewer, strict=True)) if len({*pair}) > 1]
-    if len(differ) != 1:
-        return None
-    (axis,) = differ
-    first = axis - len(stack)
-    numbers_units = shape[axis] == units == fewer[axis] + 1
-    return axis if first >= 0 and shape[first:axis] == stack and numbers_units else None
 
 
 def check_wrapper(init: Callable[[Any], Any], values: Any, leaves: Any) -> None:
@@ -135,35 +62,6 @@ def remembered_units(outside: Any, params: Any, leaves: Any) -> list[tuple[str, 
 @dataclasses.dataclass(frozen=True)
 class _Remembered:
     array: Any
-
-
-def first_arrays(
-    init: Callable[[Any], Any],
-    axes: dict[Path, tuple[int, int]],
-    number: int,
-    values: Any,
-    stack: int,
-) -> Callable[[jax.Array | np.ndarray], dict[str, jax.Array]]:
-    """What an optimizer's `init` makes of some units of one leaf: arrays by `keystr` of their path.
-
-    The units are `[*stack, m, …]`. Compiled for this leaf alone, so that no others take memory: of
-    `values`, the abstract tree, all others are zeros there.
-    """
-    others, treedef = flatten(values)
-    mine = {path: axis for path, (of, axis) in axes.items() if of == number}
-
-    def first(units: jax.Array) -> dict[str, jax.Array]:
-        m, arrays = units.shape[stack], [jnp.zeros(x.shape, x.dtype) for x in others]
-        # `init` sees as many units as the leaf has: what it makes may depend on their number.
-        missing = [(0, all_ - n) for all_, n in zip(arrays[number].shape, units.shape, strict=True)]
-        arrays[number] = jnp.pad(units, missing)
-        state = dict(jax.tree_util.tree_leaves_with_path(init(treedef.unflatten(arrays))))
-        return {
-            jax.tree_util.keystr(path): jax.lax.slice_in_dim(state[path], 0, m, axis=axis)
-            for path, axis in mine.items()
-        }
-
-    return jax.jit(first)
 
 
 def sent(source: np.ndarray | jax.Array, stack: tuple[int, ...], like: jax.Array) -> jax.Array:

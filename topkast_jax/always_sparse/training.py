@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import jax
@@ -23,30 +21,22 @@ import optax
 
 from topkast_jax.always_sparse import convert
 from topkast_jax.always_sparse import host as hosts
+from topkast_jax.always_sparse.ahead import ChoiceAhead
 from topkast_jax.always_sparse.checks import (
     check_inner_state,
     check_plan,
     check_reservoir,
-    check_sizes,
     whole_number,
 )
 from topkast_jax.always_sparse.convert import replace_nodes
+from topkast_jax.always_sparse.exchange import Chosen, Exchange, outside_state
 from topkast_jax.always_sparse.gradients import DenseGradients, groups
-from topkast_jax.always_sparse.host import HostLeaf, Move, Reservoir
+from topkast_jax.always_sparse.host import HostLeaf, Reservoir
 from topkast_jax.always_sparse.kernel import CompactKernel, values_of
 from topkast_jax.always_sparse.layout import Layout, is_here, on_host, places_of
-from topkast_jax.always_sparse.refresh import (
-    Mover,
-    Place,
-    Spares,
-    check_wrapper,
-    first_arrays,
-    remembered_units,
-    sent,
-    unit_axes,
-)
+from topkast_jax.always_sparse.moments import Moments
+from topkast_jax.always_sparse.refresh import Place, check_wrapper, remembered_units
 from topkast_jax.errors import SparsityError
-from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.method import Sets, enters_anew
 from topkast_jax.serialization import register_with_flax
 from topkast_jax.sets import CompactState, SparsifyState, find_compact, forward_params
@@ -114,24 +104,20 @@ class AlwaysSparse:
         self._choose = hosts.Choice(self.plan, layout.sparse)
         self._gradients = DenseGradients(layout, place)
         check_inner_state(self.plan, layout.unflatten(layout.dense), values_of(self.abstract()))
-        init, leaves = self.plan.inner.init, self.plan.leaves(params)
-        self._axes = unit_axes(init, values_of(self.abstract()), leaves)
+        self._moments = Moments(layout, self.plan.inner.init, values_of(self.abstract()))
         self._groups = groups(layout.sparse)
-        values = values_of(self.abstract())
-        self._firsts = [
-            first_arrays(init, self._axes, number, values, len(leaf.stack) if leaf else 0)
-            for number, leaf in enumerate(leaves.values())
-        ]
         self.transform = optax.GradientTransformationExtraArgs(self._init, self._update)
         self._is_starting = False
-        self._chooser = ThreadPoolExecutor(1)
-        self._ahead: Future[dict[str, Any]] | None = None
-        self._choosing: Future[dict[str, Any]] | None = None
         # A choice of single entries takes so long, and so much memory, that theirs is not kept.
-        blocks = [name for name, leaf in layout.sparse.items() if leaf.pattern.unit_shape]
-        self._copies = hosts.Copies(blocks)
-        self._spares: Spares = {}  # kept where copies are, for the same reason
-        self._moves: dict[str, tuple[np.ndarray, Move]] = {}  # of a choice made ahead, by its flags
+        copies = hosts.Copies(
+            name for name, leaf in layout.sparse.items() if leaf.pattern.unit_shape
+        )
+        self._exchange = Exchange(layout, self._choose, self._moments, place, copies)
+        # What enters is what θ holds, then as now, unless the method changes it.
+        self._takes_moves = not enters_anew(self.plan.method)
+        self._ahead = ChoiceAhead(
+            layout, self._choose, self._exchange, copies, moves=self._takes_moves
+        )
         self._theta: list[Any] = []  # weak references to θ of the run that was followed last
         self._step = 0  # the last step that it was followed to
 
@@ -160,7 +146,7 @@ class AlwaysSparse:
     def _check_wrapper(self, tx: optax.GradientTransformation | None) -> None:
         """Raises SparsityError unless a refresh can follow what `tx` adds to `transform`."""
         if tx is not None:
-            init = lambda values: _outside(self._starting(tx.init, values))  # noqa: E731
+            init = lambda values: outside_state(self._starting(tx.init, values))  # noqa: E731
             leaves = self._layout.unflatten(self._layout.leaves)
             check_wrapper(init, values_of(self.abstract()), leaves)
 
@@ -217,7 +203,7 @@ class AlwaysSparse:
             it or with arrays that a refresh cannot follow, or sets of another size than the
             densities say.
         """
-        self._ahead = None
+        self._ahead.forget()
         self._check_wrapper(tx)
         theta = self._layout.theta("start", params, donate)
         chosen = self._choose(0, theta)
@@ -368,26 +354,30 @@ class AlwaysSparse:
         self, step: int, params: Tree, state: T, reservoir: Reservoir, gradients: Any
     ) -> tuple[Tree, T, Reservoir]:
         if self.delay and self.plan.chooses_after(step):
-            reservoir = self._choose_ahead(step, params, state, reservoir, gradients)
+            values = self._layout.values("refresh", params, state)
+            reservoir = self._ahead.start(step, values, reservoir, gradients)
         if not self.changes_after(step):
             return params, state, reservoir
-        if self.delay and not self.frozen(step) and not enters_anew(self.plan.method):
+        ahead = bool(self.delay) and not self.frozen(step) and self._takes_moves
+        if ahead:
             reservoir = hosts.writable(self.settled(reservoir))
-            return self._apply(params, state, reservoir, self._chosen_ahead(step, reservoir), True)
-        reservoir = self._current("refresh", params, state, reservoir)
+        else:
+            reservoir = self._current("refresh", params, state, reservoir)
         if self.frozen(step):
-            new: Iterable[dict[str, Any]] = (
+            new: Iterable[Chosen] = (
                 {k: (hosts.freeze(reservoir.sets[k]), reservoir.memory[k]) for k in group}
                 for group in self._groups
             )
         elif self.delay:
-            new = self._chosen_ahead(step, reservoir)
+            new = [self._chosen_ahead(step, reservoir)]
         else:
             new = self._choose.in_groups(
                 self._groups, step, reservoir.theta, reservoir.sets, reservoir.memory,
                 gradients,
             )  # fmt: skip
-        return self._apply(params, state, reservoir, new)
+        self._ahead.used()
+        params, state, now = self._exchange(params, state, reservoir, new, ahead=ahead)
+        return params, state, reservoir._replace(chosen=now if self.delay else {})
 
     def changes_after(self, step: int) -> bool:
         """Whether `refresh` changes the sets on the device, with the delay taken into account.
@@ -456,190 +446,27 @@ class AlwaysSparse:
           reservoir: as `start` or the last `refresh` returned it.
         """
         check_reservoir(reservoir)
-        if self._ahead is not None:
-            reservoir = reservoir._replace(chosen=self._ahead.result())
-        return reservoir
+        return self._ahead.settled(reservoir)
 
-    def _chosen_ahead(self, step: int, reservoir: Reservoir) -> list[dict[str, Any]]:
+    def _chosen_ahead(self, step: int, reservoir: Reservoir) -> Chosen:
         if not reservoir.chosen:
             raise SparsityError(
                 f"refresh: the choice made at step {step - self.delay} is not in this reservoir: "
                 "what is saved must be AlwaysSparse.settled(reservoir)"
             )
-        return [reservoir.chosen]
-
-    def _choose_ahead(
-        self, step: int, params: Tree, state: Any, reservoir: Reservoir, gradients: Any
-    ) -> Reservoir:
-        """Chooses in a thread, from a copy of the values that the next steps cannot take away.
-
-        The reservoir that comes back holds no choice until the thread is done.
-        """
-        values = self._layout.values("refresh", params, state)
-        here = all(map(is_here, values.values()))
-        copies: dict[str, Any]
-        likes: dict[str, Any]
-        if all(isinstance(x, jax.Array) and self._copies.takes(x) for x in values.values()):
-            wait([self._choosing] if self._choosing else [])  # It may read the last copies.
-            copies = self._copies.of(jax.block_until_ready(values))
-            likes = {
-                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-                for name, x in values.items()
-            }
-        else:
-            copies = {name: jnp.copy(x) if here else on_host(x) for name, x in values.items()}
-            likes = dict(copies) if here else {}
-        reservoir = hosts.writable(reservoir)._replace(chosen={})
-
-        def choose() -> dict[str, Any]:
-            theta, sets = reservoir.theta, reservoir.sets
-            index = {name: leaf.index(sets[name])[0] for name, leaf in self._layout.sparse.items()}
-            self._write_back(theta, index, copies)
-            copies.clear()
-            chosen = self._choose(step, theta, sets, reservoir.memory, gradients)
-            if not enters_anew(self.plan.method):  # What enters is what θ holds, then as now.
-                flags = {name: new for name, (new, _) in chosen.items()}
-                moves = hosts.moves(self._layout.sparse, theta, index, sets, flags, leaving=True)
-                for name, move in moves.items():
-                    if here:
-                        stack = self._layout.sparse[name].leaf.stack
-                        move = move._replace(source=sent(move.source, stack, likes[name]))
-                    self._moves[name] = flags[name], move
-            return chosen
-
-        self._ahead = self._choosing = self._chooser.submit(hosts.as_precise_as_here(choose))
-        return reservoir
+        return reservoir.chosen
 
     def _current(self, what: str, params: Tree, state: Any, reservoir: Reservoir) -> Reservoir:
         """With θ made current, and the choice that was under way, which reads it, in it."""
         values = self._layout.values(what, params, state)
         reservoir = hosts.writable(self.settled(reservoir))
         # What others hold a part of is a collective: one at a time, the same order everywhere.
-        places = self._places(state)
-        here = {name: x if is_here(x) else on_host(x) for name, x in values.items()}
-        index = {name: x if is_here(x) else on_host(x) for name, x in places.items()}
-        self._write_back(reservoir.theta, index, here)
+        here, index = (
+            {name: x if is_here(x) else on_host(x) for name, x in arrays.items()}
+            for arrays in (values, self._layout.indices(state))
+        )
+        self._layout.write_back(reservoir.theta, index, here)
         return reservoir
-
-    def _places(self, state: Any) -> dict[str, Any]:
-        """The indices of the units that the device holds, in their order, by leaf."""
-        compact: Any = find_compact(state)
-        kernels = self._layout.of_sparse(self._layout.flatten(compact.kernels))
-        return {name: kernel.index for name, kernel in kernels.items()}
-
-    def _write_back(
-        self, theta: dict[str, np.ndarray], index: dict[str, Any], values: dict[str, Any]
-    ) -> None:
-        """Makes θ current on B."""
-        tasks = [
-            leaf.writes(theta[name], np.asarray(index[name]), np.asarray(values[name]))
-            for name, leaf in self._layout.sparse.items()
-        ]
-        hosts.in_threads([task for of_leaf in tasks for task in of_leaf])
-
-    def _apply(
-        self,
-        params: Tree,
-        state: T,
-        reservoir: Reservoir,
-        chosen: Iterable[dict[str, Any]],
-        ahead: bool = False,
-    ) -> tuple[Tree, T, Reservoir]:
-        """Brings new sets to the device, a few leaves at a time: only what is new of them is sent.
-
-        Args:
-          params: the tree of values.
-          state: the optimizer state.
-          reservoir: its sets and memory are replaced leaf by leaf, so that none are held twice.
-          chosen: flags and memory by name, for one group of leaves after another.
-          ahead: whether θ has yet to become current on what leaves B.
-        """
-        self._ahead = self._choosing = None
-        now: dict[str, tuple[np.ndarray, Any]] = {}
-        twice = _held_twice((params, state))
-        spares = self._spares if ahead else None
-        compact: Any = find_compact(state)
-        outside = _outside(state)
-        arrays, kernels = self._layout.flatten(params), self._layout.flatten(compact.kernels)
-        by_path = dict(jax.tree_util.tree_leaves_with_path(compact.inner_state))
-        numbers = {name: number for number, name in enumerate(self._layout.names)}
-        for group in chosen:
-            movers: list[Mover | None] = [None] * len(arrays)
-            index = {name: kernels[numbers[name]].index for name in group}
-            values = {name: arrays[numbers[name]] for name in group}
-            moves = self._moves_to(group, reservoir, index, values, ahead)
-            for name, move in moves.items():
-                leaf, like = self._layout.sparse[name], values[name]
-                check_sizes(leaf, move.forward, move.source.shape[-1])
-                movers[numbers[name]] = Mover(
-                    move, leaf.leaf.stack, self._place, like, twice, spares
-                )
-            outside = map_parameter_shaped(
-                lambda array, mover: mover.carry(array),
-                outside, params, self._layout.unflatten(movers),
-            )  # fmt: skip
-            for number, mover in enumerate(movers):
-                if mover is not None:
-                    arrays[number] = mover.values(arrays[number])
-                    kernels[number] = mover.places(kernels[number])
-                    moments = self._moments(number, mover, by_path)
-                    by_path |= moments
-                    # What the moves read is freed before the next leaves are chosen.
-                    jax.block_until_ready(
-                        (arrays[number], kernels[number].index, list(moments.values()))
-                    )
-            for name, (flags, memory) in group.items():
-                reservoir.sets[name], reservoir.memory[name] = flags, memory
-            now |= group if self.delay else {}
-            del movers, mover, moves, move, index, values  # Before the next leaves are chosen.
-        self._moves = {}
-        if not self._copies.kept:
-            self._spares.clear()
-        inner = flatten(compact.inner_state)[1].unflatten(by_path.values())
-        inside = CompactState(compact.step, self._layout.unflatten(kernels), inner)
-        state = jax.tree.map(
-            lambda old, new: inside if isinstance(old, CompactState) else new,
-            state, outside, is_leaf=lambda node: isinstance(node, CompactState),
-        )  # fmt: skip
-        return self._layout.unflatten(arrays), state, reservoir._replace(chosen=now)
-
-    def _moves_to(
-        self,
-        chosen: dict[str, Any],
-        reservoir: Reservoir,
-        index: dict[str, jax.Array],
-        values: dict[str, jax.Array],
-        ahead: bool,
-    ) -> dict[str, Move]:
-        """How leaves get to new flags; θ is current on all that is not in their B after it."""
-        leaves, theta, old = self._layout.sparse, reservoir.theta, reservoir.sets
-        flags = {name: new for name, (new, _) in chosen.items()}
-        known = {name: self._moves.pop(name, (None, None)) for name in chosen}
-        if all(known[name][0] is flags[name] for name in chosen):
-            moves: dict[str, Any] = {name: move for name, (_, move) in known.items()}
-        else:
-            self._choose.enter(theta, old, flags)
-            held = {name: on_host(array) for name, array in index.items()}
-            moves = hosts.moves(leaves, theta, held, old, flags, leaving=ahead)
-        if ahead:
-            for name, move in moves.items():
-                leaves[name].write_leaving(theta[name], move, on_host(values[name]))
-        return moves
-
-    def _moments(self, number: int, mover: Mover, by_path: dict[Any, Any]) -> dict[Any, jax.Array]:
-        """What the optimizer holds of a leaf's units; for fresh ones, what `init` makes of them."""
-        axes = self._axes_of(number)
-        if not axes:
-            return {}
-        first = self._firsts[number](mover.fresh)
-        return {
-            path: mover.moment(by_path[path], first.pop(jax.tree_util.keystr(path)), axis)
-            for path, axis in axes.items()
-        }
-
-    def _axes_of(self, number: int) -> dict[Any, int]:
-        """The axis of a leaf's units in each array of the optimizer's state that has one."""
-        return {path: axis for path, (of, axis) in self._axes.items() if of == number}
 
     def masks(self, reservoir: Reservoir) -> tuple[Tree, SparsifyState]:
         """The shapes of the dense parameters, and the sets in the state of a masked run.
@@ -700,7 +527,7 @@ class AlwaysSparse:
             compact representation; a `tx` with arrays that a refresh cannot follow, or none where
             `transform` is a part of it that has such arrays.
         """
-        self._ahead = None
+        self._ahead.forget()
         theta = self._layout.theta("from_masked", params)
         was, chosen = convert.sets_of(params, state)
         self._check_wrapper(tx)
@@ -739,38 +566,14 @@ class AlwaysSparse:
             if leaf is not None:
                 entered = leaf.entered(was[leaf.path], reservoir.sets[leaf.path])
                 entered = entered.reshape(*leaf.leaf.stack, -1)
-                by_path |= self._reset(number, entered, array, by_path) if entered.any() else {}
+                if entered.any():
+                    begun = self._moments.begun(number, entered, array, by_path)
+                    by_path |= {path: self._put(x) for path, x in begun.items()}
         inner = flatten(compact.inner_state)[1].unflatten(by_path.values())
         return replace_nodes(state, CompactState, lambda c: c._replace(inner_state=inner))
 
-    def _reset(
-        self, number: int, entered: np.ndarray, values: jax.Array, by_path: dict[Any, Any]
-    ) -> dict[Any, jax.Array]:
-        """What the optimizer holds of a leaf's units, made anew for those that have entered B."""
-        first = self._firsts[number](values)
-
-        def reset(array: Any, fresh: jax.Array, axis: int) -> jax.Array:
-            fits = entered.reshape(*entered.shape, *(1,) * (fresh.ndim - axis - 1))
-            return self._put(np.where(fits, on_host(fresh), on_host(array)))
-
-        return {
-            path: reset(by_path[path], first[jax.tree_util.keystr(path)], axis)
-            for path, axis in self._axes_of(number).items()
-        }
-
     def _kernels(self, params: Tree, reservoir: Reservoir) -> Tree:
         return self._layout.kernels(params, reservoir, self._put)
-
-
-def _outside(state: Any) -> Any:
-    """An optimizer state without that of `transform`."""
-    return replace_nodes(state, CompactState, lambda _: None)
-
-
-def _held_twice(tree: Any) -> Callable[[jax.Array], bool]:
-    """Whether an array occurs more than once in a tree."""
-    times = Counter(map(id, jax.tree.leaves(tree)))
-    return lambda array: times[id(array)] > 1
 
 
 def _shaped(
