@@ -15,6 +15,7 @@ from experiments.image_classification.data.preprocessing import Recipe
 from experiments.image_classification.data.sources import ArraySource, Example, Source
 
 Batch = dict[str, Any]
+_ENDLESS = 2**40  # batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,10 +53,7 @@ class TrainBatches(EndlessBatches):
     """
 
     def __init__(self, source: Source, options: Options):
-        examples = grain.MapDataset.source(source).seed(options.seed).shuffle().repeat()
-        examples = examples.random_map(_Augment(options))
-        own = examples[options.host :: options.hosts]
-        batches = own.batch(options.batch_size // options.hosts)
+        batches = grain.MapDataset.range(_ENDLESS).map(_TrainBatch(source, options))
         super().__init__(batches, functools.partial(_prefetch, options=options))
 
     def get_state(self) -> dict[str, int]:
@@ -106,14 +104,41 @@ def _copied(batch: Batch) -> Batch:
     return {name: np.array(values) for name, values in batch.items()}
 
 
-class _Augment(grain.transforms.RandomMap):
-    """Augments an example for training."""
+class _TrainBatch(grain.transforms.Map):
+    """Chooses and augments the images of the batch of a number."""
 
-    def __init__(self, options: Options):
-        self._recipe, self._size = options.recipe, options.image_size
+    def __init__(self, source: Source, options: Options):
+        self._source, self._options = source, options
+        self._epochs: dict[int, np.ndarray] = {}
 
-    def random_map(self, element: Example, rng: np.random.Generator) -> Example:
-        return element | {"image": self._recipe.augment(element["image"], self._size, rng)}
+    def map(self, element: int) -> Batch:
+        options, recipe = self._options, self._options.recipe
+        own = np.arange(options.host, options.batch_size, options.hosts)
+        epochs, places = np.divmod(int(element) * options.batch_size + own, len(self._source))
+        examples = [
+            self._source[int(self._order(int(epoch))[place])]
+            for epoch, place in zip(epochs, places, strict=True)
+        ]
+        # All hosts draw for the whole batch, so that an image is augmented alike on any of them.
+        draws = _random(options.seed, 1, int(element)).random((options.batch_size, recipe.draws))
+        images = [example["image"] for example in examples]
+        return {
+            "image": recipe.augment(images, options.image_size, draws[own]),
+            "label": np.asarray([example["label"] for example in examples], np.int32),
+        }
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The images in the order of an epoch. Batches that are made ahead need two of them."""
+        order = self._epochs.get(epoch)
+        if order is None:
+            order = _random(self._options.seed, 0, epoch).permutation(len(self._source))
+            self._epochs = {epoch: order} | dict([*self._epochs.items()][:1])
+        return order
+
+
+def _random(seed: int, purpose: int, number: int) -> np.random.Generator:
+    """Random numbers for one purpose; 0 is the order of an epoch, 1 the augmentation of a batch."""
+    return np.random.default_rng((seed, purpose, number))
 
 
 class _PaddedExample(grain.transforms.Map):

@@ -5,11 +5,14 @@ An image is a uint8 array (height, width, channels). The task normalises it on t
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from experiments.registry import Registry
+
+CROP_ATTEMPTS = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,14 +39,32 @@ class Recipe:
         """The part of the preparation that does not change: nothing before a resized crop."""
         return image if self.resized_crop else resize(image, size, size)
 
-    def augment(self, image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-        """Prepares an image of `size`×`size` for training."""
+    @property
+    def draws(self) -> int:
+        """How many random numbers the augmentation of an image takes."""
+        return 1 + (4 * CROP_ATTEMPTS if self.resized_crop else 2)
+
+    def augment(self, images: Sequence[np.ndarray], size: int, draws: np.ndarray) -> np.ndarray:
+        """Prepares images for training.
+
+        Args:
+            images: uint8 (height, width, channels), of any size.
+            size: the height and the width of the result.
+            draws: random numbers in [0, 1), `draws` of them for each image.
+
+        Returns:
+            uint8 (images, size, size, channels).
+        """
         if self.resized_crop:
-            image = random_resized_crop(image, size, rng)
+            views = [random_resized_crop(*x, size) for x in zip(images, draws[:, 1:], strict=True)]
+            made = np.stack(views)
         else:
-            image = random_padded_crop(resize(image, size, size), self.padding, rng)
-        mirror = self.flip and rng.random() < 0.5
-        return np.ascontiguousarray(image[:, ::-1] if mirror else image)
+            resized = np.stack([resize(image, size, size) for image in images])
+            made = random_padded_crops(resized, self.padding, draws[:, 1:])
+        if self.flip:
+            mirrored = draws[:, 0] < 0.5
+            made[mirrored] = made[mirrored, :, ::-1]
+        return made
 
     def centre(self, image: np.ndarray, size: int) -> np.ndarray:
         """Prepares an image of `size`×`size` for evaluation."""
@@ -82,29 +103,43 @@ def resize(
     return np.asarray(resized).reshape(height, width, image.shape[-1])
 
 
-def random_padded_crop(image: np.ndarray, padding: int, rng: np.random.Generator) -> np.ndarray:
-    """Shifts an image by up to `padding` rows and columns, with black at the edges."""
-    height, width, channels = image.shape
-    padded = np.zeros((height + 2 * padding, width + 2 * padding, channels), image.dtype)
-    padded[padding : padding + height, padding : padding + width] = image
-    top, left = rng.integers(0, 2 * padding + 1, size=2)
-    return padded[top : top + height, left : left + width]
+def random_padded_crops(images: np.ndarray, padding: int, draws: np.ndarray) -> np.ndarray:
+    """Shifts each image by up to `padding` rows and columns, with black at the edges.
+
+    Args:
+        images: (images, height, width, channels).
+        padding: at least 0.
+        draws: two random numbers in [0, 1) for each image.
+    """
+    count, height, width, channels = images.shape
+    border = 2 * padding
+    padded = np.zeros((count, height + border, width + border, channels), images.dtype)
+    padded[:, padding : padding + height, padding : padding + width] = images
+    crops = np.empty_like(images)
+    for i, (top, left) in enumerate((draws * (border + 1)).astype(int).tolist()):
+        crops[i] = padded[i, top : top + height, left : left + width]
+    return crops
 
 
-def random_resized_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def random_resized_crop(image: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
     """Crops 8 % to 100 % of the area at an aspect ratio from 3/4 to 4/3, resized to a square.
 
     After ten attempts that do not fit, it takes the largest central crop within these ratios (the
     Inception crop).
+
+    Args:
+        image: (height, width, channels).
+        draws: four random numbers in [0, 1) for each attempt.
+        size: the height and the width of the result.
     """
     height, width = image.shape[:2]
-    for _ in range(10):
-        area = height * width * rng.uniform(0.08, 1.0)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    for of_area, of_ratio, of_top, of_left in draws.reshape(CROP_ATTEMPTS, 4).tolist():
+        area = height * width * (0.08 + 0.92 * of_area)
+        ratio = (3 / 4) * (16 / 9) ** of_ratio
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
-            return resize(image, size, size, (int(left), int(top), int(left) + w, int(top) + h))
+            top, left = int(of_top * (height - h + 1)), int(of_left * (width - w + 1))
+            return resize(image, size, size, (left, top, left + w, top + h))
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     left, top = (width - w) // 2, (height - h) // 2
     return resize(image, size, size, (left, top, left + w, top + h))

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.errors import UserError
 from experiments.image_classification.data.pipeline import Options, TrainBatches
+from experiments.image_classification.data.preprocessing import Recipe
 from experiments.image_classification.data.sources import ArraySource
 from experiments.language_modelling.data.streams import Share, TrainStream
 from experiments.records.checkpoints import meta_of
@@ -14,17 +15,13 @@ from experiments.records.checkpoints import meta_of
 STAGES = ((2, 3), (1, 4), (4, 2), (2, 1))  # hosts, and the batches that they take
 
 
-class Plain:
-    """Images as they are."""
-
-    def augment(self, image, size, rng):
-        return image
+PLAIN = Recipe(mean=(0.0,), std=(1.0,))  # images as they are
 
 
 def images(host, hosts):
     source = ArraySource([np.full((2, 2, 1), i, np.uint8) for i in range(40)], list(range(40)))
     options = Options(
-        recipe=Plain(), image_size=2, batch_size=8, seed=3, threads=1, host=host, hosts=hosts
+        recipe=PLAIN, image_size=2, batch_size=8, seed=3, threads=1, host=host, hosts=hosts
     )
     return TrainBatches(source, options)
 

@@ -140,17 +140,20 @@ def test_padded_crop_is_a_window_of_the_padded_image():
     image = np.random.default_rng(0).integers(1, 256, (6, 6, 3), np.uint8)
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
     windows = {padded[r : r + 6, c : c + 6].tobytes() for r in range(5) for c in range(5)}
-    rng = np.random.default_rng(1)
-    seen = {preprocessing.random_padded_crop(image, 2, rng).tobytes() for _ in range(400)}
-    assert seen == windows
+    draws = np.random.default_rng(1).random((400, 2))
+    crops = preprocessing.random_padded_crops(np.stack([image] * 400), 2, draws)
+    assert {crop.tobytes() for crop in crops} == windows
+    ends = preprocessing.random_padded_crops(image[None], 2, np.full((1, 2), np.nextafter(1, 0)))
+    np.testing.assert_array_equal(ends[0], padded[4:, 4:])
 
 
 @pytest.mark.parametrize(("name", "flips"), [("mnist", 0), ("cifar", 200)])
 def test_half_of_the_cifar_images_are_mirrored_and_no_digit(name, flips):
     image = np.zeros((32, 32, 3), np.uint8)
     image[:, 16:] = 255  # bright on the right
-    rng = np.random.default_rng(0)
-    views = [RECIPES.get(name).augment(image, 32, rng) for _ in range(400)]
+    recipe = RECIPES.get(name)
+    draws = np.random.default_rng(0).random((400, recipe.draws))
+    views = recipe.augment([image] * 400, 32, draws)
     mirrored = sum(v[:, :16].mean() > v[:, 16:].mean() for v in views)
     assert abs(mirrored - flips) <= (50 if flips else 0)
 
@@ -160,7 +163,8 @@ def test_resized_crops_have_the_size_and_lie_inside():
     ramp = np.repeat(np.arange(200, dtype=np.uint8)[None, :, None], 120, axis=0).repeat(3, axis=2)
     widths = []
     for _ in range(200):
-        view = preprocessing.random_resized_crop(ramp, 32, rng)
+        draws = rng.random(4 * preprocessing.CROP_ATTEMPTS)
+        view = preprocessing.random_resized_crop(ramp, draws, 32)
         assert view.shape == (32, 32, 3)
         widths.append(int(view[0, -1, 0]) - int(view[0, 0, 0]))
     assert 20 < min(widths) < 60
