@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]
@@ -28,7 +29,9 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
             x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    return _with_fast_gradient(convolve, strides, padding) if pointwise else convolve
+    if not pointwise or AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        return convolve  # A product over a sharded batch has no sharding of its own.
+    return _with_fast_gradient(convolve, strides, padding)
 
 
 def _with_fast_gradient(

@@ -13,7 +13,7 @@ from experiments.config import command_line
 from experiments.errors import UserError
 from experiments.records import files, workdir
 from experiments.reporting import figures, page, tables
-from experiments.reporting.groups import collect
+from experiments.reporting.groups import collect, once
 
 
 @command_line.command
@@ -51,9 +51,11 @@ def report(dirs: Sequence[Path], out: Path) -> str:
             `out` is an address or cannot be written.
     """
     workdir.check_no_address("--out", out)
-    groups, unfinished = collect(dirs)
-    listed = [tables.all_runs(groups), *tables.sweeps(dirs, groups)]
+    found, unfinished = collect(dirs)
+    groups, others = once(found)
+    listed = [tables.all_runs(groups), *tables.sweeps(dirs, found)]
     left_out = [f"left out, not finished: {path}" for path in unfinished]
+    left_out += [f"left out, config and seed of another run: {path}" for path in others]
     written = []
     try:
         out.mkdir(parents=True, exist_ok=True)

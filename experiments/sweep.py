@@ -81,7 +81,8 @@ def main(argv: list[str]) -> int:
     rows = [_row(run) for run in runs if run.seed == 0]
     plans.record(directory, Plan(args.config, args.seeds, rows), {run.row for run in todo})
     status = run_all(todo, directory, args.jobs)
-    if args.only is None and status != RESUMABLE:
+    finished = status == 0 or any((directory / run.name / workdir.FINAL).exists() for run in runs)
+    if args.only is None and status != RESUMABLE and finished:
         print(report([directory], directory / "report"))
     return status
 

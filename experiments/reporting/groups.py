@@ -1,4 +1,4 @@
-"""Groups of finished runs that differ in the seed alone."""
+"""Groups of finished runs that differ only in the seed, and in what changes no result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from experiments.errors import UserError
 from experiments.records import files
 from experiments.records.metrics import read_records
-from experiments.records.workdir import CONFIG, FINAL, METRICS, flat, read_json
+from experiments.records.workdir import CONFIG, FINAL, METRICS, flat, is_free, read_json
 
 Summary = dict[str, Any]
 
@@ -34,6 +34,7 @@ _METRICS = lambda v: isinstance(v, dict) and all(map(_number, v.values())), "an 
 # What a report reads of every `final.json`, and what it must be.
 NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": _TEXT,
+    "seed": (lambda v: type(v) is int, "an integer"),
     "config.method.name": _TEXT,
     "test": _METRICS,
     "test_context": _CONTEXT,
@@ -49,7 +50,7 @@ NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ only in the seed.
+    """Runs that differ only in the seed and in `workdir.FREE`.
 
     Attributes:
         name: the name of their config.
@@ -68,6 +69,13 @@ class Group:
     folders: list[Path]
     settings: str = ""
 
+    def where(self, keep: Callable[[Path], bool]) -> Group:
+        """The same group with some of its runs, by their folders."""
+        rows = zip(self.runs, self.records, self.folders, strict=True)
+        columns = [*zip(*(row for row in rows if keep(row[2])), strict=True)] or [(), (), ()]
+        runs, records, folders = map(list, columns)
+        return dataclasses.replace(self, runs=runs, records=records, folders=folders)
+
     def values(self, read: Callable[[Summary], Any]) -> list[float]:
         """The number of each run that has it."""
         found = [read(run) for run in self.runs]
@@ -84,6 +92,21 @@ class Group:
         return statistics.fmean(values) if values else None
 
 
+def once(groups: Sequence[Group]) -> tuple[list[Group], list[Path]]:
+    """Groups with one run for each seed, the one that comes first, and the folders of the others.
+
+    A copied folder, or the same row in two sweeps, would otherwise count as another seed.
+    """
+    firsts: list[Path] = []
+    for group in groups:
+        by_seed: dict[Any, Path] = {}
+        for run, folder in zip(group.runs, group.folders, strict=True):
+            by_seed.setdefault(run["seed"], folder)
+        firsts += by_seed.values()
+    others = sorted(path for group in groups for path in group.folders if path not in {*firsts})
+    return [group.where(lambda path: path in {*firsts}) for group in groups], others
+
+
 def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
     """The groups of finished runs, ordered by name, and the folders of unfinished runs."""
     for directory in dirs:
@@ -96,9 +119,10 @@ def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
     groups: dict[str, Group] = {}
     for path in finals:
         run = _read_final(path)
-        config = {k: v for k, v in run["config"].items() if k != "seed"}
-        key = json.dumps(config, sort_keys=True)
-        group = groups.setdefault(key, Group(run["name"], config["method"]["name"], [], [], []))
+        key = json.dumps({"name": run["name"], **_settings(run)}, sort_keys=True)
+        group = groups.setdefault(
+            key, Group(run["name"], run["config"]["method"]["name"], [], [], [])
+        )
         group.runs.append(run)
         group.records.append(read_records(path.with_name(METRICS)))
         group.folders.append(path.parent)
@@ -118,9 +142,14 @@ def _told_apart(groups: Sequence[Group]) -> list[Group]:
     ]
 
 
+def _settings(run: Summary) -> dict[str, Any]:
+    """The settings that decide on a run's results, by key, but for the seed."""
+    return {k: v for k, v in flat(run["config"]).items() if k != "seed" and not is_free(k)}
+
+
 def _config(group: Group) -> dict[str, Any]:
-    values = flat(group.runs[0]["config"])
-    return {k: v for k, v in values.items() if k != "seed" and not k.startswith("derived.")}
+    settings = _settings(group.runs[0])
+    return {k: v for k, v in settings.items() if not k.startswith("derived.")}
 
 
 def _own(config: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:

@@ -86,6 +86,8 @@ def _cell(head: str, cell: Cell) -> str:
     if isinstance(cell, Number):
         value = "" if cell.mean is None else repr(float(cell.mean))
         return f'<td class="number" data-value="{value}">{text}</td>'
+    if isinstance(cell, int) or text.isdecimal():
+        return f'<td class="number" data-value="{text}">{text}</td>'
     long = "long" if len(text) > 40 else "text"
     kind = "command" if head == "command" else "missing" if "missing" in text else long
     return f'<td class="{kind}">{text}</td>'

@@ -111,18 +111,29 @@ def sweeps(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
         groups: the groups of finished runs in them.
     """
     plans = sorted({path for d in dirs for path in files.named(d, f"*{SWEEP}")})
-    return [_sweep(path, groups) for path in plans]
+    found: list[Table] = []
+    for path in plans:
+        name = own = path.name.removesuffix(SWEEP)
+        number = 1
+        while name in {"table", *(table.name for table in found)}:  # Each table has its file.
+            number += 1
+            name = f"{own}-{number}"
+        found.append(_sweep(name, path, groups))
+    return found
 
 
-def _sweep(path: Path, groups: Sequence[Group]) -> Table:
+def _sweep(name: str, path: Path, groups: Sequence[Group]) -> Table:
     plan = plans.read(path)
     by_row = {folder.parent: group for group in groups for folder in group.folders}
     heads = ["run", "seeds", *_columns(groups), "reported by the paper", "command"]
-    table = Table(path.name.removesuffix(SWEEP), plan.config, heads, [])
+    table = Table(name, f"{plan.config} in {path.parent}", heads, [])
     for planned in plan.rows:
-        group = by_row.get(path.parent / planned["row"])
+        folder = path.parent / planned["row"]
+        group = by_row.get(folder)
+        # The group may also have runs of the same config in other folders.
+        group = group and group.where(lambda run, row=folder: run.parent == row)  # type: ignore[misc]
         done = len(group.runs) if group else 0
-        told = str(done) if done == plan.seeds else f"{done}, missing {plan.seeds - done}"
+        told = str(done) if done >= plan.seeds else f"{done}, missing {plan.seeds - done}"
         flags = [f"--config={planned['config']}", *(f"--config.{o}" for o in planned["overrides"])]
         command = " ".join(["python -m experiments.main", *map(shlex.quote, flags)])
         numbers = _numbers(group, groups)

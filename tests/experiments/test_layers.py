@@ -115,3 +115,22 @@ def test_only_a_cpu_has_a_product_for_the_gradient_of_a_1x1_kernel(platform):
     text = jax.jit(gradient).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.convolution") == {"cpu": 1, "tpu": 2}[platform]
     assert text.count("stablehlo.dot_general") == {"cpu": 1, "tpu": 0}[platform]
+
+
+@pytest.mark.parametrize("types", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
+def test_gradients_of_a_1x1_convolution_on_a_mesh(types):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 5, 3), (1, 1, 3, 4)))
+
+    def gradients(x, kernel):
+        loss = lambda x, kernel: jnp.sum(layers.conv(x, kernel, (2, 2), NONE) ** 2)  # noqa: E731
+        return jax.grad(loss, (0, 1))(x, kernel)
+
+    expected = jax.jit(gradients)(x, kernel)
+    mesh = jax.make_mesh((2,), ("data",), (types,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+        kernel = jax.device_put(kernel, jax.NamedSharding(mesh, jax.P()))
+        found = jax.jit(gradients)(x, kernel)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

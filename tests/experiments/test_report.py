@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import json
 from collections import Counter
 from html.parser import HTMLParser
@@ -9,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from experiments.records.plans import Plan
 from experiments.report import main
 from experiments.reporting import figures
 
@@ -307,3 +309,58 @@ def test_a_method_has_one_colour_and_a_density_one_marker():
     first, second, third = (bars.lines[0] for bars in axes.containers)
     assert first.get_color() == second.get_color() != third.get_color()
     assert first.get_marker() == third.get_marker() != second.get_marker()
+
+
+def planned(folder, name, seeds, rows):
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = Plan(
+        f"configs/sweeps/{name}.py",
+        seeds,
+        [{"row": row, "config": "c", "overrides": [], "paper": ""} for row in rows],
+    )
+    (folder / f"{name}.sweep.json").write_text(json.dumps(dataclasses.asdict(plan)))
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return {row["run"]: (row["seeds"], row["test accuracy"]) for row in csv.DictReader(file)}
+
+
+def test_seeds_of_a_row_that_differ_in_what_changes_no_result_are_one_row(tmp_path, capsys):
+    """Keys that a version added, or that a user changed between the seeds, as `data.threads`."""
+    for seed, free in enumerate(({}, {"write_sets_every": 0}, {"data": {"threads": 4}})):
+        run = final("c:dense", "dense", seed, 0.5 + seed / 10, **free)
+        put(tmp_path / "runs" / "dense" / f"seed-{seed}", run)
+    planned(tmp_path / "runs", "study", 3, ["dense"])
+    assert main([str(tmp_path / "runs"), f"--out={tmp_path / 'out'}"]) == 0
+    assert rows_of(tmp_path / "out" / "study.csv") == {"dense": ("3", "0.6")}
+    (only,) = csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines())
+    assert (only["seeds"], only["test accuracy"]) == ("3", "0.6")
+    assert "settings" not in only
+
+
+def test_a_run_counts_once_and_a_sweep_has_those_of_its_folder(tmp_path, capsys):
+    """Copies are no seeds; more seeds than planned are not missing."""
+    for sweep, accuracy in (("a", 0.2), ("b", 0.4)):
+        for seed in (0, 1):
+            run = final("c:dense", "dense", seed, accuracy + seed / 10)
+            put(tmp_path / sweep / "dense" / f"seed-{seed}", run)
+    put(tmp_path / "a" / "dense.bak" / "seed-0", final("c:dense", "dense", 0, 0.2))
+    planned(tmp_path / "a", "study", 1, ["dense"])
+    planned(tmp_path / "b", "study", 3, ["dense"])
+    planned(tmp_path / "a", "table", 1, ["dense", "gone"])
+    folders = [str(tmp_path / name) for name in "ab"]
+    assert main([*folders, f"--out={tmp_path / 'out'}"]) == 0
+    told = capsys.readouterr().out
+    twice = [tmp_path / "a/dense.bak/seed-0", *(tmp_path / f"b/dense/seed-{i}" for i in (0, 1))]
+    assert [line for line in told.splitlines() if line.startswith("left out")] == [
+        f"left out, config and seed of another run: {path}" for path in twice
+    ]
+    (only,) = csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines())
+    assert (only["seeds"], only["test accuracy"]) == ("2", "0.25")
+    found = {path.name: rows_of(path) for path in (tmp_path / "out").glob("*-2.csv")}
+    assert found == {
+        "study-2.csv": {"dense": ("2, missing 1", "0.45")},
+        "table-2.csv": {"dense": ("2", "0.25"), "gone": ("0, missing 1", "")},
+    }
+    assert rows_of(tmp_path / "out" / "study.csv") == {"dense": ("2", "0.25")}

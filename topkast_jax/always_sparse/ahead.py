@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from topkast_jax.always_sparse import host as hosts
 from topkast_jax.always_sparse.exchange import Chosen, Exchange
@@ -32,7 +33,7 @@ class ChoiceAhead:
         self._copies, self._moves = copies, moves
         self._thread = ThreadPoolExecutor(1)
         self._choice: Future[Chosen] | None = None
-        self._running: Future[Chosen] | None = None  # the same one, or one that nobody waits for
+        self._theta: dict[str, np.ndarray] = {}  # what the choice is made from
 
     def start(
         self, step: int, values: dict[str, Any], reservoir: Reservoir, gradients: Any
@@ -41,19 +42,19 @@ class ChoiceAhead:
 
         The reservoir that comes back holds no choice until the thread is done.
         """
+        self.forget()  # The thread may read the last copies.
         here = all(map(is_here, values.values()))
         copies: dict[str, Any]
-        likes: dict[str, Any]
         if all(isinstance(x, jax.Array) and self._copies.takes(x) for x in values.values()):
-            wait([self._running] if self._running else [])  # It may read the last copies.
-            copies = self._copies.of(jax.block_until_ready(values))
-            likes = {
-                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-                for name, x in values.items()
-            }
+            copies, there = self._copies.of(jax.block_until_ready(values)), values
         else:
             copies = {name: jnp.copy(x) if here else on_host(x) for name, x in values.items()}
-            likes = dict(copies) if here else {}
+            there = copies if here else {}
+        # Where the arrays are, without a reference that would keep them.
+        likes = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in there.items()
+        }
         reservoir = hosts.writable(reservoir)._replace(chosen={})
 
         def choose() -> Chosen:
@@ -72,19 +73,23 @@ class ChoiceAhead:
                     self._exchange.prepared[name] = flags[name], move
             return chosen
 
-        self._choice = self._running = self._thread.submit(hosts.as_precise_as_here(choose))
+        self._theta = reservoir.theta
+        self._choice = self._thread.submit(hosts.as_precise_as_here(choose))
         return reservoir
 
     def settled(self, reservoir: Reservoir) -> Reservoir:
-        """The reservoir with the choice in it, once the thread has made it."""
-        return (
-            reservoir if self._choice is None else reservoir._replace(chosen=self._choice.result())
-        )
+        """The reservoir with the choice that is made for it, once the thread has made it."""
+        theta = reservoir.theta
+        if self._choice is not None and all(theta[name] is x for name, x in self._theta.items()):
+            reservoir = reservoir._replace(chosen=self._choice.result())
+        return reservoir
 
     def forget(self) -> None:
-        """For another run: a choice that is still being made belongs to nobody."""
-        self._choice = None
+        """Waits for the thread. What it has chosen is no longer wanted."""
+        wait([self._choice] if self._choice else [])
+        self.used()
+        self._exchange.prepared = {}
 
     def used(self) -> None:
-        """The choice has been applied, so that nothing runs any more."""
-        self._choice = self._running = None
+        """The choice is applied."""
+        self._choice, self._theta = None, {}

@@ -446,11 +446,22 @@ def writable(reservoir: Reservoir) -> Reservoir:
 
 
 def as_precise_as_here(function: Callable[..., T]) -> Callable[..., T]:
-    """`function` for another thread, with this thread's answer to whether 64 bits are on."""
-    enabled = jax.config.jax_enable_x64  # type: ignore[attr-defined, unused-ignore]
+    """`function` for another thread, with this thread's types and random numbers.
+
+    What a thread has set by a context manager (`jax.enable_x64`, `jax.threefry_partitionable`,
+    `jax.default_prng_impl`) holds in no other.
+    """
+    config: Any = jax.config
+    enabled, partitionable, generator = (
+        config.jax_enable_x64, config.jax_threefry_partitionable, config.jax_default_prng_impl,
+    )  # fmt: skip
 
     def there(*args: Any) -> T:
-        with jax.enable_x64(enabled):
+        with (
+            jax.enable_x64(enabled),
+            jax.threefry_partitionable(partitionable),
+            jax.default_prng_impl(generator),
+        ):
             return function(*args)
 
     return there

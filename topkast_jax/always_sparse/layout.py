@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -75,15 +76,19 @@ class Layout:
         deleted.
         """
         leaves = leaves_like(what, params, self._treedef, self.names, self.dense)
-        theta = {}
+        theta: dict[str, np.ndarray] = {}
+        holders = Counter(map(id, leaves))  # One array may stand for several leaves.
         for name, x, like in zip(self.names, leaves, self.dense, strict=True):
             if name not in self.sparse:
                 continue
             if donate and isinstance(x, np.ndarray):
-                theta[name] = np.require(x, like.dtype, ["C", "W"])
+                taken = np.require(x, like.dtype, ["C", "W"])
+                shared = any(np.may_share_memory(taken, other) for other in theta.values())
+                theta[name] = taken.copy() if shared else taken
                 continue
             theta[name] = np.array(x, like.dtype, order="C")
-            if donate and isinstance(x, jax.Array):
+            holders[id(x)] -= 1
+            if donate and isinstance(x, jax.Array) and not holders[id(x)]:
                 x.delete()
         return theta
 

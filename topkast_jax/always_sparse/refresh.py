@@ -64,7 +64,9 @@ class _Remembered:
     array: Any
 
 
-def sent(source: np.ndarray | jax.Array, stack: tuple[int, ...], like: jax.Array) -> jax.Array:
+def sent(
+    source: np.ndarray | jax.Array, stack: tuple[int, ...], like: jax.Array | jax.ShapeDtypeStruct
+) -> jax.Array:
     """`Move.source` on the devices of `like`, with a layer axis if the leaf is stacked."""
     if isinstance(source, jax.Array):
         return source
@@ -124,6 +126,7 @@ class Mover:
         return self._moved(array, np.zeros((*self.stack, 1, *rest), array.dtype))
 
     def _moved(self, array: jax.Array, fresh: Any, axis: int | None = None) -> jax.Array:
+        array = jnp.asarray(array)  # It may come from a file, as a NumPy array.
         axis = len(self.stack) if axis is None else axis
         shape = (*array.shape[:axis], self.source.shape[-1], *array.shape[axis + 1 :])
         sharding = None if self.place is None else self.place(shape)

@@ -168,17 +168,22 @@ class AlwaysSparse:
         """Empty arrays of the reservoir's shapes; they take no memory before they are written."""
         dense = self._layout.of_sparse(self._layout.dense)
         theta = {name: np.empty(x.shape, x.dtype) for name, x in dense.items()}
-        sets = {name: np.empty(x.shape, np.uint8) for name, x in theta.items()}
-        memory = {
-            name: jax.tree.map(
-                lambda x: np.empty(x.shape, x.dtype), self._choose.first_memory(leaf, theta[name])
-            )
-            for name, leaf in self._layout.sparse.items()
-        }
-        chosen = (
-            {name: (sets[name], memory[name]) for name in self._layout.sparse} if self.delay else {}
-        )
-        return Reservoir(theta, sets, memory, chosen)
+
+        def sets() -> dict[str, np.ndarray]:
+            return {name: np.empty(x.shape, np.uint8) for name, x in theta.items()}
+
+        def memory() -> dict[str, Any]:
+            return {
+                name: jax.tree.map(
+                    lambda x: np.empty(x.shape, x.dtype),
+                    self._choose.first_memory(leaf, theta[name]),
+                )
+                for name, leaf in self._layout.sparse.items()
+            }
+
+        flags, next_memory = sets(), memory()
+        chosen = {name: (flags[name], next_memory[name]) for name in theta} if self.delay else {}
+        return Reservoir(theta, sets(), memory(), chosen)
 
     def start(
         self,
@@ -341,6 +346,8 @@ class AlwaysSparse:
             the densities give, or no gradients where the method chooses by them.
         """
         step, last = whole_number("step", step), self._last_step(reservoir)
+        if last is None or step < last:  # another run, or an earlier state of this one
+            self._ahead.forget()
         if self.plan.chooses_after(step) and self.needs_gradients(step):
             self._check_gradients(gradients)
         if self._is_due(step) or not last or step != last + 1:  # also at the first call
@@ -486,7 +493,8 @@ class AlwaysSparse:
     def to_masked(self, params: Tree, state: T, reservoir: Reservoir) -> tuple[Tree, T]:
         """Dense parameters, and the optimizer state as a masked run would hold it.
 
-        Moments are zero outside B, as with `inner_state="reset"` there.
+        Moments are zero outside B, as with `inner_state="reset"` there. Call it after the `refresh`
+        of the step; a choice that waits for its delay to pass is dropped.
 
         Args:
           params: the tree of values.

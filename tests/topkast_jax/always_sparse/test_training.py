@@ -817,3 +817,58 @@ def test_a_move_is_that_of_numpy(stack, above, apart):
             both = np.concatenate([array[at], fresh[at][..., ::-1, :]], axis=-2)
             np.testing.assert_array_equal(np.asarray(moved)[at], both[..., row, :])
     assert not apart or len(spares) == 1
+
+
+def test_a_run_may_go_back_while_a_choice_is_under_way():
+    """Its own checkpoint, with a choice in it, goes on in the same object as in a new one."""
+    params = {"w": grid(16, 16), "v": grid(8, 16)}
+    tx = tk.top_kast(optax.adam(0.1), 0.2, 0.4, refresh_every=10, inner_state="reset")
+
+    def follow(sparse, values, state, reservoir, steps):
+        for step in steps:
+            values = jax.tree.map(
+                lambda x, n=step: x * jnp.cos(0.1 * n * jnp.arange(x.size)), values
+            )
+            values, state, reservoir = sparse.refresh(step, values, at_step(state, step), reservoir)
+        return values, state, sparse.settled(reservoir)
+
+    sparse = AlwaysSparse(tx, params, delay=5)
+    at_12 = follow(sparse, *sparse.start(params), range(1, 13))
+    saved = jax.tree.map(np.array, at_12)
+    restored = lambda: jax.tree.map(np.copy, saved)  # noqa: E731
+    follow(sparse, *at_12, range(13, 23))  # the choice of step 20 is under way
+    back = follow(sparse, *restored(), range(13, 41))
+    anew = follow(AlwaysSparse(tx, params, delay=5), *restored(), range(13, 41))
+    jax.tree.map(np.testing.assert_array_equal, back, anew)
+    follow(sparse, *sparse.start(params), range(1, 12))
+    assert sparse.settled(saved[2]) is saved[2]
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_an_abstract_reservoir_has_room_for_each_array(delay):
+    tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=4, rules=ALL)
+    sparse = AlwaysSparse(tx, parameters(), delay=delay)
+    arrays = jax.tree.leaves(sparse.abstract_reservoir())
+    pairs = ((a, b) for i, a in enumerate(arrays) for b in arrays[:i])
+    assert not any(np.may_share_memory(a, b) for a, b in pairs)
+    like = jax.tree.map(np.shape, sparse.start(parameters())[2])
+    assert jax.tree.map(np.shape, sparse.abstract_reservoir()) == like
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array], ids=["numpy", "jax"])
+def test_an_array_that_stands_for_two_leaves_is_taken_over_once(array):
+    both = array(grid(16, 16))
+    params = {"w": both, "v": both, "dense": array(grid(2, 2))}
+    tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, rules=[("dense", tk.Dense()), (".*", tk.Sparse())])
+    _, _, reservoir = AlwaysSparse(tx, params).start(params, donate=True)
+    assert not np.may_share_memory(reservoir.theta["w"], reservoir.theta["v"])
+    np.testing.assert_array_equal(reservoir.theta["w"], reservoir.theta["v"])
+
+
+def test_a_thread_draws_the_random_numbers_of_its_caller():
+    draw = lambda: jax.random.uniform(jax.random.key(0), (5,))  # noqa: E731
+    with jax.threefry_partitionable(False), jax.default_prng_impl("rbg"):
+        expected = draw()
+        (found,) = hosts.in_threads([draw])
+    np.testing.assert_array_equal(found, expected)
+    assert not np.array_equal(draw(), expected)
