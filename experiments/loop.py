@@ -217,7 +217,7 @@ def _train_from(
     window = Window(meta.get("first", start + 1), meta.get("sums"))
     began = time.time() - meta.get("seconds", 0.0)
     counts = SetCounts(program.representation, state, meta.get("set_counts"))
-    sets = SetFiles(directory, program.config.write_sets_every)
+    sets = SetFiles(directory, program.config.write_sets_every, program.config.steps)
     session = Session(
         program, directory, checkpoints, metrics, window, counts, sets, Speed(program), began, start
     )

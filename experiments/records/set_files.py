@@ -17,19 +17,19 @@ Flags = dict[str, np.ndarray]
 
 
 class SetFiles:
-    """Writes `sets/STEP.npz` every so many steps, and compares each with the one before it.
+    """Writes `sets/STEP.npz` every so many steps and after the last, each against those before.
 
     A file holds two arrays for each sparse leaf, NAME.forward and NAME.backward, packed as by
     `numpy.packbits`.
     """
 
-    def __init__(self, directory: Path, every: int):
-        """Writes into a run's folder every so many steps; 0 stands for never."""
-        self._directory, self._every = directory / workdir.SETS, every
+    def __init__(self, directory: Path, every: int, steps: int):
+        """Writes into the folder of a run of so many steps; `every=0` stands for never."""
+        self._directory, self._every, self._steps = directory / workdir.SETS, every, steps
 
     def due(self, step: int) -> bool:
         """Whether the sets after this many finished steps are written."""
-        return bool(self._every) and step % self._every == 0
+        return bool(self._every) and (step % self._every == 0 or step == self._steps)
 
     def write(self, step: int, flags: Flags) -> dict[str, float]:
         """Writes the sets, on the first host only.
@@ -55,7 +55,7 @@ class SetFiles:
             file = io.BytesIO()
             np.savez_compressed(file, **now)  # type: ignore[arg-type]
             files.replace(self._directory / f"{step}.npz", file.getvalue())
-        before = self._directory / f"{step - self._every}.npz"
+        before = self._directory / f"{(step - 1) // self._every * self._every}.npz"
         if step == 0 or jax.process_index() or not flags:
             return {}
         try:

@@ -51,6 +51,16 @@ def test_files_hold_the_sets_and_records_say_how_they_moved(tmp_path, own):
     assert max(r["differ_most"] for r in records) > 0
 
 
+def test_the_last_sets_are_written_whatever_their_step(tmp_path):
+    """So that figure 3's last pair, from step 30,000 to the end at 32,000, has its number."""
+    toy_runs.run(tmp_path, "80/60", "write_sets_every=5", *EVERY[1:])
+    records = [r for r in toy_runs.records(tmp_path) if r["split"] == "sets"]
+    assert [r["step"] for r in records] == [5, 10, 12]
+    pairs = zip(written(tmp_path, 10), written(tmp_path, 12), strict=True)
+    differ = [np.mean(then[0] ^ now[0]) for then, now in pairs]
+    assert records[-1]["differ_mean"] == pytest.approx(np.mean(differ))
+
+
 def test_an_interrupted_run_writes_the_same(tmp_path):
     toy_runs.run(tmp_path / "whole", "80/60", *EVERY)
     for stop_at in (4, 9, None):
