@@ -40,7 +40,7 @@ def _with_fast_gradient(
     """A 1×1 convolution whose gradient by the kernel is a matrix product on a CPU.
 
     XLA writes this gradient as a convolution with the batch as channels. On a CPU that form takes
-    2 to 16 times as long as the product, and the copies that it needs recompute what precedes them.
+    several times as long as the product, and its transposed copies recompute what precedes them.
     """
 
     def of_kernel(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,15 @@ class Group:
     folders: list[Path]
     settings: str = ""
 
-    def where(self, keep: Callable[[Path], bool]) -> Group:
-        """The same group with some of its runs, by their folders."""
-        rows = zip(self.runs, self.records, self.folders, strict=True)
-        columns = [*zip(*(row for row in rows if keep(row[2])), strict=True)] or [(), (), ()]
-        runs, records, folders = map(list, columns)
-        return dataclasses.replace(self, runs=runs, records=records, folders=folders)
+    def only(self, folders: Collection[Path]) -> Group:
+        """The same group with its runs in these folders alone."""
+        kept = [i for i, folder in enumerate(self.folders) if folder in folders]
+        return dataclasses.replace(
+            self,
+            runs=[self.runs[i] for i in kept],
+            records=[self.records[i] for i in kept],
+            folders=[self.folders[i] for i in kept],
+        )
 
     def values(self, read: Callable[[Summary], Any]) -> list[float]:
         """The number of each run that has it."""
@@ -97,14 +100,14 @@ def once(groups: Sequence[Group]) -> tuple[list[Group], list[Path]]:
 
     A copied folder, or the same row in two sweeps, would otherwise count as another seed.
     """
-    firsts: list[Path] = []
+    firsts: set[Path] = set()
     for group in groups:
-        by_seed: dict[Any, Path] = {}
+        by_seed: dict[int, Path] = {}
         for run, folder in zip(group.runs, group.folders, strict=True):
             by_seed.setdefault(run["seed"], folder)
-        firsts += by_seed.values()
-    others = sorted(path for group in groups for path in group.folders if path not in {*firsts})
-    return [group.where(lambda path: path in {*firsts}) for group in groups], others
+        firsts |= {*by_seed.values()}
+    others = sorted({path for group in groups for path in group.folders} - firsts)
+    return [group.only(firsts) for group in groups], others
 
 
 def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:

@@ -130,8 +130,8 @@ def _sweep(name: str, path: Path, groups: Sequence[Group]) -> Table:
     for planned in plan.rows:
         folder = path.parent / planned["row"]
         group = by_row.get(folder)
-        # The group may also have runs of the same config in other folders.
-        group = group and group.where(lambda run, row=folder: run.parent == row)  # type: ignore[misc]
+        if group:  # It may have runs of the same config in other folders, too.
+            group = group.only({run for run in group.folders if run.parent == folder})
         done = len(group.runs) if group else 0
         told = str(done) if done >= plan.seeds else f"{done}, missing {plan.seeds - done}"
         flags = [f"--config={planned['config']}", *(f"--config.{o}" for o in planned["overrides"])]

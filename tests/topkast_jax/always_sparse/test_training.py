@@ -844,6 +844,21 @@ def test_a_run_may_go_back_while_a_choice_is_under_way():
     assert sparse.settled(saved[2]) is saved[2]
 
 
+def test_a_partition_around_the_transform_takes_labels_for_every_leaf():
+    params, batches = parameters(), data(6)
+    tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=2, rules=ONE, inner_state="reset")
+
+    def end(wrap):
+        sparse = AlwaysSparse(tx, params)
+        *_, (values, _, reservoir) = compact(sparse, wrap(sparse.transform), params, batches)
+        return values, reservoir
+
+    labels = jax.tree.map(lambda _: "dense", params)
+    labels["first"]["kernel"] = "sparse"
+    parted = end(lambda t: optax.partition({"sparse": t, "dense": optax.sgd(0.1)}, labels))
+    jax.tree.map(np.testing.assert_array_equal, parted, end(lambda t: t))
+
+
 @pytest.mark.parametrize("delay", [0, 2])
 def test_an_abstract_reservoir_has_room_for_each_array(delay):
     tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=4, rules=ALL)
