@@ -43,8 +43,9 @@ def report(dirs: Sequence[Path], out: Path) -> str:
         out: the folder to write to; it is created if there is none.
 
     Returns:
-        The table of all runs as Markdown, the unfinished runs that were left out, and the paths of
-        the written files, in lines.
+        The table of all runs as Markdown, the runs that were left out of it, and the paths of the
+        written files, in lines. Left out are unfinished runs, and those with the config and the
+        seed of another.
 
     Raises:
         UserError: a folder does not exist or holds no finished run, a record cannot be read, or
