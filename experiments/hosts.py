@@ -83,7 +83,8 @@ def watched() -> bool:
 def watch(module: str, argv: Sequence[str], args: argparse.Namespace) -> int:
     """Runs a command in a child process.
 
-    SIGTERM and SIGINT are passed on to the child. When this process is killed, the child ends.
+    SIGTERM, SIGINT and SIGHUP are passed on to the child. The child ends when this process is
+    killed.
 
     Args:
         module: the module of the command.

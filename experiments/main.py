@@ -7,9 +7,9 @@ The second form trains nothing. It prints which leaves are sparse, at which dens
 a line of JSON: the parameters, and the FLOPs as shares of those of the dense network.
 
 The exit status is 0 for a run that finished or stopped as asked; 1 for an exception with a
-traceback; 2 for a mistake in the command, the config or the data; 75 if SIGTERM, SIGINT or a notice
-of preemption ended the run; 76 if another process of the run was lost or is missing; 141 if the
-program that reads the output has ended. After 75 and 76, the same command continues the run.
+traceback; 2 for a mistake in the command, the config or the data; 75 if SIGTERM, SIGINT, SIGHUP or
+a notice of preemption ended the run; 76 if another process of the run was lost or is missing; 141
+if the program that reads the output has ended. After 75 and 76, the same command continues the run.
 """
 
 from __future__ import annotations

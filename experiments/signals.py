@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from concurrent.futures import Future, wait
@@ -9,20 +10,24 @@ from types import FrameType
 from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
-ASK = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP comes when a terminal is closed, and is ignored under `nohup`.
+_ALL = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ASK = tuple(s for s in _ALL if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN)
 # The exit status of a run that was asked to end and goes on from there: EX_TEMPFAIL in sysexits.h.
 RESUMABLE = 75
 
 
 def end_at_once() -> None:
-    """Lets SIGTERM and SIGINT end this process with `RESUMABLE`, where nothing has to be saved."""
+    """Lets the signals of `ASK` end this process with `RESUMABLE`; there is nothing to save yet."""
     for number in ASK:
         signal.signal(number, _end)
 
 
 def end(number: int) -> NoReturn:
     """Ends this process at once, with a line that names the signal."""
-    os.write(1, f"stopped by {signal.Signals(number).name}; the same command goes on\n".encode())
+    told = f"stopped by {signal.Signals(number).name}; the same command goes on\n"
+    with contextlib.suppress(OSError):  # The terminal may be closed.
+        os.write(1, told.encode())
     os._exit(RESUMABLE)
 
 

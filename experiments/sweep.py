@@ -7,7 +7,8 @@ The file defines `get_sweep()` or `get_sweep(variant)`, which yields (run name, 
 file:variant, overrides as a dict), and as a fourth item what the paper reports, if there is
 something. Where the name is None, it is made of the variant and the overrides: sweeps that share
 such a row and DIR share its runs. The folder of a run is DIR/NAME/seed-K. Overrides on the command
-line apply to all runs and take precedence over those of the file.
+line apply to all runs and take precedence over those of the file; a warning names the rows whose
+name and paper's number then belong to another value.
 
 A finished run is not done again, and an interrupted one continues. Nothing is run or written if one
 of the runs would be refused: for its config, its data, or the results in its folder. With
@@ -68,13 +69,12 @@ def main(argv: list[str]) -> int:
     runs, directory = plan(args.config, args.seeds, overrides), Path(args.workdir)
     workdir.check_no_address("--workdir", directory)
     chosen = _choose(args.only, len(runs))
-    if args.list:
-        print("\n".join(f"{i}  {_listed(runs[i])}" for i in chosen))
-        return 0
-    if args.slurm:
-        print(_slurm(args, overrides, chosen))
-        return 0
     todo = [runs[i] for i in chosen]
+    if args.list or args.slurm:
+        _check_configs(todo)
+        lines = [f"{i}  {_listed(runs[i])}" for i in chosen]
+        print("\n".join(lines) if args.list else _slurm(args, overrides, chosen))
+        return 0
     if args.jobs > 1:
         jax.config.update("jax_platforms", "cpu")  # The devices are for the runs' own processes.
     check(todo, directory)
@@ -105,6 +105,15 @@ def check(runs: Sequence[Planned], directory: Path) -> None:
             _check_row(own, directory, read)
         except (UserError, SparsityError) as error:
             raise UserError(f"{row}: {error}") from error
+
+
+def _check_configs(runs: Sequence[Planned]) -> None:
+    """Raises UserError, which names the row, if a config or an override would be refused."""
+    for run in {run.row: run for run in runs}.values():
+        try:
+            resolve(run.config, run.overrides)
+        except (UserError, SparsityError) as error:
+            raise UserError(f"{run.row}: {error}") from error
 
 
 # The keys of a config on which it depends what data a run reads.
@@ -185,7 +194,7 @@ class _Processes:
         self._stopping = False
 
     def do(self, runs: Sequence[Planned], directory: Path) -> Outcomes:
-        """Does the runs, in their order; SIGTERM or SIGINT stops all of them with checkpoints."""
+        """Does the runs, in their order; a signal of `ASK` stops all of them with checkpoints."""
         before = {s: signal.signal(s, self._stop) for s in ASK}
         try:
             with ThreadPoolExecutor(self._jobs) as pool:

@@ -34,3 +34,5 @@ def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str,
         return
     for row in (*METHODS, "small-dense-80", *TOP_KAST):
         yield None, f"{CONFIG}:{row},study", {}
+    for row in ("static-90", "90/80"):  # half of the rate
+        yield None, f"{CONFIG}:{row},study", {"optimizer.learning_rate": 4e-3}

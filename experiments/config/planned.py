@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from experiments.config.loading import load, named
-from experiments.errors import UserError
+from experiments.errors import UserError, warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,18 @@ def plan(spec: str, seeds: int, overrides: Sequence[str] = ()) -> list[Planned]:
     if twice or not entries:
         found = f"two runs named {twice[0]!r}" if twice else "no runs"
         raise UserError(f"--config={spec}: {found}")
+    for text in overrides:
+        key = text.partition("=")[0]
+        rows = [
+            name
+            for name, _, own, _ in entries
+            if any(other.partition("=")[0] == key and other != text for other in own)
+        ]
+        if rows:
+            warn(
+                f"--config.{text}: replaces the value of the row(s) {', '.join(rows)}, whose names "
+                "and numbers of the paper stay those of the file"
+            )
     return [
         Planned(name, seed, config, (*_merged(own, overrides), f"seed={seed}"), paper)
         for seed in range(seeds)

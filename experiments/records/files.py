@@ -134,11 +134,19 @@ def below(folder: Path) -> Iterator[str]:
 
 
 def named(folder: Path, pattern: str) -> list[Path]:
-    """All files whose name fits a pattern, in a folder and in the folders below."""
+    """All files whose name fits a pattern, in a folder and in the folders below, links included."""
     if in_bucket(folder):
         names = (name for name in below(folder) if fnmatch(name.rpartition("/")[2], pattern))
         return [folder / name for name in names]
-    return [path.resolve() for path in folder.rglob(pattern)]
+    found, seen = [], set()
+    for at, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(at)
+        if place in seen:  # A link may lead back to a folder above it.
+            folders.clear()
+            continue
+        seen.add(place)
+        found += [Path(place, name).resolve() for name in names if fnmatch(name, pattern)]
+    return found
 
 
 def listed(folder: Path) -> list[Path]:

@@ -27,8 +27,8 @@ OVER_STEPS = {
     },
     "reservoir": {"reservoir_ever_active": "share of the first reservoir that was ever active"},
     "sets": {
-        "differ_mean": "entries in one of two successive forward sets alone, mean over leaves",
-        "woken_mean": "entries that came from the reservoir, mean over leaves",
+        "differ_mean": "entries in one of two successive forward sets alone (band: all leaves)",
+        "woken_mean": "share of the reservoir that came into the next forward set",
     },
 }
 
@@ -192,6 +192,12 @@ def _steps_figure(groups: Sequence[Group], panels: dict[str, str]) -> Any:
                 means = [statistics.fmean(by_step[step]) for step in steps]
                 about = ", ".join(filter(None, (group.method, group.settings)))
                 each.plot(steps, means, color=color, label=f"{group.name} ({about})")
+                least, most = (
+                    _over_steps(group, key.replace("_mean", end)) for end in ("_least", "_most")
+                )
+                if key.endswith("_mean") and least.keys() == most.keys() == by_step.keys():
+                    ends = [min(least[s]) for s in steps], [max(most[s]) for s in steps]
+                    each.fill_between(steps, *ends, color=color, alpha=0.15, lw=0)
         each.set_title(title, fontsize=9)
         each.set_xlabel("step")
         each.grid(alpha=0.3)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import shlex
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,6 +104,52 @@ def all_runs(groups: Sequence[Group]) -> Table:
     return table
 
 
+# What the record of two successive sets holds: see `experiments.records.set_files`.
+MOVED = [f"{what}_{of}" for what in ("differ", "woken") for of in ("mean", "least", "most")]
+EVER_ACTIVE = "reservoir_ever_active"
+
+
+def sets(groups: Sequence[Group]) -> list[Table]:
+    """How the sets moved between the steps at which they were written (the paper's figure 3).
+
+    Means over the seeds of a run's mean, least and most over its leaves, and of the share of the
+    first reservoir that was active up to then. No table if no run wrote its sets.
+    """
+    heads = ["config", "settings", "seeds", "from step", "to step"]
+    heads += [*(key.replace("_", ", ") for key in MOVED), "reservoir ever active"]
+    table = Table("sets", "The sets between two steps", heads, [])
+    for group in groups:
+        pairs: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for run, records in zip(group.runs, group.records, strict=True):
+            for pair, found in _moved(run, records).items():
+                pairs.setdefault(pair, []).append(found)
+        for pair, found in sorted(pairs.items(), key=lambda item: item[0][::-1]):
+            numbers = [_over([each.get(key) for each in found]) for key in (*MOVED, EVER_ACTIVE)]
+            table.rows.append([group.name, group.settings, len(found), *pair, *numbers])
+    return [table] if table.rows else []
+
+
+def _moved(
+    run: Summary, records: Sequence[dict[str, Any]]
+) -> dict[tuple[int, int], dict[str, Any]]:
+    """What a run recorded of its sets at pairs of steps, and its reservoir up to the second."""
+    every = run["config"].get("write_sets_every")
+    found = {}
+    for record in records:
+        if record["split"] == "sets" and type(every) is int and every > 0:
+            step = record["step"]
+            ever = [r for r in records if r["step"] <= step and EVER_ACTIVE in r]
+            last = {EVER_ACTIVE: max(ever, key=lambda r: r["step"])[EVER_ACTIVE]} if ever else {}
+            found[(step - 1) // every * every, step] = record | last
+    return found
+
+
+def _over(found: Sequence[float | None]) -> Number:
+    values = [value for value in found if value is not None]
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Number(statistics.fmean(values) if values else None, deviation, ".4f")
+
+
 def sweeps(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
     """A table for each sweep that was made in the folders, with the rows that are missing.
 
@@ -115,7 +162,7 @@ def sweeps(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
     for path in plans:
         name = own = path.name.removesuffix(SWEEP)
         number = 1
-        while name in {"table", *(table.name for table in found)}:  # Each table has its file.
+        while name in {"table", "sets", *(table.name for table in found)}:  # Each table has its file.
             number += 1
             name = f"{own}-{number}"
         found.append(_sweep(name, path, groups))
@@ -128,7 +175,7 @@ def _sweep(name: str, path: Path, groups: Sequence[Group]) -> Table:
     heads = ["run", "seeds", *_columns(groups), "reported by the paper", "command"]
     table = Table(name, f"{plan.config} in {path.parent}", heads, [])
     for planned in plan.rows:
-        folder = path.parent / planned["row"]
+        folder = (path.parent / planned["row"]).resolve()
         group = by_row.get(folder)
         if group:  # It may have runs of the same config in other folders, too.
             group = group.only({run for run in group.folders if run.parent == folder})

@@ -29,7 +29,7 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a request; the second one acts as before.
+    """Turns the first signal of `ASK` into a request; the second one acts as before.
 
     Within `steps`, a request waits until the step is done and saved; Stopped is raised at the end.
     Elsewhere it is raised at once, for there is nothing to save.
@@ -45,7 +45,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         # To ask for the number of processes would start the devices, which may not be there.
-        signals = (signal.SIGINT,) if jax.distributed.is_initialized() else ASK
+        own = (signal.SIGTERM,) if jax.distributed.is_initialized() else ()
+        signals = [s for s in ASK if s not in own]
         if threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._ask) for s in signals}
         sys.unraisablehook = self._swallowed

@@ -364,3 +364,42 @@ def test_a_run_counts_once_and_a_sweep_has_those_of_its_folder(tmp_path, capsys)
         "table-2.csv": {"dense": ("2", "0.25"), "gone": ("0, missing 1", "")},
     }
     assert rows_of(tmp_path / "out" / "study.csv") == {"dense": ("2", "0.25")}
+
+
+def test_how_the_sets_moved_between_two_steps_is_a_table(tmp_path, capsys):
+    """Figure 3: over the leaves mean, least and most, over the seeds their means."""
+    moved = {"differ_mean": 0.2, "differ_least": 0.1, "differ_most": 0.3, "woken_mean": 0.04}
+    for seed, every in enumerate((4, 4, 10)):
+        folder = tmp_path / "runs" / "80-50" / f"seed-{seed}"
+        put(folder, final("c:80/50", "top_kast", seed, 0.5, write_sets_every=every))
+        records = [
+            {"step": 3, "split": "masks", "reservoir_ever_active": 0.01},
+            {"step": 10, "split": "sets", **{k: v * (1 + seed) for k, v in moved.items()}},
+            {"step": 10, "split": "masks", "reservoir_ever_active": 0.05},
+            {"step": 4, "split": "sets", "differ_mean": 0.5},
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert main([str(tmp_path / "runs"), f"--out={tmp_path / 'out'}"]) == 0
+    with open(tmp_path / "out" / "sets.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["from step"], r["to step"], r["seeds"]) for r in rows] == [
+        ("0", "4", "3"), ("0", "10", "1"), ("8", "10", "2"),
+    ]  # fmt: skip
+    first, _, last = rows
+    assert float(first["differ, mean"]) == 0.5
+    assert float(first["reservoir ever active"]) == 0.01
+    assert [float(last[f"differ, {of}"]) for of in ("mean", "least", "most")] == pytest.approx(
+        [0.3, 0.15, 0.45]
+    )
+    assert float(last["differ, mean spread"]) == pytest.approx(0.2 / 2**0.5)
+    assert float(last["woken, mean"]) == pytest.approx(0.06)
+    assert (last["woken, most"], float(last["reservoir ever active"])) == ("", 0.05)
+
+
+def test_runs_behind_a_link_are_found_once(runs, tmp_path, capsys):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "there").symlink_to(runs, target_is_directory=True)
+    (runs / "deep" / "back").symlink_to(runs, target_is_directory=True)
+    assert main([str(tmp_path / "links"), f"--out={tmp_path / 'out'}"]) == 0
+    rows = csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines())
+    assert sorted(row["seeds"] for row in rows) == ["1", "1", "1", "3"]

@@ -111,7 +111,7 @@ if name == "50/50":
     sys.exit("error: it does not work")
 if name == "static-50":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    os.kill(os.getppid(), signal.SIGTERM)
+    os.kill(os.getppid(), signal.Signals[os.environ["ASKED"]])
     time.sleep(60)
 (directory / "final.json").write_text('{"finished": true}')
 """
@@ -140,7 +140,9 @@ def test_several_at_a_time_share_the_cores(tmp_path, processes, capsys):
     assert err.splitlines()[1] == "1 of 4 runs failed: 50-50/seed-0"
 
 
-def test_a_signal_stops_all_that_run_at_a_time(tmp_path, processes, capsys):
+@pytest.mark.parametrize("asked", ["SIGTERM", "SIGHUP"])
+def test_a_signal_stops_all_that_run_at_a_time(tmp_path, processes, capsys, monkeypatch, asked):
+    monkeypatch.setenv("ASKED", asked)
     before = signal.getsignal(signal.SIGTERM)
     assert sweep(tmp_path / "s", "--only=0,4,1,3", "--jobs=2") == RESUMABLE
     assert "stopped in static-50/seed-0; the same command goes on" in capsys.readouterr().out
@@ -188,6 +190,33 @@ def test_rows_without_a_name_are_named_by_what_they_are(tmp_path, capsys):
     assert first.split()[1] == "80-50+2x/seed-0"
     assert second.split()[1] == "90-80+refresh_every-1+pattern-block-4x4/seed-0"
     assert second.endswith("  # paper: 73.03 % (table 6)")
+
+
+def test_an_override_that_replaces_a_row_s_own_value_is_told(tmp_path, capsys):
+    """The name of the row, and the paper's number beside it, are of the file's value."""
+    path = tmp_path / "s.py"
+    path.write_text(
+        "def get_sweep(variant=''):\n"
+        "    config = 'configs/cifar10_small.py:90/80'\n"
+        "    for every in (1, 7):\n"
+        "        yield f'every-{every}', config, {'method.refresh_every': every}\n"
+        "    yield 'other', config, {}\n"
+    )
+    flags = [f"--config={path}", f"--workdir={tmp_path}", "--list", "--config.steps=30"]
+    assert main([*flags, "--config.method.refresh_every=7"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("--config.method.refresh_every=7") == 3
+    (line,) = err.splitlines()
+    assert line.startswith("warning: --config.method.refresh_every=7: ")
+    assert "every-1," in line and "every-7" not in line and "other" not in line
+
+
+@pytest.mark.parametrize("flag", ["--list", "--slurm"])
+def test_what_is_listed_can_be_run(tmp_path, capsys, flag):
+    assert sweep(tmp_path / "s", flag, "--config.batch_sise=3") == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "batch_sise" in err and not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("only", [["--only", "0,3"], ["--only=0,3"]])

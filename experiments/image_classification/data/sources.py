@@ -74,7 +74,7 @@ class FolderSource:
         self._labels: list[int] = []
         for label, name in enumerate(classes):
             with os.scandir(folder / name) as entries:
-                found = [e for e in entries if e.name.lower().endswith(SUFFIXES)]
+                found = [e for e in entries if _is_image(e.name)]
             files = sorted(entry.path for entry in found)
             for entry in found:
                 if not entry.is_file():
@@ -165,6 +165,11 @@ def split_folder(directory: str, split: str) -> pathlib.Path:
         f"config.data.dir: no folder {' or '.join(names)} in {directory} "
         "(expected train/<class>/*.jpg and test/<class>/*.jpg)"
     )
+
+
+def _is_image(name: str) -> bool:
+    """Hidden files are no images: archives made on a Mac hold a `._NAME.jpg` for each NAME.jpg."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def _subfolders(folder: pathlib.Path) -> list[str]:

@@ -55,6 +55,15 @@ def test_images_and_labels_of_a_folder(root):
     assert source(root, channels=1)[0]["image"].shape == (20, 24, 1)
 
 
+def test_hidden_files_are_no_images(root):
+    """An archive that was packed on a Mac holds `._0.jpg`, no image, for each 0.jpg."""
+    for folder in (root / "train").iterdir():
+        for name in ("._0.jpg", "._1.png"):
+            (folder / name).write_bytes(b"\0\5\26\7 no image")
+    data = source(root)
+    assert [int(data[i]["label"]) for i in range(len(data))] == [0] * 4 + [1] * 4
+
+
 def test_png_pixels_are_exact(root):
     pixels = np.asarray(Image.open(root / "train/cat/1.png"))
     data = source(root)
