@@ -138,14 +138,15 @@ def named(folder: Path, pattern: str) -> list[Path]:
     if in_bucket(folder):
         names = (name for name in below(folder) if fnmatch(name.rpartition("/")[2], pattern))
         return [folder / name for name in names]
-    found, seen = [], set()
-    for at, folders, names in os.walk(folder, followlinks=True):
+    found: list[Path] = []
+    seen: set[str] = set()
+    for at, folders, here in os.walk(folder, followlinks=True):
         place = os.path.realpath(at)
         if place in seen:  # A link may lead back to a folder above it.
             folders.clear()
             continue
         seen.add(place)
-        found += [Path(place, name).resolve() for name in names if fnmatch(name, pattern)]
+        found += [Path(place, name).resolve() for name in here if fnmatch(name, pattern)]
     return found
 
 

@@ -121,8 +121,8 @@ def sets(groups: Sequence[Group]) -> list[Table]:
     for group in groups:
         pairs: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for run, records in zip(group.runs, group.records, strict=True):
-            for pair, found in _moved(run, records).items():
-                pairs.setdefault(pair, []).append(found)
+            for pair, record in _moved(run, records).items():
+                pairs.setdefault(pair, []).append(record)
         for pair, found in sorted(pairs.items(), key=lambda item: item[0][::-1]):
             numbers = [_over([each.get(key) for each in found]) for key in (*MOVED, EVER_ACTIVE)]
             table.rows.append([group.name, group.settings, len(found), *pair, *numbers])
@@ -161,8 +161,8 @@ def sweeps(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
     found: list[Table] = []
     for path in plans:
         name = own = path.name.removesuffix(SWEEP)
-        number = 1
-        while name in {"table", "sets", *(table.name for table in found)}:  # Each table has its file.
+        number, taken = 1, {"table", "sets", *(table.name for table in found)}
+        while name in taken:  # Each table has its file.
             number += 1
             name = f"{own}-{number}"
         found.append(_sweep(name, path, groups))
