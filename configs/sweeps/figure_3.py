@@ -4,8 +4,8 @@ The paper's run is 80/50 with sets chosen in every step. Its numbers are read of
 [F]: the share of units that differ between step t and t + 5,000, in percent, at t = 0, 5,000, …,
 30,000, over layers (mean; least; most), and the share of the reservoir that came into the forward
 set (mean). Here the last pair ends with the run, at step 32,000. `:small` is CIFAR-10 with the
-small ResNet, with the same number of pairs. A run's `metrics.jsonl` has them as records of the
-split "sets", and `masks` has `reservoir_ever_active`.
+small ResNet, with the same number of pairs. The report has them in its table and its figure `sets`,
+with the share of the first reservoir that was active up to then.
 
 Hardware: a TPU slice or a machine of 8 GPUs; `:small` one CPU core, 8 to 12 minutes.
 
