@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from topkast_jax.errors import SparsityError
-from topkast_jax.selection import SMALL, Thresholds, count_of, keys_of, top_k_masks
+from topkast_jax.ranking import keys_of
+from topkast_jax.selection import SMALL, Thresholds, count_of, top_k_masks
 
 Count = int | jax.Array
 

@@ -10,7 +10,6 @@ a sharded leaf a pass all-reduces one small vector of counts.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,18 +21,15 @@ from jax import lax
 from jax.scipy.special import ndtri
 
 from topkast_jax.errors import SparsityError
+from topkast_jax.ranking import TieOrder, key_dtype, keys_of, largest_key, row_major
+from topkast_jax.reductions import Of, few_probes, reduce_entries
 from topkast_jax.varying import varying_like
 
 Count = int | jax.Array
-# of(entries, their row-major indices, *parameters), elementwise
-_Of = Callable[..., jax.Array]
-_Parameters = tuple[jax.Array, ...]
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MOST_ENTRIES = 2**31 - 1  # of one layer of a leaf: positions and counts are int32
 _MILLION = 1_000_000
-_WHOLE: dict[Callable, Callable] = {lax.add: lax.reduce_sum, lax.min: lax.reduce_min}
-_FOLD = 32  # entries that _reduce_flat combines into one
 SMALL = 2**14  # entries up to which plain bisection is used: few lines to compile, many passes
 _LARGE = 2**20  # entries from which float32 magnitudes often tie
 # Distances of the first probes from the start, log2 in units of float32's last place: a warm start
@@ -101,163 +97,6 @@ def count_of(units: int, density: float | jax.Array) -> Count:
     return jnp.maximum(1, count)
 
 
-def keys_of(x: jax.Array) -> jax.Array:
-    """Integers in the order of |x|, NaN above all; an array of keys is what it is."""
-    if jnp.issubdtype(x.dtype, jnp.integer):
-        return x
-    integer = np.dtype(f"i{x.dtype.itemsize}")
-    bits = lax.bitcast_convert_type(x, integer) & np.array(np.iinfo(integer).max, integer)
-    return jnp.minimum(bits.astype(_key_dtype(x.dtype)), _largest(x.dtype))
-
-
-def _key_dtype(dtype: np.dtype) -> np.dtype:
-    """The type of the keys of entries of a type, at least 32 bits wide."""
-    return np.dtype(f"i{max(4, dtype.itemsize)}")
-
-
-def _largest(dtype: np.dtype) -> np.integer:
-    """The largest key of entries of a type, or of keys: that of a NaN."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        dtype = np.dtype(f"f{dtype.itemsize}")
-    return _key_dtype(dtype).type(np.array(np.inf, dtype).view(f"i{dtype.itemsize}") + 1)
-
-
-class _Order(NamedTuple):
-    """The order in which ties are kept: row-major, or with a salt a pseudo-random one."""
-
-    size: int
-    salt: jax.Array | None
-
-    @property
-    def bits(self) -> int:
-        """Positions of a salted order have so many bits."""
-        return min(30, max(1, (self.size - 1).bit_length()))
-
-    @property
-    def end(self) -> int:
-        """One more than the last position."""
-        return self.size if self.salt is None else max(self.size, 2**self.bits)
-
-    def position(self, index: jax.Array) -> jax.Array:
-        """The position of each row-major index: one-to-one, whatever the salt.
-
-        Adding a constant, multiplying by an odd number and xoring with a right shift each permute
-        the integers of `bits` bits. All bits of the salt enter each of them, because a small leaf
-        would otherwise have as many orders as entries. Indices beyond 2**30 keep their positions.
-        """
-        if self.salt is None:
-            return index
-        mask = np.uint32(2**self.bits - 1)
-        shift = np.uint32((self.bits + 1) // 2)
-        mixed = index.astype(jnp.uint32)
-        for odd in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35):
-            key = self.salt * np.uint32(odd)
-            key = key ^ (key >> np.uint32(15))
-            mixed = ((mixed + key) * (np.uint32(odd) ^ (key << np.uint32(1)))) & mask
-            mixed = mixed ^ (mixed >> shift)
-        return jnp.where(index < 2**self.bits, mixed.astype(jnp.int32), index)
-
-
-def _row_major(shape: tuple[int, ...], origin: jax.Array | int = 0) -> jax.Array:
-    """Row-major index of every entry plus origin, without a reshape."""
-    index = jnp.full(shape, origin, jnp.int32)
-    for axis in range(len(shape)):
-        stride = np.int32(math.prod(shape[axis + 1 :]))
-        index += stride * lax.broadcasted_iota(jnp.int32, shape, axis)
-    return index
-
-
-def _lone_cpu() -> bool:
-    """Whether what runs on a CPU has no other to share a leaf with."""
-    try:
-        return jax.device_count("cpu") == 1
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
-        return False
-
-
-def _few_probes() -> bool:
-    """Whether a probe costs as much as a pass, as in _reduce_at_once."""
-    return jax.default_backend() == "cpu" and not _lone_cpu()
-
-
-def _cells(of: _Of, entries: jax.Array, index: jax.Array, parameters: _Parameters) -> jax.Array:
-    """of() for every entry, and along trailing axes for every element of the parameters."""
-    rank = entries.ndim + max((p.ndim for p in parameters), default=0)
-    last = range(entries.ndim, rank)
-    rows = (lax.expand_dims(p, range(rank - p.ndim)) for p in parameters)
-    return of(lax.expand_dims(entries, last), lax.expand_dims(index, last), *rows)
-
-
-def _reduce_by_element(
-    x: jax.Array, origin: jax.Array, parameters: _Parameters, of: _Of, combine: Callable
-) -> jax.Array:
-    """One reduction for each element of the parameters: accelerators fuse them into one pass.
-
-    One pass for each row, if they have rows: compilers take a time of the order of the square of
-    the reductions that they fuse.
-    """
-    shape = jnp.broadcast_shapes(*(p.shape for p in parameters))
-    table = tuple(jnp.broadcast_to(p, shape) for p in parameters)
-    if len(shape) > 1:
-
-        def one_row(row: _Parameters) -> jax.Array:
-            # The barrier as in _reduce.
-            here, start, row = lax.optimization_barrier((x, origin, row))
-            return _reduce_by_element(here, start, row, of, combine)
-
-        return lax.map(one_row, table)
-    index, axes = _row_major(x.shape, origin), tuple(range(x.ndim))
-    cells = [of(x, index, *(p[i] for p in table)) for i in range(math.prod(shape))]
-    return jnp.stack([_WHOLE[combine](cell, axes=axes) for cell in cells]).reshape(shape)
-
-
-def _reduce_at_once(
-    x: jax.Array, origin: jax.Array, parameters: _Parameters, of: _Of, combine: Callable
-) -> jax.Array:
-    """One reduction for all: quick to compile, but a CPU writes out every cell."""
-    cells = _cells(of, x, _row_major(x.shape, origin), parameters)
-    return _WHOLE[combine](cells, axes=tuple(range(x.ndim)))
-
-
-def _reduce_flat(
-    x: jax.Array, origin: jax.Array, parameters: _Parameters, of: _Of, combine: Callable
-) -> jax.Array:
-    """Reduces in elementwise steps: XLA's CPU backend vectorises those, but no reduction."""
-    flat = x.reshape(-1)
-    even = flat.size // _FOLD * _FOLD
-    blocks = flat[:even].reshape(-1, _FOLD)
-    first = origin + _FOLD * lax.iota(jnp.int32, blocks.shape[0])
-    part = functools.reduce(
-        combine, (_cells(of, blocks[:, i], first + i, parameters) for i in range(_FOLD))
-    )
-    rest = origin + even + lax.iota(jnp.int32, flat.size - even)
-    rests = [_cells(of, flat[even:], rest, parameters)]
-    while part.shape[0] >= _FOLD:
-        even = part.shape[0] // _FOLD * _FOLD
-        rests.append(part[even:])
-        blocks = part[:even].reshape(-1, _FOLD, *part.shape[1:])
-        part = functools.reduce(combine, (blocks[:, i] for i in range(_FOLD)))
-    return _WHOLE[combine](jnp.concatenate([part, *rests]), axes=(0,))
-
-
-def _reduce(x: jax.Array, *parameters: jax.Array, of: _Of, combine: Callable) -> jax.Array:
-    """Combines of(entry, index, *parameters) over all entries, for each element of parameters.
-
-    Only a lone CPU reshapes the leaf: among several devices it may be sharded along any axis, and
-    then the other ways leave each shard where it is and all-reduce scalars.
-    """
-    # The barrier keeps a loop from storing what is the same in every pass, as large as the leaf.
-    x, origin, parameters = lax.optimization_barrier((x, np.int32(0), parameters))
-    lone = _lone_cpu() and x.size >= _FOLD**3
-    return lax.platform_dependent(
-        x,
-        origin,
-        parameters,
-        cpu=functools.partial(_reduce_flat if lone else _reduce_at_once, of=of, combine=combine),
-        default=functools.partial(_reduce_by_element, of=of, combine=combine),
-    )
-
-
 def _shrink(bracket: _Bracket, probes: jax.Array, found: jax.Array, wanted: jax.Array) -> _Bracket:
     """The smaller bracket after `found` ranks were counted at or above each probe."""
     enough = found >= wanted[:, None]
@@ -304,7 +143,7 @@ def _interpolate(bracket: _Bracket, wanted: jax.Array, half: int) -> jax.Array:
 
 def _search(
     x: jax.Array,
-    of: _Of,
+    of: Of,
     wanted: jax.Array,
     bracket: _Bracket,
     probes: jax.Array,
@@ -319,7 +158,7 @@ def _search(
 
     def one_pass(state: tuple[_Bracket, jax.Array]) -> tuple[_Bracket, jax.Array]:
         bracket, probes = state
-        found = _reduce(x, probes, *parameters, of=of, combine=lax.add)
+        found = reduce_entries(x, probes, *parameters, of=of, combine=lax.add)
         bracket = _shrink(bracket, probes, found, wanted)
         return bracket, _interpolate(bracket, wanted, half)
 
@@ -328,7 +167,7 @@ def _search(
 
 def _normal_guess(x: jax.Array, wanted: jax.Array) -> jax.Array:
     """Keys of the thresholds of normally distributed entries with the leaf's mean magnitude."""
-    total = _reduce(x, of=lambda e, _: jnp.abs(e.astype(jnp.float32)), combine=lax.add)
+    total = reduce_entries(x, of=lambda e, _: jnp.abs(e.astype(jnp.float32)), combine=lax.add)
     deviation = total * np.float32(math.sqrt(math.pi / 2) / x.size)
     quantile = -ndtri(wanted.astype(jnp.float32) / np.float32(2 * x.size))
     return keys_of((deviation * quantile).astype(x.dtype))
@@ -341,9 +180,9 @@ def _search_keys(x: jax.Array, wanted: jax.Array, guess: jax.Array) -> _Bracket:
         return (keys_of(e) >= probe).astype(jnp.int32)
 
     low, none = jnp.full_like(guess, -1), jnp.zeros_like(wanted)
-    bracket = _Bracket(low, low + (_largest(x.dtype) + np.int32(2)), none + x.size, none)
+    bracket = _Bracket(low, low + (largest_key(x.dtype) + np.int32(2)), none + x.size, none)
     bits = jnp.finfo(x.dtype).nmant if jnp.issubdtype(x.dtype, jnp.floating) else 23
-    exponents = np.array(_FIRST_FEW if _few_probes() else _FIRST) - 23 + bits
+    exponents = np.array(_FIRST_FEW if few_probes() else _FIRST) - 23 + bits
     away = jnp.asarray(np.maximum(2.0**exponents, 1 + np.arange(len(exponents))), guess.dtype)[None]
     probes = _around(bracket, (guess - low)[:, None], away, away)
     return _search(x, reached, wanted, bracket, probes)
@@ -357,7 +196,7 @@ def _smallest_kept(x: jax.Array, bracket: _Bracket) -> jax.Array:
         return (keys_of(e) - low).astype(unsigned)  # keys below low wrap around to the largest
 
     def find() -> jax.Array:
-        above = _reduce(x, bracket.low, of=over, combine=lax.min)
+        above = reduce_entries(x, bracket.low, of=over, combine=lax.min)
         return bracket.low + above.astype(bracket.low.dtype)
 
     return lax.cond(jnp.any(bracket.high - bracket.low > 1), find, lambda: bracket.low)
@@ -376,13 +215,13 @@ def _look_at_one_tie(
     def distance(e: jax.Array, i: jax.Array, tied: jax.Array, first: jax.Array) -> jax.Array:
         return jnp.where(keys_of(e) == tied, jnp.where(first, i, last - i), last)
 
-    nearest = _reduce(x, tied, first, of=distance, combine=lax.min)
+    nearest = reduce_entries(x, tied, first, of=distance, combine=lax.min)
     probe = jnp.where(first, last - nearest, nearest + 1)
     found = jnp.where(first, 1, bracket.at_low - 1)
     return _shrink(bracket, probe[:, None], found[:, None], wanted)
 
 
-def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket, order: _Order) -> jax.Array:
+def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket, order: TieOrder) -> jax.Array:
     """Position before which entries with the key at the low ends are kept."""
     last = np.int32(order.end - 1)
 
@@ -402,11 +241,11 @@ def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket, order: _Order
     return order.end - _search(x, reached, wanted, bracket, probes, ties.low[:, None]).low
 
 
-def _bisected(x: jax.Array, wanted: jax.Array, order: _Order) -> Thresholds:
+def _bisected(x: jax.Array, wanted: jax.Array, order: TieOrder) -> Thresholds:
     """The thresholds of a small leaf: one bit a pass, first of the key, then of the position."""
     axes = tuple(range(x.ndim))
     keys = lax.expand_dims(keys_of(x), [x.ndim])
-    position = lax.expand_dims(order.position(_row_major(x.shape)), [x.ndim])
+    position = lax.expand_dims(order.position(row_major(x.shape)), [x.ndim])
 
     def cells(ends: jax.Array) -> jax.Array:
         return lax.expand_dims(ends, axes)
@@ -425,8 +264,8 @@ def _bisected(x: jax.Array, wanted: jax.Array, order: _Order) -> Thresholds:
     def counted(cell: jax.Array) -> jax.Array:
         return jnp.sum(cell, axis=axes, dtype=jnp.int32)
 
-    low = jnp.full_like(wanted, -1, dtype=_key_dtype(x.dtype))
-    high = low + (_largest(x.dtype) + low.dtype.type(3))
+    low = jnp.full_like(wanted, -1, dtype=key_dtype(x.dtype))
+    high = low + (largest_key(x.dtype) + low.dtype.type(3))
     edge = search(low, high, lambda probe: counted(keys >= cells(probe)) >= wanted)
     left = wanted - counted(keys > cells(edge))
     tied = keys == cells(edge)
@@ -497,12 +336,12 @@ def _thresholds(
     wanted = jnp.stack([jnp.asarray(count, jnp.int32) for count in counts])
     wanted, none = varying_like((wanted, jnp.zeros_like(wanted)), x)
     if x.size <= SMALL:
-        return _bisected(_eligible(x, among), wanted, _Order(x.size, salt))
+        return _bisected(_eligible(x, among), wanted, TieOrder(x.size, salt))
     guess = _normal_guess(x, wanted) if start is None else start.key + none.astype(start.key.dtype)
     x = _eligible(x, among)
     bracket = _search_keys(x, wanted, guess)
-    edge = _search_index(x, wanted, bracket, _Order(x.size, salt))
-    nothing = _largest(x.dtype) + np.int32(1)
+    edge = _search_index(x, wanted, bracket, TieOrder(x.size, salt))
+    nothing = largest_key(x.dtype) + np.int32(1)
     key = _smallest_kept(x, bracket) if smallest else bracket.low
     return Thresholds(jnp.where(wanted > 0, key, nothing), edge)
 
@@ -528,7 +367,7 @@ def keep(
         Booleans of the leaf's shape, True for exactly that many entries.
     """
     key, edge = keys_of(_eligible(x, among)), thresholds.key[i]
-    position = _Order(x.size, salt).position(_row_major(x.shape))
+    position = TieOrder(x.size, salt).position(row_major(x.shape))
     return (key > edge) | ((key == edge) & (position < thresholds.index[i]))
 
 
@@ -591,12 +430,12 @@ def counts_of_global_top_k(leaves: Mapping[str, jax.Array], count: Count) -> dic
         return (keys_of(e) >= probe).astype(jnp.int32)
 
     def counted(probes: jax.Array) -> list[jax.Array]:
-        return [_reduce(x, probes, of=reached, combine=lax.add) for x in xs]
+        return [reduce_entries(x, probes, of=reached, combine=lax.add) for x in xs]
 
-    low, none = jnp.full([1], -1, _key_dtype(xs[0].dtype)), jnp.zeros_like(wanted)
+    low, none = jnp.full([1], -1, key_dtype(xs[0].dtype)), jnp.zeros_like(wanted)
     for x in xs:
         low, none, wanted = varying_like((low, none, wanted), x)
-    high = low + (_largest(xs[0].dtype) + np.int32(2))
+    high = low + (largest_key(xs[0].dtype) + np.int32(2))
     bracket = _Bracket(low, high, none + total, none)
 
     def is_open(state: tuple[_Bracket, jax.Array]) -> jax.Array:

@@ -13,7 +13,8 @@ import pytest
 import topkast_jax as tk
 from topkast_jax.always_sparse import AlwaysSparse
 from topkast_jax.inner_state import map_parameter_shaped
-from topkast_jax.selection import MOST_ENTRIES, _Order
+from topkast_jax.ranking import TieOrder
+from topkast_jax.selection import MOST_ENTRIES
 
 EVERYTHING = [(".*", tk.Sparse())]
 
@@ -83,13 +84,13 @@ def test_a_leaf_beyond_the_limit_is_named(pattern):
 
 @pytest.mark.parametrize("size", [1, 2, 1000, 4097])
 def test_the_random_order_of_ties_is_a_permutation(size):
-    order = _Order(size, jnp.uint32(12345))
+    order = TieOrder(size, jnp.uint32(12345))
     places = np.asarray(order.position(jnp.arange(order.end, dtype=jnp.int32)))
     np.testing.assert_array_equal(np.sort(places), np.arange(order.end))
 
 
 def test_the_random_order_of_ties_beyond_a_billion_entries():
-    order = _Order(MOST_ENTRIES, jnp.uint32(12345))
+    order = TieOrder(MOST_ENTRIES, jnp.uint32(12345))
     index = jnp.array([0, 2**30 - 1, 2**30, MOST_ENTRIES - 1], jnp.int32)
     places = np.asarray(order.position(index))
     assert np.all((places >= 0) & (places < order.end))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import topkast_jax as tk
-from topkast_jax import selection
+from topkast_jax import reductions, selection
 from topkast_jax.errors import SparsityError
 from topkast_jax.selection import Thresholds, keep, keep_count, thresholds, top_k_masks
 
@@ -238,7 +238,7 @@ def test_sharded_leaf_all_reduces_scalars_only(shape, spec, integers):
 @pytest.mark.parametrize("path", ["_reduce_flat", "_reduce_by_element"])
 @pytest.mark.parametrize("kind", ["normal", "special"])
 def test_every_way_of_reducing(monkeypatch, path, kind):
-    monkeypatch.setattr(selection, "_reduce_at_once", getattr(selection, path))
+    monkeypatch.setattr(reductions, "_reduce_at_once", getattr(reductions, path))
     x = jnp.asarray(entries(kind, np.random.default_rng(8), (45, 51)), jnp.float32)
     masks, _ = jax.jit(lambda x: top_k_masks(x, (230, 459)))(x)
     for mask, count in zip(masks, (230, 459), strict=True):
@@ -278,9 +278,9 @@ def test_one_device_takes_the_fast_path():
     code = """
 import jax, numpy as np
 import topkast_jax as tk
-from topkast_jax import selection
-flat, calls = selection._reduce_flat, []
-selection._reduce_flat = lambda *a, **k: (calls.append(1), flat(*a, **k))[1]
+from topkast_jax import reductions, selection
+flat, calls = reductions._reduce_flat, []
+reductions._reduce_flat = lambda *a, **k: (calls.append(1), flat(*a, **k))[1]
 x = np.random.default_rng(9).normal(size=(200, 211)).astype(np.float32)
 (mask,), _ = jax.jit(lambda x: selection.top_k_masks(x, (4220,)))(x)
 best = np.argsort(-np.abs(x).ravel(), kind="stable")[:4220]
