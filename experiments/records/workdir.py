@@ -131,6 +131,14 @@ def holds_results(workdir: Path) -> bool:
     )
 
 
+def holds_run(workdir: Path) -> bool:
+    """Whether the folder's `config.json` is that of a run, and not another program's."""
+    try:
+        return _OURS.issubset(read_json(workdir / CONFIG))
+    except UserError:
+        return False
+
+
 def finished(workdir: Path) -> bool:
     """Whether the run in this folder is finished; UserError if what says so cannot be read."""
     return (workdir / FINAL).exists() and bool(read_json(workdir / FINAL))

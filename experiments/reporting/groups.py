@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import UserError
+from experiments.errors import UserError, warn
 from experiments.records import files
 from experiments.records.metrics import read_records
-from experiments.records.workdir import CONFIG, FINAL, METRICS, flat, is_free, read_json
+from experiments.records.workdir import CONFIG, FINAL, METRICS, flat, holds_run, is_free, read_json
 
 Summary = dict[str, Any]
 
@@ -127,9 +127,12 @@ def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
             key, Group(run["name"], run["config"]["method"]["name"], [], [], [])
         )
         group.runs.append(run)
-        group.records.append(read_records(path.with_name(METRICS)))
+        records = path.with_name(METRICS)
+        if not records.exists():
+            warn(f"{records}: is missing; the figures over steps do without this run")
+        group.records.append(read_records(records))
         group.folders.append(path.parent)
-    unfinished = [path for path in configs if not (path / FINAL).exists()]
+    unfinished = [path for path in configs if not (path / FINAL).exists() and holds_run(path)]
     told = _told_apart(list(groups.values()))
     return sorted(told, key=lambda g: (g.name.partition(":")[0], *_order(g))), unfinished
 

@@ -53,7 +53,11 @@ def runs(tmp_path):
     put(root / "dense", final("c:dense", "dense", 0, 0.95))
     put(root / "other", final("c:90/80", "top_kast", 0, 0.6, 0.1, steps=7))
     (root / "running").mkdir()
-    (root / "running" / "config.json").write_text("{}")
+    keys = ("name", "task", "seed", "steps", "model", "data", "method")
+    (root / "running" / "config.json").write_text(json.dumps(dict.fromkeys(keys)))
+    for name, text in (("a-tokenizer", '{"vocab": 3}'), ("no-json", "x")):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(text)
     return root
 
 
@@ -80,7 +84,9 @@ def test_table_and_figures(runs, tmp_path, capsys):
     assert seeds["evaluated on"] == "examples 77"
     assert table["c:90/80", "1"]["test accuracy"] == "0.6000"
     assert (seeds["settings"], table["c:90/80", "1"]["settings"]) == ("", "steps 7")
-    assert f"not finished: {runs}/running" in text
+    assert [line for line in text.splitlines() if "not finished" in line] == [
+        f"left out, not finished: {runs}/running"
+    ]
     for name in ("table.md", "table.csv", "accuracy_against_density.png", "churn.png"):
         assert f"wrote {out}/{name}" in text
     for name in ("accuracy_against_density.png", "churn.png"):
@@ -403,3 +409,10 @@ def test_runs_behind_a_link_are_found_once(runs, tmp_path, capsys):
     assert main([str(tmp_path / "links"), f"--out={tmp_path / 'out'}"]) == 0
     rows = csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines())
     assert sorted(row["seeds"] for row in rows) == ["1", "1", "1", "3"]
+
+
+def test_a_run_without_its_records_is_told(runs, tmp_path, capsys):
+    (runs / "dense" / "metrics.jsonl").unlink()
+    assert main([str(runs), f"--out={tmp_path / 'out'}"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {runs}/dense/metrics.jsonl: is missing")
