@@ -14,8 +14,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from experiments.records.workdir import flat
 from experiments.reporting import tables
 from experiments.reporting.groups import Group, Summary, forward_density
 
@@ -42,6 +43,7 @@ def _stopping(run: Summary) -> float | None:
     return 1.0 if stop is None else min(1.0, stop / run["config"]["steps"])
 
 
+STOP = "method.stop_exploring_at"
 # Figures of each test metric: what it is drawn against, by the end of the file's name.
 AGAINST: dict[str, tuple[Callable[[Summary], Any], str]] = {
     "density": (forward_density, "forward density of the sparse layers, counted from the masks"),
@@ -66,7 +68,7 @@ def draw(groups: Sequence[Group], metrics: Sequence[str], out: Path) -> list[Pat
     paths = []
     for metric in metrics:
         for name, (x, label) in AGAINST.items():
-            lines = _lines(groups, metric, x)
+            lines = _stopping_lines(groups, metric) if x is _stopping else _lines(groups, metric, x)
             places = {place for line in lines for place, _, _ in line.points}
             if len(places) > 1 or (name == "density" and places):
                 paths.append(out / f"{metric}_against_{name}.png")
@@ -79,20 +81,23 @@ def draw(groups: Sequence[Group], metrics: Sequence[str], out: Path) -> list[Pat
 
 
 MARKERS = "os^DvPX*<>"
+MOST_LABELS = 12  # of one figure: beyond them, groups of unusual settings have hollow markers
 
 
 class Line(NamedTuple):
     """Points of one figure that have a colour and, by their forward density, a marker together.
 
     Attributes:
-        label: what the colour stands for: config if there are several, settings and method.
+        label: what the colour stands for: config file if there are several, method and settings.
         density: the forward density that the marker stands for; None where it is not shown.
         points: place, mean and deviation of each group.
+        hollow: whether the points have unusual settings, which the label does not name.
     """
 
     label: str
     density: str | None
     points: list[tuple[float, float, float]]
+    hollow: bool = False
 
 
 def _lines(groups: Sequence[Group], metric: str, x: Callable[[Summary], Any]) -> list[Line]:
@@ -100,19 +105,40 @@ def _lines(groups: Sequence[Group], metric: str, x: Callable[[Summary], Any]) ->
 
     Against anything but the forward density, each forward density is a line of its own.
     """
-    lines: dict[tuple[str, str | None], Line] = {}
-    several = len({_stem(group) for group in groups}) > 1
+    lines: dict[tuple[str, str | None, bool], Line] = {}
+    named = {", ".join([_label(g, groups), *g.unusual.values()]) for g in groups}
     for group in groups:
-        read = tables.metric(metric)
-        mean, place = group.mean(read), group.mean(x)
-        if mean is not None and place is not None:
-            parts = [_stem(group) if several else "", group.settings, group.method]
-            label = ", ".join(filter(None, parts))
-            by_density = x is not forward_density and group.method != "dense"
-            density = f"{group.mean(forward_density):.2g}" if by_density else None
-            line = lines.setdefault((label, density), Line(label, density, []))
-            line.points.append((place, mean, group.deviation(read) or 0.0))
-    return list(lines.values())
+        hollow = bool(group.unusual) and len(named) > MOST_LABELS
+        parts = [_label(group, groups), *([] if hollow else group.unusual.values())]
+        by_density = x is not forward_density and group.method != "dense"
+        density = f"{group.mean(forward_density):.2g}" if by_density else None
+        key = (", ".join(parts), density, hollow)
+        _add(lines.setdefault(key, Line(key[0], density, [], hollow)), group, metric, x)
+    return [line for line in lines.values() if line.points]
+
+
+def _stopping_lines(groups: Sequence[Group], metric: str) -> list[Line]:
+    """One line for each config of which there are runs that stop exploring at different steps."""
+    lines: dict[str, Line] = {}
+    for group in groups:
+        others = [text for key, text in group.unusual.items() if key != STOP]
+        label = ", ".join([group.name, group.method, *others])
+        _add(lines.setdefault(label, Line(label, None, [])), group, metric, _stopping)
+    return [line for line in lines.values() if len({place for place, _, _ in line.points}) > 1]
+
+
+def _add(line: Line, group: Group, metric: str, x: Callable[[Summary], Any]) -> None:
+    read = tables.metric(metric)
+    mean, place = group.mean(read), group.mean(x)
+    if mean is not None and place is not None:
+        line.points.append((place, mean, group.deviation(read) or 0.0))
+
+
+def _label(group: Group, groups: Sequence[Group]) -> str:
+    """The method of a group, and where there are several config files, which it is of."""
+    density = flat(group.runs[0]["config"]).get("model.small_dense.forward_density")
+    method = "small dense" if isinstance(density, float) and density < 1 else group.method
+    return method if len({other.file for other in groups}) == 1 else f"{group.file}, {method}"
 
 
 def _against(lines: Sequence[Line], xlabel: str, ylabel: str, logarithmic: bool) -> Any:
@@ -124,15 +150,19 @@ def _against(lines: Sequence[Line], xlabel: str, ylabel: str, logarithmic: bool)
     handles = []
     for line in lines:
         color = colors[line.label]
-        if line.label.endswith("dense") and len(line.points) == 1:
+        if f", {line.label}".endswith(", dense") and len(line.points) == 1:
             handles.append(axes.axhline(line.points[0][1], color=color, ls="--", label=line.label))
             continue
         marker = markers.get(line.density or "", "o")
         places, means, deviations = zip(*sorted(line.points), strict=True)
-        axes.errorbar(places, means, deviations, color=color, marker=marker, ls="", capsize=3)
+        fill = "none" if line.hollow else color
+        axes.errorbar(
+            places, means, deviations, color=color, marker=marker, mfc=fill, ls="", capsize=3
+        )
         # Groups at one place, such as those of several backward densities, are not joined.
         best = {place: mean for place, mean, _ in sorted(line.points)}
-        axes.plot(list(best), list(best.values()), color=color)
+        if not line.hollow:
+            axes.plot(list(best), list(best.values()), color=color)
     shown = {handle.get_label() for handle in handles}
     handles += [
         Line2D([], [], color=color, marker=None if densities else "o", label=label)
@@ -143,6 +173,10 @@ def _against(lines: Sequence[Line], xlabel: str, ylabel: str, logarithmic: bool)
         Line2D([], [], color="black", marker=marker, ls="", label=f"forward density {density}")
         for density, marker in markers.items()
     ]
+    if any(line.hollow for line in lines):
+        handles.append(
+            Line2D([], [], color="black", marker="o", mfc="none", ls="", label="other settings")
+        )
     if logarithmic:
         _logarithmic(axes, [place for line in lines for place, _, _ in line.points])
     axes.grid(alpha=0.3)
@@ -176,6 +210,8 @@ def _logarithmic(axes: Any, places: list[float]) -> None:
     ticks = sorted({float(f"{place:.2g}") for place in places})
     if len(ticks) <= 12:
         axes.set_xticks(ticks)
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:.3g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -215,11 +251,7 @@ def _over_steps(group: Group, key: str) -> dict[int, list[float]]:
     return by_step
 
 
-def _stem(group: Group) -> str:
-    return group.name.partition(":")[0]
-
-
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

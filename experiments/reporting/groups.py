@@ -60,6 +60,8 @@ class Group:
         folders: their folders, in the same order.
         settings: the settings that differ from other groups of the same name and method; empty if
             there is no such group.
+        unusual: those of the settings, by key, that differ from what most groups of the same config
+            file and method have.
     """
 
     name: str
@@ -68,6 +70,12 @@ class Group:
     records: list[list[dict[str, Any]]]
     folders: list[Path]
     settings: str = ""
+    unusual: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        """The name of the config file, without the variant."""
+        return self.name.partition(":")[0]
 
     def only(self, folders: Collection[Path]) -> Group:
         """The same group with its runs in these folders alone."""
@@ -134,18 +142,32 @@ def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
         group.folders.append(path.parent)
     unfinished = [path for path in configs if not (path / FINAL).exists() and holds_run(path)]
     told = _told_apart(list(groups.values()))
-    return sorted(told, key=lambda g: (g.name.partition(":")[0], *_order(g))), unfinished
+    return sorted(told, key=lambda g: (g.file, *_order(g))), unfinished
 
 
 def _told_apart(groups: Sequence[Group]) -> list[Group]:
     """The same groups, with the settings in which those of one name and method differ."""
     alike: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    related: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for group in groups:
         alike[group.name, group.method].append(_config(group))
-    return [
-        dataclasses.replace(group, settings=_own(_config(group), alike[group.name, group.method]))
-        for group in groups
-    ]
+        related[group.file, group.method].append(_config(group))
+    told = []
+    for group in groups:
+        config = _config(group)
+        own = {k: _setting(k, config[k]) for k in _own(config, alike[group.name, group.method])}
+        others = related[group.file, group.method]
+        unusual = {k: v for k, v in own.items() if config[k] != _usual([c.get(k) for c in others])}
+        told.append(dataclasses.replace(group, settings=", ".join(own.values()), unusual=unusual))
+    return told
+
+
+def _usual(values: Sequence[Any]) -> Any:
+    """The value that is there most often; if there are several, NaN, which is equal to none."""
+    counts = sorted(((values.count(v), i) for i, v in enumerate(values)), reverse=True)
+    most, first = counts[0]
+    rivals = [i for count, i in counts if count == most and values[i] != values[first]]
+    return math.nan if rivals else values[first]
 
 
 def _settings(run: Summary) -> dict[str, Any]:
@@ -158,13 +180,13 @@ def _config(group: Group) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if not k.startswith("derived.")}
 
 
-def _own(config: dict[str, Any], alike: Sequence[dict[str, Any]]) -> str:
-    """The values of a config for the keys on which some configs do not agree."""
+def _own(config: dict[str, Any], alike: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys of a config on which some configs do not agree."""
     keys = [k for k in sorted(config) if _differ([c[k] for c in alike if k in c])]
     # Keys that only some configs have mostly follow from those; the others are added here.
     same = [c for c in alike if all(c.get(k) == config[k] for k in keys)]
     keys += [k for k in sorted(config) if k not in keys and _differ([c.get(k) for c in same])]
-    return ", ".join(_setting(key, config[key]) for key in keys)
+    return keys
 
 
 def _differ(values: Sequence[Any]) -> bool:

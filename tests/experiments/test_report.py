@@ -13,6 +13,7 @@ from PIL import Image
 from experiments.records.plans import Plan
 from experiments.report import main
 from experiments.reporting import figures
+from experiments.reporting.groups import collect
 
 
 def final(name, method, seed, accuracy, density=1.0, **config):
@@ -416,3 +417,40 @@ def test_a_run_without_its_records_is_told(runs, tmp_path, capsys):
     assert main([str(runs), f"--out={tmp_path / 'out'}"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {runs}/dense/metrics.jsonl: is missing")
+
+
+@pytest.mark.parametrize("kinds", [3, 20])
+def test_settings_that_most_runs_share_are_not_in_a_label(tmp_path, kinds):
+    """What differs from them is: as text while that can be read, and then as hollow markers."""
+    everys = [50, *range(1, kinds)]
+    for i, every in enumerate(everys):
+        run = final("c:90/80", "top_kast", 0, 0.5, 0.1)
+        run["config"]["method"]["refresh_every"] = every
+        put(tmp_path / f"every-{i}", run)
+    for variant, backward in (("90/50", 0.5), ("90/90", 0.1)):
+        run = final(f"c:{variant}", "top_kast", 0, 0.6, 0.1)
+        run["config"]["method"]["refresh_every"] = 50
+        run["densities_over_run"]["backward"] = backward
+        put(tmp_path / variant.replace("/", "-"), run)
+    narrow = final("c:small-dense-90", "dense", 0, 0.4)
+    narrow["config"]["model"] = {"small_dense": {"forward_density": 0.1}}
+    put(tmp_path / "narrow", narrow)
+    put(tmp_path / "dense", final("c:dense", "dense", 0, 0.8))
+    groups, _ = collect([tmp_path])
+    read = figures.AGAINST["backward_density"][0]
+    lines = {(x.label, x.hollow): len(x.points) for x in figures._lines(groups, "accuracy", read)}
+    own = {("top_kast", False): 3, ("small dense", False): 1, ("dense", False): 1}
+    if kinds == 3:
+        assert lines == own | {(f"top_kast, refresh_every {i}", False): 1 for i in (1, 2)}
+    else:
+        assert lines == own | {("top_kast", True): kinds - 1}
+
+
+def test_where_exploration_stops_is_one_line_for_each_config(tmp_path):
+    for i, (variant, stop) in enumerate([("90/0", None), ("90/0", 0), ("90/0", 50), ("90/50", 0)]):
+        run = final(f"c:{variant}", "top_kast", 0, 0.5, 0.1, steps=100)
+        run["config"]["method"]["stop_exploring_at"] = stop
+        put(tmp_path / str(i), run)
+    (line,) = figures._stopping_lines(collect([tmp_path])[0], "accuracy")
+    assert line.label == "c:90/0, top_kast"
+    assert sorted(place for place, _, _ in line.points) == [0, 0.5, 1]
