@@ -194,15 +194,13 @@ def _colors(count: int) -> list[Any]:
 
 
 def _legend(figure: Any, axes: Any, handles: Sequence[Any]) -> None:
-    """Adds the legend, to the right of the axes if it has many entries."""
+    """Adds the legend, to the right of the axes, which keep their size, if it has many entries."""
+    figure.tight_layout()
     if len(handles) <= 8:
         axes.legend(handles=handles, fontsize=8)
         return
-    columns = -(-len(handles) // 24)
-    figure.set_size_inches(7 + 3 * columns, 5)
-    axes.legend(
-        handles=handles, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0), ncols=columns
-    )
+    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "ncols": -(-len(handles) // 24)}
+    axes.legend(handles=handles, fontsize=7, **place)
 
 
 def _logarithmic(axes: Any, places: list[float]) -> None:
@@ -226,7 +224,7 @@ def _steps_figure(groups: Sequence[Group], panels: dict[str, str]) -> Any:
             if by_step:
                 steps = sorted(by_step)
                 means = [statistics.fmean(by_step[step]) for step in steps]
-                about = ", ".join(filter(None, (group.method, group.settings)))
+                about = ", ".join([group.method, *group.unusual.values()])
                 each.plot(steps, means, color=color, label=f"{group.name} ({about})")
                 least, most = (
                     _over_steps(group, key.replace("_mean", end)) for end in ("_least", "_most")
@@ -252,6 +250,5 @@ def _over_steps(group: Group, key: str) -> dict[int, list[float]]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
