@@ -199,8 +199,11 @@ class _Processes:
         try:
             with ThreadPoolExecutor(self._jobs) as pool:
                 ends = [pool.submit(self._do, run, directory / run.name) for run in runs]
-                for run, end in zip(runs, ends, strict=True):
-                    yield run, signals.result(end)
+                try:
+                    for run, end in zip(runs, ends, strict=True):
+                        yield run, signals.result(end)
+                finally:
+                    self._stop()  # If one run was stopped alone, the others are not waited for.
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -216,10 +219,12 @@ class _Processes:
                 status = self._wait([*run.arguments, f"--workdir={directory}"], file, share)
         finally:
             self._shares.put(share)
-        if status == RESUMABLE:
+        if status == RESUMABLE or (self._stopping and status == -signal.SIGTERM):
             return "interrupted"
         if status:
             *_, last = [f"status {status}", *log.read_text(errors="replace").splitlines()]
+            if status < 0:  # The log does not know of it.
+                last = f"ended by {signal.Signals(-status).name}; the same command goes on"
             print(f"error: {run.name}: {last.removeprefix('error: ')}", file=sys.stderr)
             return None
         return "finished"
@@ -238,7 +243,7 @@ class _Processes:
         finally:
             self._running.remove(process)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def _stop(self, number: int = 0, frame: FrameType | None = None) -> None:
         del number, frame
         self._stopping = True
         for process in list(self._running):
@@ -260,8 +265,10 @@ def _choose(only: str | None, runs: int) -> list[int]:
     if only is None:
         return list(range(runs))
     chosen = [int(part) if part.isascii() and part.isdigit() else -1 for part in only.split(",")]
-    if not all(0 <= i < runs for i in chosen):
-        raise UserError(f"--only={only}: must be numbers from 0 to {runs - 1}, joined by commas")
+    if not all(0 <= i < runs for i in chosen) or len({*chosen}) < len(chosen):
+        raise UserError(
+            f"--only={only}: must be different numbers from 0 to {runs - 1}, joined by commas"
+        )
     return chosen
 
 
@@ -274,7 +281,7 @@ def _slurm(args: argparse.Namespace, overrides: Sequence[str], chosen: Sequence[
 #SBATCH --job-name={shlex.quote(workdir.name)}
 #SBATCH --array={",".join(map(str, chosen))}
 #SBATCH --output=slurm-%A-%a.out
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:TERM@120
 # When all are done: python -m experiments.report {shlex.quote(str(workdir))} --out=OUT
 exec {command} --only="$SLURM_ARRAY_TASK_ID\""""
 

@@ -40,7 +40,7 @@ from experiments.benchmarks.random_blocks import DENSITIES
 from experiments.benchmarks.tuner import Problem
 from experiments.config import command_line
 from experiments.errors import UserError
-from experiments.records.workdir import replace_text
+from experiments.records import files
 from experiments.training.partition import all_devices
 from topkast_jax.always_sparse.products import BACKENDS, KERNELS, tuned_json, tuning
 
@@ -84,7 +84,7 @@ def _row(
     print(f"{problem} {product}")
     entry, clock = tuner.tune(problem, product, repeats, budget.left, print)
     table = tuned_json.load(out) if Path(out).exists() else tuning.Table()
-    replace_text(Path(out), tuned_json.dumps(table.merged([entry])))
+    files.replace(Path(out), tuned_json.dumps(table.merged([entry])).encode())
     return {
         "product": product,
         **{name: list(getattr(problem, name)) for name in ("shape", "block")},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -97,12 +98,20 @@ class _Object:
         self.upload()
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Writes a file completely or not at all; it is on disk when the call returns."""
+def replace(path: Path, data: bytes, shared: bool = False) -> None:
+    """Writes a file completely or not at all; it is on disk when the call returns.
+
+    Args:
+        path: the file.
+        data: its new content.
+        shared: whether other processes may replace it at the same time. Each then has an unfinished
+            file of its own; otherwise what a killed process left is overwritten.
+    """
     if in_bucket(path):
         path.write_bytes(data)
         return
-    unfinished = path.with_name(path.name + ".tmp")
+    own = f".{socket.gethostname()}.{os.getpid()}" if shared else ""
+    unfinished = path.with_name(f"{path.name}{own}.tmp")
     unfinished.unlink(missing_ok=True)  # a link would be followed
     with open(unfinished, "wb") as file:
         file.write(data)

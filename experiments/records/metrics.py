@@ -14,7 +14,7 @@ from tqdm import tqdm
 from experiments.errors import warn
 from experiments.records import files
 from experiments.records.tensorboard import Board
-from experiments.records.workdir import METRICS, TENSORBOARD, replace_text
+from experiments.records.workdir import METRICS, TENSORBOARD
 
 
 class Metrics:
@@ -136,4 +136,4 @@ def _drop_after(path: Path, step: int, every: int) -> None:
     if damaged:
         files.replace(path.with_name(f"{path.name}.damaged.{step}"), path.read_bytes())
     kept = [r for r in records if r["step"] <= step and not r.get("final")]
-    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    files.replace(path, "".join(json.dumps(record) + "\n" for record in kept).encode())

@@ -71,10 +71,13 @@ def record(directory: Path, plan: Plan, changed: Collection[str]) -> None:
     """
     path = path_in(directory, plan.config)
     if path.exists():
-        plan = _merged(read(path), plan, changed, directory)
+        before = read(path)
+        plan = _merged(before, plan, changed, directory)
+        if plan == before:
+            return
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(path, dataclasses.asdict(plan))
+        write_json(path, dataclasses.asdict(plan), shared=True)  # by the tasks of a job array
     except OSError as error:
         raise UserError(f"--workdir={directory}: cannot be written: {error.strerror}") from error
 

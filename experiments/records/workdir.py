@@ -155,14 +155,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file completely or not at all."""
-    replace_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a text file completely or not at all."""
-    files.replace(path, text.encode())
+def write_json(path: Path, value: dict[str, Any], shared: bool = False) -> None:
+    """Writes a JSON file completely or not at all; `shared` as in `files.replace`."""
+    files.replace(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode(), shared)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.records.workdir import flat
 from experiments.reporting import tables
-from experiments.reporting.groups import Group, Summary, forward_density
+from experiments.reporting.groups import (
+    VARIANT,
+    Group,
+    Summary,
+    forward_density,
+    told_apart,
+    training_flops,
+)
 
 # Figures over steps: their file, and the records that they show, with the titles of panels.
 OVER_STEPS = {
@@ -52,8 +60,8 @@ AGAINST: dict[str, tuple[Callable[[Summary], Any], str]] = {
         "backward density of the sparse layers, mean over the steps",
     ),
     "training_flops": (
-        lambda run: run["flops"]["training_fraction"],
-        "FLOPs of training, as a share of the dense network's",
+        training_flops,
+        "FLOPs of training, as a share of the dense run's",
     ),
     "parameters": (lambda run: run["active_parameters"], "active parameters"),
     "stopping": (_stopping, "share of the steps after which exploration stops"),
@@ -67,12 +75,15 @@ def draw(groups: Sequence[Group], metrics: Sequence[str], out: Path) -> list[Pat
     """
     paths = []
     for metric in metrics:
+        tested = told_apart([g for g in groups if g.mean(tables.metric(metric)) is not None])
         for name, (x, label) in AGAINST.items():
-            lines = _stopping_lines(groups, metric) if x is _stopping else _lines(groups, metric, x)
+            lines = _stopping_lines(tested, metric) if x is _stopping else _lines(tested, metric, x)
             places = {place for line in lines for place, _, _ in line.points}
             if len(places) > 1 or (name == "density" and places):
                 paths.append(out / f"{metric}_against_{name}.png")
-                _save(_against(lines, label, f"test {metric}", name != "stopping"), paths[-1])
+                better = max if metric in LARGER_IS_BETTER else min
+                made = _against(lines, label, f"test {metric}", name != "stopping", better)
+                _save(made, paths[-1])
     for name, panels in OVER_STEPS.items():
         if any(_over_steps(group, key) for group in groups for key in panels):
             paths.append(out / f"{name}.png")
@@ -80,7 +91,9 @@ def draw(groups: Sequence[Group], metrics: Sequence[str], out: Path) -> list[Pat
     return paths
 
 
+LARGER_IS_BETTER = ("accuracy",)
 MARKERS = "os^DvPX*<>"
+STYLES = ("-", "--", ":", "-.")  # of lines over steps, ten colours each
 MOST_LABELS = 12  # of one figure: beyond them, groups of unusual settings have hollow markers
 
 
@@ -121,17 +134,22 @@ def _stopping_lines(groups: Sequence[Group], metric: str) -> list[Line]:
     """One line for each config of which there are runs that stop exploring at different steps."""
     lines: dict[str, Line] = {}
     for group in groups:
-        others = [text for key, text in group.unusual.items() if key != STOP]
-        label = ", ".join([group.name, group.method, *others])
+        label = ", ".join([group.name, group.method, *_besides(group, VARIANT, STOP)])
         _add(lines.setdefault(label, Line(label, None, [])), group, metric, _stopping)
     return [line for line in lines.values() if len({place for place, _, _ in line.points}) > 1]
+
+
+def _besides(group: Group, *keys: str) -> list[str]:
+    """The unusual settings of a group without some of them."""
+    return [text for key, text in group.unusual.items() if key not in keys]
 
 
 def _add(line: Line, group: Group, metric: str, x: Callable[[Summary], Any]) -> None:
     read = tables.metric(metric)
     mean, place = group.mean(read), group.mean(x)
     if mean is not None and place is not None:
-        line.points.append((place, mean, group.deviation(read) or 0.0))
+        deviation = group.deviation(read)
+        line.points.append((place, mean, math.nan if deviation is None else deviation))
 
 
 def _label(group: Group, groups: Sequence[Group]) -> str:
@@ -141,7 +159,13 @@ def _label(group: Group, groups: Sequence[Group]) -> str:
     return method if len({other.file for other in groups}) == 1 else f"{group.file}, {method}"
 
 
-def _against(lines: Sequence[Line], xlabel: str, ylabel: str, logarithmic: bool) -> Any:
+def _against(
+    lines: Sequence[Line],
+    xlabel: str,
+    ylabel: str,
+    logarithmic: bool,
+    better: Callable[[float, float], float] = max,
+) -> Any:
     figure, axes = plt.subplots(figsize=(7, 4.5))
     labels = list(dict.fromkeys(line.label for line in lines))
     densities = sorted({line.density for line in lines if line.density}, key=float, reverse=True)
@@ -159,8 +183,10 @@ def _against(lines: Sequence[Line], xlabel: str, ylabel: str, logarithmic: bool)
         axes.errorbar(
             places, means, deviations, color=color, marker=marker, mfc=fill, ls="", capsize=3
         )
-        # Groups at one place, such as those of several backward densities, are not joined.
-        best = {place: mean for place, mean, _ in sorted(line.points)}
+        # Of groups at one place, such as those of several backward densities, the best is joined.
+        best: dict[float, float] = {}
+        for place, mean, _ in sorted(line.points):
+            best[place] = better(best.get(place, mean), mean)
         if not line.hollow:
             axes.plot(list(best), list(best.values()), color=color)
     shown = {handle.get_label() for handle in handles}
@@ -206,11 +232,13 @@ def _legend(figure: Any, axes: Any, handles: Sequence[Any]) -> None:
 def _logarithmic(axes: Any, places: list[float]) -> None:
     axes.set_xscale("log")
     ticks = sorted({float(f"{place:.2g}") for place in places})
-    if len(ticks) <= 12:
+    near = (max(ticks) / min(ticks)) ** 0.05
+    if len(ticks) <= 12 and all(b > near * a for a, b in itertools.pairwise(ticks)):
         axes.set_xticks(ticks)
     else:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:.3g}"))
+    told = lambda place, _: f"{place:,.0f}" if place >= 100 else f"{place:.3g}"  # noqa: E731
+    axes.xaxis.set_major_formatter(FuncFormatter(told))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
@@ -218,14 +246,17 @@ def _steps_figure(groups: Sequence[Group], panels: dict[str, str]) -> Any:
     figure, axes = plt.subplots(
         1, len(panels), figsize=(5.5 * len(panels) + 1, 4.5), sharex=True, squeeze=False
     )
+    drawn = [group for group in groups if any(_over_steps(group, key) for key in panels)]
+    moved = [group for group in drawn if _moves(group, panels)] or drawn
+    plain = [group for group in moved if not group.unusual or len(moved) <= MOST_LABELS]
     for each, (key, title) in zip(axes[0], panels.items(), strict=True):
-        for group, color in zip(groups, _colors(len(groups)), strict=True):
+        for i, group in enumerate(plain):
             by_step = _over_steps(group, key)
             if by_step:
-                steps = sorted(by_step)
+                steps, color, style = sorted(by_step), f"C{i % 10}", STYLES[i // 10 % len(STYLES)]
                 means = [statistics.fmean(by_step[step]) for step in steps]
-                about = ", ".join([group.method, *group.unusual.values()])
-                each.plot(steps, means, color=color, label=f"{group.name} ({about})")
+                label = f"{group.name} ({', '.join([group.method, *_besides(group, VARIANT)])})"
+                each.plot(steps, means, color=color, ls=style, label=label)
                 least, most = (
                     _over_steps(group, key.replace("_mean", end)) for end in ("_least", "_most")
                 )
@@ -236,17 +267,32 @@ def _steps_figure(groups: Sequence[Group], panels: dict[str, str]) -> Any:
         each.set_xlabel("step")
         each.grid(alpha=0.3)
     handles, _ = axes[0][-1].get_legend_handles_labels()
+    if len(plain) < len(moved):
+        left_out = f"not shown: {len(moved) - len(plain)} of other settings"
+        handles.append(Line2D([], [], ls="", label=left_out))
     _legend(figure, axes[0][-1], handles)
     return figure
 
 
+def _moves(group: Group, keys: Iterable[str]) -> bool:
+    """Whether any value is not 0; fixed sets would be a line on the axis."""
+    return any(max(values) > 0 for key in keys for values in _over_steps(group, key).values())
+
+
 def _over_steps(group: Group, key: str) -> dict[int, list[float]]:
+    """The records of all seeds, by step; after the last refresh nothing is exchanged any more."""
     by_step: dict[int, list[float]] = defaultdict(list)
+    last = _stop_of(group) if key == "churn_since_last_refresh" else math.inf
     for records in group.records:
         for record in records:
-            if record["split"] in ("masks", "sets") and key in record:
+            if record["split"] in ("masks", "sets") and key in record and record["step"] <= last:
                 by_step[record["step"]].append(record[key])
     return by_step
+
+
+def _stop_of(group: Group) -> float:
+    stop = group.runs[0]["config"]["method"].get(STOP.rpartition(".")[2])
+    return stop if type(stop) is int else math.inf
 
 
 def _save(figure: Any, path: Path) -> None:

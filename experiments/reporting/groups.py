@@ -17,6 +17,7 @@ from experiments.records.metrics import read_records
 from experiments.records.workdir import CONFIG, FINAL, METRICS, flat, holds_run, is_free, read_json
 
 Summary = dict[str, Any]
+VARIANT = "variant"  # the key of a variant's flags among the settings
 
 
 def _number(value: Any) -> bool:
@@ -55,13 +56,14 @@ class Group:
     Attributes:
         name: the name of their config.
         method: the name of their sparsity method.
-        runs: their summaries (`final.json`).
+        runs: their summaries (`final.json`), with "training_flops": the FLOPs of all steps, as a
+            share of those of the dense run of the same config file.
         records: their records (`metrics.jsonl`), in the same order.
         folders: their folders, in the same order.
         settings: the settings that differ from other groups of the same name and method; empty if
             there is no such group.
         unusual: those of the settings, by key, that differ from what most groups of the same config
-            file and method have.
+            file and method have, and under `VARIANT` the flags of its variant likewise.
     """
 
     name: str
@@ -76,6 +78,11 @@ class Group:
     def file(self) -> str:
         """The name of the config file, without the variant."""
         return self.name.partition(":")[0]
+
+    @property
+    def flags(self) -> str:
+        """What the variant has after the method, such as "2x"."""
+        return self.name.partition(":")[2].partition(",")[2]
 
     def only(self, folders: Collection[Path]) -> Group:
         """The same group with its runs in these folders alone."""
@@ -94,28 +101,46 @@ class Group:
 
     def deviation(self, read: Callable[[Summary], Any]) -> float | None:
         """The standard deviation over the seeds, or None if fewer than two have the number."""
-        values = self.values(read)
-        return statistics.stdev(values) if len(values) > 1 else None
+        return deviation(self.values(read))
 
     def mean(self, read: Callable[[Summary], Any]) -> float | None:
         """The mean over the seeds, or None if no run has the number."""
-        values = self.values(read)
-        return statistics.fmean(values) if values else None
+        return mean(self.values(read))
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean; None of nothing, and NaN if a value is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.fmean(values) if values else None
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """The standard deviation; None of fewer than two values, and NaN if one is not finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def once(groups: Sequence[Group]) -> tuple[list[Group], list[Path]]:
-    """Groups with one run for each seed, the one that comes first, and the folders of the others.
+    """Groups with one run for each seed, and the folders of the others.
 
-    A copied folder, or the same row in two sweeps, would otherwise count as another seed.
+    A copied folder, or the same row in two sweeps, would otherwise count as another seed. It is the
+    run that comes first, of those that recorded how their sets moved if there are any.
     """
     firsts: set[Path] = set()
     for group in groups:
         by_seed: dict[int, Path] = {}
-        for run, folder in zip(group.runs, group.folders, strict=True):
+        kept = list(zip(group.runs, group.folders, map(_has_sets, group.records), strict=True))
+        for run, folder, _ in sorted(kept, key=lambda found: not found[2]):
             by_seed.setdefault(run["seed"], folder)
         firsts |= {*by_seed.values()}
     others = sorted({path for group in groups for path in group.folders} - firsts)
     return [group.only(firsts) for group in groups], others
+
+
+def _has_sets(records: Sequence[dict[str, Any]]) -> bool:
+    return any(record["split"] == "sets" for record in records)
 
 
 def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
@@ -141,25 +166,49 @@ def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
         group.records.append(read_records(records))
         group.folders.append(path.parent)
     unfinished = [path for path in configs if not (path / FINAL).exists() and holds_run(path)]
-    told = _told_apart(list(groups.values()))
+    told = told_apart(list(groups.values()))
     return sorted(told, key=lambda g: (g.file, *_order(g))), unfinished
 
 
-def _told_apart(groups: Sequence[Group]) -> list[Group]:
-    """The same groups, with the settings in which those of one name and method differ."""
+def told_apart(groups: Sequence[Group]) -> list[Group]:
+    """The same groups, with `settings`, `unusual` and training FLOPs as against each other."""
     alike: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     related: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for group in groups:
         alike[group.name, group.method].append(_config(group))
         related[group.file, group.method].append(_config(group))
+    flags = {file: [g.flags for g in groups if g.file == file] for file in {g.file for g in groups}}
+    full = {file: _full_length([g for g in groups if g.file == file]) for file in flags}
     told = []
     for group in groups:
         config = _config(group)
         own = {k: _setting(k, config[k]) for k in _own(config, alike[group.name, group.method])}
         others = related[group.file, group.method]
         unusual = {k: v for k, v in own.items() if config[k] != _usual([c.get(k) for c in others])}
-        told.append(dataclasses.replace(group, settings=", ".join(own.values()), unusual=unusual))
+        if group.flags != _usual(flags[group.file]):
+            unusual[VARIANT] = group.flags
+        length = _seen(group) / full[group.file]
+        runs = [
+            {**run, "training_flops": length * run["flops"]["training_fraction"]}
+            for run in group.runs
+        ]
+        settings = ", ".join(own.values())
+        told.append(dataclasses.replace(group, runs=runs, settings=settings, unusual=unusual))
     return told
+
+
+def _full_length(groups: Sequence[Group]) -> float:
+    """What the most dense runs of one config file train on; the shortest of all, without any."""
+    tested = [group for group in groups if any(run["test"] for run in group.runs)] or groups
+    dense = [_seen(group) for group in tested if group.method == "dense"]
+    most = max(map(dense.count, dense), default=0)
+    return min((n for n in dense if dense.count(n) == most), default=min(map(_seen, tested)))
+
+
+def _seen(group: Group) -> float:
+    """The examples that a run of a group trains on; steps or examples that are unknown count 1."""
+    found = [group.runs[0]["config"].get(key) for key in ("steps", "batch_size")]
+    return math.prod(n if type(n) is int and n > 0 else 1 for n in found)
 
 
 def _usual(values: Sequence[Any]) -> Any:
@@ -215,6 +264,11 @@ def _read_final(path: Path) -> Summary:
         if not fits(found):
             raise UserError(f"{path}: {key} is {str(found)[:100]!r}; must be {kind}")
     return run
+
+
+def training_flops(run: Summary) -> Any:
+    """The FLOPs of all steps of a run, as a share of the dense run's of the same config file."""
+    return run["training_flops"]
 
 
 def forward_density(run: Summary) -> Any:

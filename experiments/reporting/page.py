@@ -37,7 +37,8 @@ for (const head of document.querySelectorAll("th")) head.addEventListener("click
     return value === undefined ? cell.textContent : value === "" ? NaN : Number(value);
   };
   const compare = (a, b) => {
-    if (typeof a === "string") return up ? a.localeCompare(b) : b.localeCompare(a);
+    if (typeof a === "string" || typeof b === "string")
+      return String(up ? a : b).localeCompare(String(up ? b : a), undefined, { numeric: true });
     if (isNaN(a) || isNaN(b)) return isNaN(a) - isNaN(b);
     return up ? a - b : b - a;
   };

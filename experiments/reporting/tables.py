@@ -6,14 +6,20 @@ import csv
 import dataclasses
 import json
 import shlex
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.records import files, plans
 from experiments.records.workdir import SWEEP
-from experiments.reporting.groups import Group, Summary, forward_density
+from experiments.reporting.groups import (
+    Group,
+    Summary,
+    deviation,
+    forward_density,
+    mean,
+    training_flops,
+)
 
 Read = Callable[[Summary], Any]
 
@@ -74,14 +80,15 @@ def metric(name: str) -> Read:
     return lambda run: run["test"].get(name)
 
 
-# The headings, with how each number is read and printed. The backward density and the FLOPs of
-# training are means over the steps of the run; the other columns are of the final network.
+# The headings, with how each number is read and printed. The backward density is a mean over the
+# steps of the run, and the FLOPs of training are those of all its steps, as a share of the dense
+# run's; the other columns are of the final network.
 COLUMNS: dict[str, tuple[Read, str]] = {
     "forward density": (forward_density, ".4g"),
     "backward density": (lambda r: r["densities_over_run"]["backward"], ".4g"),
     "parameters": (lambda r: r["parameters"], ",.0f"),
     "active": (lambda r: r["active_parameters"], ",.0f"),
-    "training FLOPs": (lambda r: r["flops"]["training_fraction"], ".3f"),
+    "training FLOPs": (training_flops, ".3f"),
     "inference FLOPs": (lambda r: r["flops"]["inference_fraction"], ".3f"),
     "seconds": (lambda r: r["seconds"], ".0f"),
 }
@@ -146,8 +153,7 @@ def _moved(
 
 def _over(found: Sequence[float | None]) -> Number:
     values = [value for value in found if value is not None]
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return Number(statistics.fmean(values) if values else None, deviation, ".4f")
+    return Number(mean(values), deviation(values), ".4f")
 
 
 def sweeps(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:

@@ -454,3 +454,63 @@ def test_where_exploration_stops_is_one_line_for_each_config(tmp_path):
     (line,) = figures._stopping_lines(collect([tmp_path])[0], "accuracy")
     assert line.label == "c:90/0, top_kast"
     assert sorted(place for place, _, _ in line.points) == [0, 0.5, 1]
+
+
+def test_training_flops_are_of_all_steps(tmp_path, capsys):
+    """Twice the steps are twice the FLOPs; a batch of half the size half of them (figure 2a)."""
+    for variant, method, steps, batch in (
+        ("dense", "dense", 100, 8), ("90/80", "top_kast", 100, 8), ("90/80,2x", "top_kast", 200, 8),
+        ("90/50", "top_kast", 100, 4), ("95/90", "top_kast", 7, 8),
+    ):  # fmt: skip
+        run = final(f"c:{variant}", method, 0, 0.5, 0.3, steps=steps, batch_size=batch)
+        put(tmp_path / "runs" / variant.replace("/", "-"), run)
+    without_test = final("c:dense", "dense", 1, 0.5, steps=5, batch_size=8) | {"test": {}}
+    put(tmp_path / "runs" / "rates", without_test)
+    assert main([str(tmp_path / "runs"), f"--out={tmp_path / 'out'}"]) == 0
+    with open(tmp_path / "out" / "table.csv") as file:
+        found = {row["config"]: float(row["training FLOPs"]) for row in csv.DictReader(file)}
+    assert found["c:90/80"] == pytest.approx(0.4)
+    assert found["c:90/80,2x"] == pytest.approx(0.8)
+    assert found["c:90/50"] == pytest.approx(0.2)
+    assert found["c:95/90"] == pytest.approx(0.4 * 0.07)
+
+
+def test_of_copies_the_run_that_recorded_its_sets_counts(tmp_path, capsys):
+    for name, more in (("80-50", []), ("80-50+write_sets_every-4", [{"differ_mean": 0.5}])):
+        folder = tmp_path / "runs" / name / "seed-0"
+        put(folder, final("c:80/50", "top_kast", 0, 0.5, write_sets_every=4 * len(more)))
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": 4, "split": "sets", **r}) + "\n" for r in more)
+    assert main([str(tmp_path / "runs"), f"--out={tmp_path / 'out'}"]) == 0
+    assert f"another run: {tmp_path}/runs/80-50/seed-0" in capsys.readouterr().out
+    assert "| 0.5000 |" in (tmp_path / "out" / "sets.md").read_text()
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_a_metric_that_is_not_finite(tmp_path, capsys, odd):
+    for seed, value in enumerate((0.5, odd)):
+        put(tmp_path / "runs" / str(seed), final("c:90/80", "top_kast", seed, value, 0.1))
+    assert main([str(tmp_path / "runs"), f"--out={tmp_path / 'out'}"]) == 0
+    assert "| nan ± nan |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("better", "joined"), [(max, [3.0, 5.0]), (min, [1.0, 5.0])])
+def test_the_best_of_several_points_at_a_place_is_joined(better, joined):
+    line = figures.Line("set", None, [(0.1, 3.0, 0.0), (0.1, 1.0, 0.0), (0.2, 5.0, 0.0)])
+    drawn = figures._against([line], "x", "y", True, better).axes[0].get_lines()
+    assert joined in [list(each.get_ydata()) for each in drawn]
+
+
+def test_what_is_usual_is_so_among_the_runs_of_the_figure(tmp_path):
+    """Runs without a test, such as those that chose a learning rate, are in none."""
+    for i, (steps, test) in enumerate([(20, {}), (20, {}), (20, {}), (80, {"accuracy": 0.5})]):
+        run = final("c:set-90", "set", i, 0.5, 0.1, steps=steps, rate=i) | {"test": test}
+        put(tmp_path / str(i), run)
+    for i, variant in enumerate(("90/80", "90/80,all-sparse", "90/50")):
+        put(tmp_path / f"kast-{i}", final(f"c:{variant}", "top_kast", 0, 0.5, 0.1, steps=80))
+    groups, _ = collect([tmp_path])
+    tested = figures.told_apart([group for group in groups if group.runs[0]["test"]])
+    lines = figures._lines(tested, "accuracy", figures.AGAINST["backward_density"][0])
+    assert sorted((line.label, len(line.points)) for line in lines) == [
+        ("set", 1), ("top_kast", 2), ("top_kast, all-sparse", 1),
+    ]  # fmt: skip

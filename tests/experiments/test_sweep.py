@@ -15,8 +15,10 @@ import pytest
 from toy_runs import records
 
 from experiments import signals
+from experiments.config.planned import Planned
+from experiments.records.plans import Plan, read, record
 from experiments.signals import RESUMABLE
-from experiments.sweep import main
+from experiments.sweep import main, run_all
 
 SWEEP = str(Path(__file__).with_name("toy_sweep.py"))
 
@@ -109,6 +111,10 @@ time.sleep(0.2)
 (directory / "cores.json").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
 if name == "50/50":
     sys.exit("error: it does not work")
+if name == "60/60":
+    os.kill(os.getpid(), signal.SIGKILL)
+if name == "70/70":
+    sys.exit(75)
 if name == "static-50":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     os.kill(os.getppid(), signal.Signals[os.environ["ASKED"]])
@@ -145,9 +151,45 @@ def test_a_signal_stops_all_that_run_at_a_time(tmp_path, processes, capsys, monk
     monkeypatch.setenv("ASKED", asked)
     before = signal.getsignal(signal.SIGTERM)
     assert sweep(tmp_path / "s", "--only=0,4,1,3", "--jobs=2") == RESUMABLE
-    assert "stopped in static-50/seed-0; the same command goes on" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "\nstopped in " in out
+    assert err == ""
     assert "static-50/seed-0" not in finals(tmp_path / "s")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_was_killed_is_told_as_such(tmp_path, processes, capsys):
+    """By the system, when memory is short: its log says nothing of it."""
+    runs = [Planned(f"r{i}", 0, f"c:{v}", ()) for i, v in enumerate(("60/60", "dense"))]
+    (tmp_path / "r0").mkdir()
+    (tmp_path / "r0" / "seed-0.log").write_text("step 3/4  loss 1.0\n")
+    assert run_all(runs, tmp_path, jobs=2) == 1
+    assert capsys.readouterr().err.startswith("error: r0/seed-0: ended by SIGKILL; ")
+    assert finals(tmp_path) == ["r1/seed-0"]
+
+
+def test_a_run_that_was_stopped_alone_stops_the_sweep(tmp_path, processes, capsys):
+    runs = [Planned(f"r{i}", 0, f"c:{v}", ()) for i, v in enumerate(("70/70", *["dense"] * 4))]
+    assert run_all(runs, tmp_path, jobs=1 + 1) == RESUMABLE
+    assert capsys.readouterr().out.endswith("stopped in r0/seed-0; the same command goes on\n")
+    assert len(finals(tmp_path)) < 4
+
+
+def test_tasks_of_a_job_array_write_the_plan_at_once(tmp_path, monkeypatch):
+    row = {"row": "a", "config": "c", "overrides": [], "paper": ""}
+    plan, sync = Plan("s.py", 2, [row]), os.fsync
+
+    def another_task(number):
+        monkeypatch.setattr(os, "fsync", sync)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)
+            record(tmp_path, plan, {"a"})
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", another_task)
+    record(tmp_path, plan, {"a"})
+    (written,) = tmp_path.iterdir()
+    assert read(written) == plan
 
 
 def test_a_signal_is_handled_while_a_result_is_waited_for():
@@ -236,9 +278,10 @@ def test_slurm_of_some(tmp_path, capsys, only):
 @pytest.mark.parametrize(
     ("text", "args", "message"),
     [
-        (None, ["--only=9"], "must be numbers from 0 to 4"),
-        (None, ["--only=x"], "must be numbers from 0 to 4"),
-        (None, ["--only=\N{SUPERSCRIPT TWO}"], "must be numbers from 0 to 4"),
+        (None, ["--only=9"], "must be different numbers from 0 to 4"),
+        (None, ["--only=1,1"], "must be different numbers from 0 to 4"),
+        (None, ["--only=x"], "must be different numbers from 0 to 4"),
+        (None, ["--only=\N{SUPERSCRIPT TWO}"], "must be different numbers from 0 to 4"),
         (None, ["--seeds=0"], "must be an integer of at least 1"),
         (None, ["--config.seed=3"], "--config.seed=3: a sweep sets the seeds itself; use --seeds"),
         (None, ["--config.stepz=1"], "no key 'stepz'"),
