@@ -24,7 +24,7 @@ ROWS: tuple[tuple[str, Mapping[str, object]], ...] = (
     ("rigl-90", {"method.distribution": "erk"}),
     *(("90/80", {"method.exploration_weight": weight}) for weight in (0.0, 1e-5, 1e-3)),
     # Whether the penalty decides why 90/0 is below 90/50 (docs/results.md, claim 2).
-    ("90/0", {"method.exploration_weight": 1e-3}),
+    *((row, {"method.exploration_weight": 1e-3}) for row in ("90/0", "90/50")),
     *(("90/80", {"method.pattern": f"block:{n}x{n}"}) for n in (4, 8, 16)),
     ("90/80", {"method.pattern": "fan_in"}),
     ("87.5/75", {"method.pattern": "1:8"}),
