@@ -292,9 +292,9 @@ def _with_counts(leaf: Leaf, counts: Counts) -> Leaf:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, bool | np.bool_):
-        return False
-    return isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    if isinstance(value, np.ndarray | jax.Array):
+        return jnp.issubdtype(value.dtype, np.integer) or jnp.issubdtype(value.dtype, np.floating)
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def _as_scalar(value: Any) -> jax.Array:

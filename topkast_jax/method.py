@@ -97,7 +97,8 @@ class Layer(NamedTuple):
     Attributes:
       theta: the parameters that the caller has, of the layer's shape.
       grad: the dense gradient at the forward view of the step before, of the layer's shape; None
-        unless the method has `needs_gradient` (or chooses first from the first gradient).
+        unless the method has `needs_gradient` (or chooses first from the first gradient), and at a
+        first choice by `init`.
       sets: the sets in use, by unit; None at the first choice.
       memory: what the last choice returned; None at the first choice.
       key: random key of this layer and step.
@@ -119,7 +120,7 @@ class Method(abc.ABC):
     stacked leaf and over leaves that are alike. `memory` is what a method wants to remember about a
     layer: any tree of scalars and of arrays of the layer's shape.
 
-    Numbers among the attributes of a method (`int`, `float`, arrays, but not `bool`) may be
+    Numbers among the attributes of a method (`int`, `float`, arrays of them, but not `bool`) may be
     hyperparameters of `optax.inject_hyperparams`: inside `choose`, `allocate` and `enter` they are
     traced scalars.
 
@@ -128,6 +129,8 @@ class Method(abc.ABC):
         the last one, an array more for each sparse leaf, and training FLOPs count it at refreshes.
       observes_gradient: whether `observe` runs in every step on the dense gradient; training FLOPs
         count it in every step.
+      explores: whether B may hold units that are not in A. If not, a backward density other than
+        the forward density is refused.
       skips_update: whether the step whose gradient a refresh reads moves neither parameters nor
         inner state.
       last_choice_at: with `skips_update`, the number of finished steps after which no step is
@@ -139,6 +142,7 @@ class Method(abc.ABC):
 
     needs_gradient: bool = False
     observes_gradient: bool = False
+    explores: bool = True
     skips_update: bool = False
     last_choice_at: int | jax.Array | None = None
     first_choice: Literal["init", "first_update"] = "init"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,12 @@ from topkast_jax.selection import SMALL, Thresholds, count_of, top_k_masks
 Count = int | jax.Array
 
 
-@runtime_checkable
 class Pattern(Protocol):
-    """Divides a leaf into units that are kept or dropped as a whole, and ranks them."""
+    """Divides a leaf into units that are kept or dropped as a whole, and ranks them.
+
+    A pattern of your own may do without `groups`, and without the argument `ties` of `top`: nothing
+    then divides its units, and equal scores rank as its `top` has it.
+    """
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
@@ -69,6 +73,50 @@ class Pattern(Protocol):
           Bool masks of the grid's shape, and a memory: a tree of scalars.
         """
         ...
+
+
+NEEDED = ("unit_shape", "grid", "magnitudes", "expand", "count", "top")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Completed:
+    """A pattern without `groups`, or whose `top` takes no `ties`, as one that has both."""
+
+    pattern: Any
+    takes_ties: bool
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in NEEDED:
+            raise AttributeError(name)
+        return getattr(self.pattern, name)
+
+    def __repr__(self) -> str:
+        return repr(self.pattern)
+
+    def groups(self, shape: tuple[int, ...]) -> int:
+        return int(self.pattern.groups(shape)) if hasattr(self.pattern, "groups") else 1
+
+    def top(
+        self,
+        scores: jax.Array,
+        counts: Sequence[Count],
+        *,
+        among: jax.Array | None = None,
+        start: Any = None,
+        ties: jax.Array | None = None,
+    ) -> tuple[tuple[jax.Array, ...], Any]:
+        more = {"ties": ties} if self.takes_ties else {}
+        found: tuple[tuple[jax.Array, ...], Any]
+        found = self.pattern.top(scores, counts, among=among, start=start, **more)
+        return found
+
+
+def completed(pattern: Any) -> Pattern:
+    """The pattern itself, or with what it lacks of `Pattern`; it must have all of `NEEDED`."""
+    taken = inspect.signature(pattern.top).parameters.values()
+    ties = any(p.name == "ties" or p.kind is p.VAR_KEYWORD for p in taken)
+    whole: Pattern = pattern if ties and hasattr(pattern, "groups") else _Completed(pattern, ties)
+    return whole
 
 
 class _Ranked:

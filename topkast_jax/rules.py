@@ -17,7 +17,7 @@ import numpy as np
 
 from topkast_jax.errors import SparsityError, shown
 from topkast_jax.method import Counts, Density, Leaf
-from topkast_jax.patterns import NOfM, Pattern
+from topkast_jax.patterns import NEEDED, NOfM, Pattern, completed
 from topkast_jax.selection import DTYPES, MOST_ENTRIES
 from topkast_jax.trees import flatten_with_names
 
@@ -36,7 +36,8 @@ class Sparse:
     Attributes:
       forward_density: share of the units the network runs on, in (0, 1].
       backward_density: share of the units that are updated, forward_density to 1. If it is None and
-        forward_density is given, the larger of that and the transform's backward density.
+        forward_density is given, the larger of that and the transform's backward density; if the
+        transform has none either, forward_density.
       pattern: which entries are kept or dropped together.
       distribution: "uniform" gives each leaf these densities; "erk" shares them out over all
         "erk" leaves with the same densities, in proportion to sum(shape) / prod(shape)
@@ -83,7 +84,7 @@ def resolve(
     params: Any,
     rules: Rules | None,
     forward_density: Density,
-    backward_density: Density,
+    backward_density: Density | None,
     pattern: Pattern,
 ) -> dict[str, Leaf | None]:
     """Decides for each leaf, in flattening order, how it is sparse, or None where it is dense.
@@ -94,7 +95,7 @@ def resolve(
         floating leaves with two or more axes longer than one are sparse, but for those that are
         named as biases, scales or a part of a norm, or have no entries; all others are dense.
       forward_density: for specs that name none.
-      backward_density: for specs that name none.
+      backward_density: for specs that name none; None: the forward density of the leaf.
       pattern: for specs that name none.
 
     Returns:
@@ -175,19 +176,27 @@ def default_specs(names: Sequence[str], arrays: Sequence[Any]) -> list[Spec]:
       names: their paths.
       arrays: the leaves, or their shapes.
     """
+
+    def is_matrix(array: Any) -> bool:
+        shape = jnp.shape(array)
+        return _is_floating(array) and sum(n > 1 for n in shape) >= 2 and 0 not in shape
+
+    vectors = named_as_vectors(names)
+    rows = zip(names, arrays, strict=True)
+    return [Sparse() if is_matrix(a) and name not in vectors else Dense() for name, a in rows]
+
+
+def named_as_vectors(names: Sequence[str]) -> set[str]:
+    """Those of the paths that are named as biases, scales or a part of a norm, stacked or not."""
     present = set(names)
 
-    def is_matrix(name: str, array: Any) -> bool:
+    def is_vector(name: str) -> bool:
         *layers, last = name.split("/")
-        shape = jnp.shape(array)
-        has_long_axes = sum(size > 1 for size in shape) >= 2 and 0 not in shape
         beside_w = last == "b" and "/".join([*layers, "w"]) in present  # Haiku's linear layers
         is_norm = any(map(_NORM.fullmatch, [*layers, last]))
-        named_otherwise = _NO_MATRIX.fullmatch(last) or beside_w or is_norm
-        return _is_floating(array) and has_long_axes and not named_otherwise
+        return bool(_NO_MATRIX.fullmatch(last) or beside_w or is_norm)
 
-    rows = zip(names, arrays, strict=True)
-    return [Sparse() if is_matrix(name, array) else Dense() for name, array in rows]
+    return {name for name in names if is_vector(name)}
 
 
 def _match(names: Sequence[str], rules: Rules) -> list[Spec]:
@@ -230,10 +239,13 @@ def check_rules(rules: Any) -> None:
 
 def check_pattern(pattern: Any) -> None:
     """Raises SparsityError unless this is a pattern."""
-    if isinstance(pattern, type) or not isinstance(pattern, Pattern):
+    missing = [name for name in NEEDED if not hasattr(pattern, name)]
+    if isinstance(pattern, type) or "grid" in missing or "top" in missing:
         raise SparsityError(
             f"pattern={shown(pattern)}: must be Unstructured(), Block(rows, cols), …"
         )
+    if missing:
+        raise SparsityError(f"pattern={shown(pattern)}: has no {', '.join(missing)}")
 
 
 def _compile(expression: str) -> re.Pattern[str]:
@@ -285,7 +297,12 @@ def _coarser_type(*densities: Density) -> np.dtype:
 
 
 def _leaf(
-    name: str, array: Any, spec: Sparse, forward: Density, backward: Density, pattern: Pattern
+    name: str,
+    array: Any,
+    spec: Sparse,
+    forward: Density,
+    backward: Density | None,
+    pattern: Pattern,
 ) -> Leaf:
     dtype = jnp.result_type(array)
     if not _is_floating(array):
@@ -296,12 +313,12 @@ def _leaf(
     axes = _stacked_axes(name, shape, spec)
     stack = tuple(shape[axis] for axis in axes)
     layer = tuple(size for axis, size in enumerate(shape) if axis not in axes)
-    forward, backward = _densities(name, spec, forward, backward)
-    pattern = spec.pattern or pattern
+    kept, updated = _densities(name, spec, forward, backward)
+    pattern = completed(spec.pattern or pattern)
     try:
         pattern.grid(layer)
         if isinstance(pattern, NOfM):
-            _check_groups(pattern, spec, forward, backward)
+            _check_groups(pattern, spec, kept, updated)
     except SparsityError as error:
         raise SparsityError(f"{name}: {error}") from None
     if not 0 < math.prod(layer) <= MOST_ENTRIES:
@@ -309,14 +326,16 @@ def _leaf(
             f"{name}: a layer of {math.prod(layer)} entries; allowed: 1 to {MOST_ENTRIES} (name "
             "the axes that number separate layers as stacked, or leave it dense)"
         )
-    counts = _counts(pattern, layer, forward, backward)
-    return Leaf(layer, dtype, pattern, forward, backward, counts, stack, axes)
+    counts = _counts(pattern, layer, kept, updated)
+    return Leaf(layer, dtype, pattern, kept, updated, counts, stack, axes)
 
 
 def _densities(
-    name: str, spec: Sparse, forward: Density, backward: Density
+    name: str, spec: Sparse, forward: Density, backward: Density | None
 ) -> tuple[Density, Density]:
     """The densities of a leaf: its own where the spec names them, else those of the transform."""
+    if backward is None:
+        backward = forward if spec.forward_density is None else spec.forward_density
     if spec.forward_density is not None:
         forward = spec.forward_density
         check_densities(forward, 1.0, f"{name}: ")

@@ -6,7 +6,6 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from topkast_jax.flags import first_flags, frozen_flags, unpack
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.method import Density, Leaf, Method, Sets, allocates, enters_anew
 from topkast_jax.patterns import Pattern, Unstructured
-from topkast_jax.rules import Rules, check_densities, check_pattern, check_rules, resolve
+from topkast_jax.rules import Rules, Sparse, check_densities, check_pattern, check_rules, resolve
 from topkast_jax.serialization import register_with_flax
 from topkast_jax.sets import (
     DUE,
@@ -47,7 +46,7 @@ class Plan:
     inner: optax.GradientTransformationExtraArgs
     method: Method
     forward_density: Density
-    backward_density: Density
+    backward_density: Density | None
     refresh_every: int | jax.Array | None
     stop_exploring_at: int | jax.Array | None
     inner_state: Literal["keep", "reset"]
@@ -151,7 +150,7 @@ def sparsify(
         ``grad_fn`` of a line search or SAM) evaluates it at the forward view.
       method: how the sets are chosen.
       forward_density: share of a leaf's units in A, in (0, 1].
-      backward_density: share in B, forward_density to 1; forward_density if None.
+      backward_density: share in B, forward_density to 1; None: that of A, in each leaf.
       refresh_every: steps between two refreshes of the sets, at least 1; None: no refresh.
       stop_exploring_at: when so many steps are finished, B becomes the A in use and neither changes
         again; 0 means from the start, None never.
@@ -168,13 +167,16 @@ def sparsify(
       SparsityError: an argument outside its range; from `init`, rules that do not fit the
         parameters; from `update`, gradients, state or parameters that do not fit each other.
     """
-    backward = forward_density if backward_density is None else backward_density
     shape = Unstructured() if pattern is None else pattern
     _check(inner, method, inner_state, shape, seed)
-    check_densities(forward_density, backward)
+    check_densities(
+        forward_density, forward_density if backward_density is None else backward_density
+    )
     check_rules(rules)
+    if not method.explores:
+        _check_no_exploration(method, forward_density, backward_density, rules)
     plan = Plan(
-        optax.with_extra_args_support(inner), method, forward_density, backward,
+        optax.with_extra_args_support(inner), method, forward_density, backward_density,
         _whole_number("refresh_every", refresh_every, 1),
         _whole_number("stop_exploring_at", stop_exploring_at, 0),
         inner_state, rules, shape, seed,
@@ -225,7 +227,8 @@ def _first_state(plan: Plan, params: Any) -> SparsifyState:
     # structure: scalars stand for what is no tree of parameters.
     if not names:
         gradient = params if plan.method.needs_gradient else ()
-        return SparsifyState(step, params, due, inner_state, due, gradient, due)
+        # One array in several places could not be donated.
+        return SparsifyState(step, params, due + 0, inner_state, due, gradient, due + 0)
     if plan.inner_state == "reset":  # Raises if moments do not follow the parameters.
         map_parameter_shaped(lambda moments: moments, inner_state, params)
     sparse = {path: leaf for path, leaf in leaves.items() if leaf is not None}
@@ -305,7 +308,7 @@ def _update(
         theta,
         **_at_forward_view(extra, now, treedef, names),
     )
-    updates = _inside(plan, leaves, columns_of("update", updates, names, treedef), now, arrays)
+    updates = _inside(plan, columns_of("update", updates, names, treedef), now, arrays)
 
     # 5. What is due after this step. The next choice is made from the parameters that come then.
     step = optax.safe_increment(state.step)
@@ -334,9 +337,7 @@ def _restricted(
     for path, leaf in leaves.items():
         sets = unpack(now.flags[path])
         of_leaf = shape_gradient(plan, leaf, gradients[path], now.theta[path], sets, step)
-        if not _is_full(plan, leaf):
-            of_leaf = jnp.where(sets.backward, of_leaf, jnp.zeros_like(of_leaf))
-        shaped[path] = of_leaf
+        shaped[path] = jnp.where(sets.backward, of_leaf, jnp.zeros_like(of_leaf))
     return shaped
 
 
@@ -358,32 +359,21 @@ def shape_gradient(
     plan: Plan, leaf: Leaf, grad: Any, theta: Any, sets: Sets, step: jax.Array
 ) -> jax.Array:
     """What the inner optimizer gets in place of the gradient of a leaf, on its backward set."""
-    if plan.l2 and len(leaf.full_shape) >= 2:
+    if plan.l2 and len(leaf.shape) >= 2:
         grad = grad + jnp.asarray(plan.l2, theta.dtype) * theta
     shape = over_stack(lambda g, x, s: plan.method.gradient(g, x, s, leaf, step), leaf)
     shaped: jax.Array = shape(grad, theta, sets)
     return shaped
 
 
-def _is_full(plan: Plan, leaf: Leaf) -> bool:
-    """Whether B is all of a leaf in every step."""
-    backward = leaf.counts.backward
-    stays = plan.stop_exploring_at is None and not allocates(plan.method)
-    return stays and isinstance(backward, int) and backward == math.prod(leaf.grid)
-
-
-def _inside(
-    plan: Plan, leaves: dict[str, Leaf], updates: dict[str, Any], now: Present, arrays: list[Any]
-) -> dict[str, Any]:
+def _inside(plan: Plan, updates: dict[str, Any], now: Present, arrays: list[Any]) -> dict[str, Any]:
     """Updates that leave what is outside B as it is, and bring in what has entered it."""
     result = dict(updates)
     before = dict(zip(updates, arrays, strict=True))
-    for path, leaf in leaves.items():
+    for path, flags in now.flags.items():
+        # Adding -0.0 leaves every float as it is, bit for bit; 0.0 would turn -0.0 into 0.0.
         inside = updates[path]
-        if not _is_full(plan, leaf):
-            # Adding -0.0 leaves every float as it is, bit for bit; 0.0 would turn -0.0 into 0.0.
-            in_b = unpack(now.flags[path]).backward
-            inside = jnp.where(in_b, inside, jnp.full_like(inside, -0.0))
+        inside = jnp.where(unpack(flags).backward, inside, jnp.full_like(inside, -0.0))
         if enters_anew(plan.method):
             inside = inside + (now.theta[path] - before[path]).astype(inside.dtype)
         result[path] = inside
@@ -523,6 +513,25 @@ def _check(inner: Any, method: Any, inner_state: Any, pattern: Any, seed: Any) -
             operator.index(seed)
         except TypeError:
             raise SparsityError(f"seed={shown(seed)}: must be an integer") from None
+
+
+def _check_no_exploration(
+    method: Method, forward: Density, backward: Density | None, rules: Rules | None
+) -> None:
+    """Refuses a backward density that a method whose B is A would ignore."""
+    named = [("", forward, backward)]
+    named += [
+        (f"rule {path!r}: ", forward if spec.forward_density is None else spec.forward_density,
+         spec.backward_density)
+        for path, spec in rules or () if isinstance(spec, Sparse)
+    ]  # fmt: skip
+    for where, of_a, of_b in named:
+        numbers = not isinstance(of_a, jax.Array) and not isinstance(of_b, jax.Array)
+        if of_b is not None and numbers and float(of_b) != float(of_a):
+            raise SparsityError(
+                f"{where}backward_density={shown(of_b)}: the backward set of "
+                f"{type(method).__name__} is its forward set; leave it out"
+            )
 
 
 def _whole_number(name: str, value: Any, least: int) -> Any:

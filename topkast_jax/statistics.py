@@ -376,6 +376,6 @@ def flops(by_leaf: Mapping[str, float], counts: Mapping[str, LeafCounts]) -> Flo
 
     return Flops(
         dense,
-        fraction(lambda leaf: leaf.forward / leaf.entries),
-        fraction(lambda leaf: leaf.backward / leaf.entries),
+        fraction(lambda leaf: leaf.forward / max(1, leaf.entries)),
+        fraction(lambda leaf: leaf.backward / max(1, leaf.entries)),
     )

@@ -118,6 +118,12 @@ def _check_together(config: ConfigDict) -> None:
         raise UserError(
             "config.optimizer.schedule.boundaries: found none; 'step' needs one or more"
         )
+    early = [b for b in schedule.get("boundaries", ()) if b <= schedule.warmup_steps]
+    if schedule.name == "step" and early:
+        raise UserError(
+            f"config.optimizer.schedule.boundaries: found {early[0]}; must be above "
+            f"warmup_steps={schedule.warmup_steps}"
+        )
     if sum(v == -1 for v in config.mesh.values()) > 1:
         raise UserError(f"config.mesh: found {dict(config.mesh)}; at most one of them may be -1")
     if _scaled(config, schedule.warmup_steps) >= config.steps:

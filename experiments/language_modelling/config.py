@@ -92,6 +92,11 @@ def validate(config: ConfigDict) -> None:
         _fill_in(config.data, _vocabulary_of(config.data, corpus))
         check_lengths(config, corpus)
     else:
+        if config.data.min_count != 1:
+            raise UserError(
+                f"config.data.min_count: found {config.data.min_count}; must be 1, because "
+                f"{config.data.name} was prepared with all of its symbols"
+            )
         level, size = text.known
         _fill_in(config.data, {"level": level, "vocabulary_size": size})
     model = make_model(config)

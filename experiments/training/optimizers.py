@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 from experiments.training.methods import make_method, representation
 from topkast_jax.always_sparse import AlwaysSparse
 from topkast_jax.always_sparse.host import host_device
+from topkast_jax.rules import named_as_vectors
 from topkast_jax.sparsify import SparseTransform, with_l2
+from topkast_jax.trees import flatten_with_names
 
 Tree = Any
 Transform: TypeAlias = optax.GradientTransformationExtraArgs
@@ -50,7 +52,9 @@ def make_schedule(config: ConfigDict) -> optax.Schedule:
     if schedule.name == "cosine":
         main = optax.cosine_decay_schedule(peak, config.steps - warmup, schedule.final_factor)
     elif schedule.name == "step":
-        after = {b - warmup: schedule.factor for b in derived.boundaries}
+        after: dict[int, float] = {}
+        for boundary in derived.boundaries:  # In a short run, several may be one step.
+            after[boundary - warmup] = after.get(boundary - warmup, 1.0) * schedule.factor
         main = optax.piecewise_constant_schedule(peak, after)
     else:
         main = optax.constant_schedule(peak)
@@ -136,7 +140,11 @@ def _dense_matrices(tx: SparseTransform, params: Tree) -> Tree:
 
 
 def _matrices(params: Tree) -> Tree:
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+    """What is decayed: not biases and scales, which are matrices where layers are stacked."""
+    names, arrays, treedef = flatten_with_names(params)
+    vectors = named_as_vectors(names)
+    rows = zip(names, arrays, strict=True)
+    return treedef.unflatten([p.ndim >= 2 and name not in vectors for name, p in rows])
 
 
 def _inner(config: ConfigDict, params: Tree) -> Transform:
@@ -149,8 +157,11 @@ def _inner(config: ConfigDict, params: Tree) -> Transform:
         "adam": lambda: optax.adam(rate, **moments),
         "adamw": lambda: optax.adamw(rate, **moments, **decay),
         "lamb": lambda: optax.lamb(rate, **moments, **decay),
-        "adafactor": lambda: optax.adafactor(
-            rate, weight_decay_rate=c.weight_decay or None, weight_decay_mask=matrices
+        # optax's own decay of Adafactor does not follow the learning rate, as that of AdamW does.
+        "adafactor": lambda: optax.chain(
+            optax.adafactor(),
+            optax.add_decayed_weights(-c.weight_decay, matrices),
+            optax.scale_by_learning_rate(rate, flip_sign=False),
         ),
         "rmsprop": lambda: optax.rmsprop(
             rate, c.b2, c.eps, momentum=c.momentum or None, nesterov=c.nesterov

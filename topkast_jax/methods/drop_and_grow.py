@@ -23,11 +23,13 @@ class DropAndGrow(Method):
     grown again at once: then it keeps its value.
 
     Attributes:
-      drop_fraction: share of the kept units that a refresh drops, in (0, 1).
+      drop_fraction: share of the kept units that a refresh drops, in (0, 1); of each group, at
+        least one, where a pattern has groups that keep two or more.
       last_choice_at: the share falls to zero over so many steps, by half a cosine; after them sets
         do not change. None: the share stays.
     """
 
+    explores = False
     drop_fraction: float | jax.Array = 0.3
     last_choice_at: int | jax.Array | None = None
 
@@ -53,7 +55,11 @@ class DropAndGrow(Method):
             return Sets(kept, kept), self.remembered(layer)
         groups = leaf.pattern.groups(leaf.shape)
         held = jnp.sum(layer.sets.forward, dtype=jnp.int32) // groups
-        staying = groups * (held - self.dropped(held, layer.step))
+        dropped = self.dropped(held, layer.step)
+        if groups > 1:
+            one = (held > 1) & (self.fraction(layer.step) > 0)
+            dropped = jnp.maximum(dropped, one.astype(jnp.int32))
+        staying = groups * (held - dropped)
         staying = jnp.minimum(staying, counts.forward)
         magnitudes = leaf.pattern.magnitudes(layer.theta)
         (stays,), _ = leaf.pattern.top(magnitudes, [staying], among=layer.sets.forward)
@@ -74,13 +80,17 @@ class DropAndGrow(Method):
 
     def dropped(self, held: jax.Array, step: Any) -> jax.Array:
         """⌊fraction · held⌋ units, the fraction that of the finished steps."""
+        return jnp.floor(self.fraction(step) * held.astype(jnp.float32)).astype(jnp.int32)
+
+    def fraction(self, step: Any) -> jax.Array:
+        """The share of the kept units that is dropped after so many finished steps."""
         share = jnp.asarray(self.drop_fraction, jnp.float32)
         if self.last_choice_at is not None:
             end = jnp.asarray(self.last_choice_at, jnp.float32)
             passed = jnp.clip(jnp.asarray(step).astype(jnp.float32) / end, 0.0, 1.0)
             share = share / 2 * (1 + jnp.cos(np.float32(np.pi) * passed))
             share = jnp.where(passed < 1, share, 0.0)
-        return jnp.floor(share * held.astype(jnp.float32)).astype(jnp.int32)
+        return share
 
 
 def check_drop_and_grow(drop_fraction: Any, last_choice_at: Any, refresh_every: Any) -> None:
@@ -89,14 +99,14 @@ def check_drop_and_grow(drop_fraction: Any, last_choice_at: Any, refresh_every: 
         is_number(drop_fraction) and 0 < drop_fraction < 1
     ):
         raise SparsityError(f"drop_fraction={shown(drop_fraction)}: must be a number in (0, 1)")
-    if last_choice_at is None or isinstance(last_choice_at, jax.Array):
+    if last_choice_at is None or isinstance(last_choice_at, jax.core.Tracer):
         return
     if not is_whole(last_choice_at) or not 1 <= last_choice_at < 2**31:
         raise SparsityError(
             f"last_choice_at={shown(last_choice_at)}: must be None or an integer of at least 1 "
             "and below 2**31"
         )
-    plain = is_whole(refresh_every) and not isinstance(refresh_every, jax.Array)
+    plain = is_whole(refresh_every) and not isinstance(refresh_every, jax.core.Tracer)
     if plain and last_choice_at <= refresh_every:
         raise SparsityError(
             f"last_choice_at={last_choice_at} must be above refresh_every={refresh_every}, or no "

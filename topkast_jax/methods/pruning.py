@@ -29,6 +29,7 @@ class Pruning(Method):
       ranking: "layer": each layer keeps its own share; "global": one ranking over the network.
     """
 
+    explores = False
     begin_at: int | jax.Array
     end_at: int | jax.Array
     ranking: Literal["layer", "global"] = "layer"
@@ -51,7 +52,8 @@ class Pruning(Method):
         passed = jnp.clip((jnp.asarray(step).astype(jnp.float32) - begin) / (end - begin), 0.0, 1.0)
         units, final = math.prod(leaf.grid), leaf.counts.forward
         above = jnp.asarray(units - final).astype(jnp.float32) * (1 - passed) ** 3
-        count = final + jnp.round(above).astype(jnp.int32)
+        groups = leaf.pattern.groups(leaf.shape)  # Each keeps the same number of units.
+        count = final + groups * jnp.round(above / groups).astype(jnp.int32)
         return Counts(count, count)
 
     def choose(self, layer: Layer, leaf: Leaf, counts: Counts) -> tuple[Sets, Any]:
@@ -122,12 +124,12 @@ def _check(begin_at: Any, end_at: Any, ranking: Any) -> None:
     if not isinstance(ranking, str) or ranking not in ("layer", "global"):
         raise SparsityError(f"ranking={shown(ranking)}: must be 'layer' or 'global'")
     for name, step in (("begin_at", begin_at), ("end_at", end_at)):
-        if isinstance(step, jax.Array):
+        if isinstance(step, jax.core.Tracer):
             continue
         if not is_whole(step) or not 0 <= step < 2**31:
             raise SparsityError(
                 f"{name}={shown(step)}: must be an integer of at least 0 and below 2**31"
             )
-    traced = isinstance(begin_at, jax.Array) or isinstance(end_at, jax.Array)
+    traced = isinstance(begin_at, jax.core.Tracer) or isinstance(end_at, jax.core.Tracer)
     if not traced and end_at <= begin_at:
         raise SparsityError(f"end_at={end_at} must be above begin_at={begin_at}")

@@ -97,7 +97,8 @@ def share_out(total: jax.Array, weights: jax.Array, room: jax.Array) -> jax.Arra
     Returns:
       int32 [n] whose sum is `total`.
     """
-    weights = weights + np.float32(1e-12) * jnp.maximum(jnp.max(weights), np.float32(1e-30))
+    weights = jnp.where(jnp.max(weights) > 0, weights, 1.0)  # Without any, all parts are alike.
+    weights = weights / jnp.max(weights) + np.float32(1e-12)
     whole, most = total.astype(jnp.float32), room.astype(jnp.float32)
 
     def fill(_: Any, full: jax.Array) -> jax.Array:

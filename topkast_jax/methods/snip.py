@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from topkast_jax.method import Counts, Density, Layer, Leaf, Method, Sets
@@ -18,6 +19,7 @@ from topkast_jax.sparsify import SparseTransform, sparsify
 class SNIP(Method):
     """Sets that are chosen once, by |θ · g| of the first gradient, ranked over all leaves."""
 
+    explores = False
     first_choice = "first_update"
 
     def allocate(
@@ -40,7 +42,9 @@ class SNIP(Method):
 
 def _saliency(layer: Layer) -> jax.Array:
     assert layer.grad is not None
-    return layer.theta * layer.grad.astype(layer.theta.dtype)
+    # In float16, products of small numbers would be 0 or of few digits.
+    kind = layer.theta.dtype if layer.theta.dtype.itemsize > 4 else jnp.float32
+    return layer.theta.astype(kind) * layer.grad.astype(kind)
 
 
 def snip(

@@ -16,6 +16,8 @@ from topkast_jax.sparsify import SparseTransform, sparsify
 class StaticRandom(Method):
     """The sets are drawn once; backward set and forward set are the same."""
 
+    explores = False
+
     def choose(self, layer: Layer, leaf: Leaf, counts: Counts) -> tuple[Sets, Any]:
         """Keeps the units with the largest of independent uniform random numbers."""
         scores = jax.random.uniform(layer.key, leaf.grid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -123,14 +124,32 @@ def python_docs(level: str, min_count: int) -> Corpus:
 
 def from_text(name: str, text: bytes, level: str, min_count: int) -> Corpus:
     """Divides a text in three. The vocabulary is that of the training part, with `<unk>`."""
-    parts = cut(text)
+    parts = cut(text, level)
     known = vocabulary.build(parts["train"], level, min_count)
     splits = {split: ArrayTokens(known.encode(part)) for split, part in parts.items()}
     return Corpus(name, known, splits)
 
 
-def cut(text: bytes) -> dict[str, bytes]:
-    """The parts of a text, divided by bytes."""
+def cut(text: bytes, level: str = "byte") -> dict[str, bytes]:
+    """The parts of a text, divided by bytes; at another level, a symbol is not cut in two.
+
+    A text of words is cut after the line, or if lines are long after the word, and one of
+    characters after the character.
+    """
     ends = [round(len(text) * PARTS[0]), round(len(text) * sum(PARTS)), len(text)]
+    if level != "byte":
+        ends = [_end_of_symbol(text, end, level) for end in ends]
     parts = (text[start:end] for start, end in zip([0, *ends], ends, strict=False))
     return dict(zip(SPLITS, parts, strict=True))
+
+
+def _end_of_symbol(text: bytes, end: int, level: str) -> int:
+    """The first place from `end` on, at most a hundredth of the text on, at which to cut."""
+    if level == "word":
+        near = text[max(0, end - 1) : end + len(text) // 100]
+        for space in (b"\n", rb"\s"):
+            if found := re.search(space, near):
+                return max(0, end - 1) + found.end()
+    while end < len(text) and text[end] & 0xC0 == 0x80:  # within a character of UTF-8
+        end += 1
+    return end

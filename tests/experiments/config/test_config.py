@@ -1,6 +1,7 @@
 """Overrides, validation and derived values."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,7 +12,7 @@ import topkast_jax as tk
 from experiments.config import base_config, load, override
 from experiments.errors import UserError
 from experiments.records.workdir import as_json
-from experiments.training import methods
+from experiments.training import methods, optimizers
 from experiments.training.optimizers import make_compact, make_dense, make_masked
 
 BAD_OVERRIDES = {
@@ -273,6 +274,41 @@ def test_every_optimizer_steps(name):
     new = optax.apply_updates(PARAMS, updates)
     assert np.count_nonzero(new["a"] != PARAMS["a"]) == 13
     assert np.all(np.isfinite(new["a"]))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "adafactor"])
+def test_decay_follows_the_learning_rate_and_spares_what_is_no_matrix(name):
+    """Stacked layers make matrices of biases and scales, which are not decayed either."""
+    params = {
+        "layers": {"norm": {"scale": jnp.ones((3, 8))}, "up": {"bias": jnp.ones((3, 8))}},
+        "kernel": jnp.ones((4, 8)),
+    }
+    options = ("optimizer.weight_decay=0.1", "optimizer.learning_rate=1e-3")
+    made = config("dense", f"optimizer.name={name}", *options)
+    tx = make_optimizer(made, jax.eval_shape(lambda: params))
+    still = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(still, tx.init(params), params)
+    np.testing.assert_array_equal(updates["layers"]["norm"]["scale"], 0)
+    np.testing.assert_array_equal(updates["layers"]["up"]["bias"], 0)
+    # LAMB scales what it decays by to the norm of the parameters.
+    expected = -1e-3 * (1.0 if name == "lamb" else 0.1)
+    np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-5)
+
+
+def test_a_boundary_within_the_warm_up_is_refused():
+    schedule = ("name=step", "boundaries=(3,9)", "warmup_steps=5")
+    with pytest.raises(UserError, match="boundaries: found 3; must be above warmup_steps=5"):
+        config("dense", *(f"optimizer.schedule.{text}" for text in schedule))
+
+
+def test_boundaries_that_a_short_run_brings_together_all_count():
+    made = config(
+        "dense", "steps=20", "optimizer.learning_rate=1.0", "optimizer.schedule.name=step",
+        "optimizer.schedule.boundaries=(100,110,1000)", "optimizer.schedule.factor=0.1",
+        "optimizer.schedule.reference_steps=2000",
+    )  # fmt: skip
+    rates = [float(optimizers.make_schedule(made)(step)) for step in (0, 1, 9, 10, 19)]
+    assert rates == pytest.approx([1, 0.01, 0.01, 0.001, 0.001])
 
 
 def test_clipping_sees_only_the_gradient_that_is_used():

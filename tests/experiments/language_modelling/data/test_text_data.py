@@ -84,6 +84,33 @@ def test_parts_are_cut_by_bytes_and_the_vocabulary_is_of_the_first():
     assert corpus.splits["test"].read(0, 5).tolist() == [1] * 5
 
 
+@pytest.mark.parametrize("lines", [True, False])
+def test_no_word_is_cut_in_two(lines):
+    words = [f"word{i}" for i in range(3000)]
+    text = "".join(w + ("\n" if lines and i % 5 == 4 else " ") for i, w in enumerate(words))
+    parts = cut(text.encode(), "word")
+    assert b"".join(parts.values()).decode() == text
+    assert [w for part in parts.values() for w in part.decode().split()] == words
+    assert all(abs(len(part) / len(text) - share) < 0.02
+               for part, share in zip(parts.values(), (0.9, 0.05, 0.05), strict=True))  # fmt: skip
+    if lines:
+        assert all(part.endswith(b"\n") for part in parts.values())
+
+
+@pytest.mark.parametrize("length", range(20, 32))
+def test_no_character_is_cut_in_two(length):
+    text = "éß€𝄞" * length
+    parts = [part.decode() for part in cut(text.encode(), "character").values()]
+    assert "".join(parts) == text
+    symbols = from_text("it", text.encode(), "character", 1).vocabulary.symbols
+    assert sorted(symbols) == sorted((*"éß€𝄞", "<unk>"))
+
+
+def test_prepared_texts_have_all_their_symbols():
+    with pytest.raises(UserError, match=r"config.data.min_count: found 50; must be 1, because"):
+        resolve("configs/enwik8_small.py:dense", ["data.min_count=50"])
+
+
 def test_python_docs_are_there():
     corpus = python_docs("byte", 1)
     assert len(corpus.splits["train"]) > 200_000
