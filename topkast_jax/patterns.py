@@ -97,17 +97,11 @@ class _Completed:
         return int(self.pattern.groups(shape)) if hasattr(self.pattern, "groups") else 1
 
     def top(
-        self,
-        scores: jax.Array,
-        counts: Sequence[Count],
-        *,
-        among: jax.Array | None = None,
-        start: Any = None,
-        ties: jax.Array | None = None,
+        self, scores: jax.Array, counts: Sequence[Count], *, ties: Any = None, **options: Any
     ) -> tuple[tuple[jax.Array, ...], Any]:
         more = {"ties": ties} if self.takes_ties else {}
         found: tuple[tuple[jax.Array, ...], Any]
-        found = self.pattern.top(scores, counts, among=among, start=start, **more)
+        found = self.pattern.top(scores, counts, **options, **more)
         return found
 
 

@@ -1,4 +1,4 @@
-"""The rows of the images' half of the study on which no claim of the paper rests.
+"""The rows of the images' half of the study with one seed, which explain the others.
 
 The other methods at 90 %, Erdős–Rényi densities, and Top-KAST with other weights of the exploration
 penalty, blocks, N:M and constant fan-in, of which the paper has no numbers. They share the folder
