@@ -171,11 +171,14 @@ def _against(
     densities = sorted({line.density for line in lines if line.density}, key=float, reverse=True)
     colors = dict(zip(labels, _colors(len(labels)), strict=True))
     markers = dict(zip(densities, itertools.cycle(MARKERS), strict=False))
-    handles = []
+    handles, shown = [], set()
     for line in lines:
         color = colors[line.label]
         if f", {line.label}".endswith(", dense") and len(line.points) == 1:
-            handles.append(axes.axhline(line.points[0][1], color=color, ls="--", label=line.label))
+            style, besides = (":", ", other settings") if line.hollow else ("--", "")
+            label, height = f"{line.label}{besides}", line.points[0][1]
+            handles.append(axes.axhline(height, color=color, ls=style, label=label))
+            shown.add(line.label)
             continue
         marker = markers.get(line.density or "", "o")
         places, means, deviations = zip(*sorted(line.points), strict=True)
@@ -189,7 +192,6 @@ def _against(
             best[place] = better(best.get(place, mean), mean)
         if not line.hollow:
             axes.plot(list(best), list(best.values()), color=color)
-    shown = {handle.get_label() for handle in handles}
     handles += [
         Line2D([], [], color=color, marker=None if densities else "o", label=label)
         for label, color in colors.items()

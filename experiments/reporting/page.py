@@ -17,14 +17,16 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
 table { border-collapse: collapse; font-size: .82rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left;
   vertical-align: top; white-space: nowrap; }
-th { cursor: pointer; background: #f4f4f4; position: sticky; top: 0; }
+th { cursor: pointer; background: #f4f4f4; }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
+th:first-child { background: #f4f4f4; }
 th[aria-sort=ascending]::after { content: " ▲"; } th[aria-sort=descending]::after { content: " ▼"; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.missing { color: #a33; } td.long { min-width: 20rem; white-space: normal; }
 td.command { font: .75rem ui-monospace, monospace; min-width: 44rem;
   white-space: normal; }
 figure { display: inline-block; margin: .6rem; } figcaption { font-size: .8rem; color: #555; }
-img { max-width: 720px; width: 100%; }
+img { max-width: 660px; width: 100%; }
 """
 _SORT = """
 for (const head of document.querySelectorAll("th")) head.addEventListener("click", () => {
