@@ -6,7 +6,7 @@ are dense, as in the paper's ResNet-50. `study_images.py` and `study_options.py`
 with `:small`.
 Data: tensorflow_datasets' cifar10, prepared once by `scripts/prepare_tfds cifar10`, or a folder of
 class folders: --config.data.name=image_folder --config.data.dir=DIR.
-Hardware: two CPU cores; the dense run took 492 s, with other work on the machine (2026-11-28).
+Hardware: a CPU core; the dense run took 261 s on an idle one (2026-11-29).
 
 Command:
     python -m experiments.main --config=configs/cifar10_small.py:rigl-90 --workdir=runs/rigl

@@ -1,12 +1,12 @@
 """Transformer-XL of 41 M parameters on enwik8.
 
 The recipe of Transformer-XL's base model: 12 layers, 400,000 steps of 22 lanes of 512 bytes.
-Adam at 2.5e-4 with cosine decay, gradient norm clipped at 0.25, no weight decay; masks are
-refreshed every 100 steps. It is not known which layers the paper made sparse, nor its optimizer
-settings. Both are set in single lines below.
+Adam at 2.5e-4 with cosine decay, gradient norm clipped at 0.25, no weight decay; a refresh
+every 100 steps. The paper has no model of this size. Embeddings and the softmax are dense here; in
+`enwik8_large.py`, every matrix is sparse.
 
-Expected: dense 1.06 bpc, Transformer-XL's published result at these evaluation lengths. There
-is no number for Top-KAST that could be checked.
+Expected: dense 1.06 bpc, Transformer-XL's published result at these evaluation lengths. The paper
+reports no number for it.
 
 Data: enwik8, prepared once by `scripts/prepare_text enwik8`. Each of its 205 bytes is a symbol. The
 preparation of the reference loses the line feeds and has 204 symbols.
@@ -16,9 +16,10 @@ docs/reproducing.md has the device-hours.
 Command:
     python -m experiments.main --config=configs/enwik8_base.py:90/80 --workdir=DIR
 Variants: dense; F/B, for example 80/0, 80/60, 80/80, 90/60, 90/80, 95/90 (Top-KAST;
-forward/backward sparsity in percent; the default is 90/80); static-F (a fixed random mask);
-small-dense-F (dense, of the same depth, narrower, with as many parameters as a model of F %
-sparsity runs on); smoke (three steps of a tiny model on Python's own documentation).
+forward/backward sparsity in percent; the default is 90/80); METHOD-F, for example rigl-90 (another
+registered method); static-F (a fixed random mask); small-dense-F (dense, of the same depth,
+narrower, with as many parameters as a model of F % sparsity runs on); smoke (three steps of a tiny
+model on Python's own documentation).
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ memory of 2,304 in training and 5,000 in evaluation. Adam at 2e-4 after a warm-u
 cosine decay, gradient norm clipped at 0.25, no weight decay. Every matrix is sparse, the tied
 embedding and softmax included, so that as many parameters are active as the paper prints: 55 M at
 80 %, 27.7 M at 90 %. The paper does not state batch and steps (64 and 400,000, the reference's),
-dropout within 0.05 to 0.2 (0.15), how often sets are chosen (100), the exploration weight (1e-4)
+dropout within 0.05 to 0.2 (0.15), the steps between refreshes (100), the exploration weight (1e-4)
 and the evaluation's clamp (1000): one line each. Its table 4 prints a d_embed of 512 next to 69 M
 parameters, which is the small model's; here embeddings have the width of the model.
 
@@ -22,11 +22,11 @@ Hardware: 64 TPU v3 cores, or 8 GPUs of 80 GB; docs/reproducing.md has the devic
 Command:
     python -m experiments.main --config=configs/enwik8_large.py:90/80 --workdir=DIR
 Variants: dense; F/B, for example 80/0, 80/60, 80/80, 90/60, 90/80, 95/90 (Top-KAST;
-forward/backward sparsity in percent; the default is 90/80); static-F (a fixed random mask);
-small-dense-F (dense, of the same depth, narrower, with as many parameters as a model of F %
-sparsity runs on); dense-embeddings (embedding and softmax are dense); reference (learning rate,
-windows and memories of Transformer-XL's large model); smoke (three steps of a tiny model on
-Python's own documentation).
+forward/backward sparsity in percent; the default is 90/80); METHOD-F, for example rigl-90 (another
+registered method); static-F (a fixed random mask); small-dense-F (dense, of the same depth,
+narrower, with as many parameters as a model of F % sparsity runs on); dense-embeddings (embedding
+and softmax are dense); reference (learning rate, windows and memories of Transformer-XL's large
+model); smoke (three steps of a tiny model on Python's own documentation).
 """
 
 from ml_collections import ConfigDict

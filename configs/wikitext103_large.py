@@ -7,7 +7,7 @@ of the gradient clipped at 0.25, no weight decay. Embeddings, projections and th
 biases are sparse like every matrix, so that as many parameters are active as the paper prints: 57 M
 at 80 %, 28.5 M at 90 %, 14.3 M at 95 %. The paper ties "the head only", which is read as the
 projection of the first cluster. It does not state batch and steps (128 and 4,000,000, the
-reference's), dropout within 0.05 to 0.2 (0.2), how often sets are chosen (100), the exploration
+reference's), dropout within 0.05 to 0.2 (0.2), the steps between refreshes (100), the exploration
 weight (1e-4) and the evaluation's clamp (1000): one line each.
 
 Expected test perplexity (the paper's table 3):
@@ -20,11 +20,12 @@ Hardware: 64 TPU v3 cores, or 8 GPUs of 80 GB; docs/reproducing.md has the devic
 Command:
     python -m experiments.main --config=configs/wikitext103_large.py:90/80 --workdir=DIR
 Variants: dense; F/B, for example 80/0, 80/60, 80/80, 90/60, 90/80, 95/90 (Top-KAST;
-forward/backward sparsity in percent; the default is 90/80); static-F (a fixed random mask);
-small-dense-F (dense, of the same depth, narrower, with as many parameters as a model of F %
-sparsity runs on); dense-embeddings (embeddings and softmax are dense); reference (learning rate,
-warm-up, windows, memories and tied projections of Transformer-XL's large model: 284,121,930
-parameters); smoke (three steps of a tiny model on Python's own documentation).
+forward/backward sparsity in percent; the default is 90/80); METHOD-F, for example rigl-90 (another
+registered method); static-F (a fixed random mask); small-dense-F (dense, of the same depth,
+narrower, with as many parameters as a model of F % sparsity runs on); dense-embeddings (embeddings
+and softmax are dense); reference (learning rate, warm-up, windows, memories and tied projections of
+Transformer-XL's large model: 284,121,930 parameters); smoke (three steps of a tiny model on
+Python's own documentation).
 """
 
 from ml_collections import ConfigDict

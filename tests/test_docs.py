@@ -56,6 +56,18 @@ def test_docstring_examples():
     assert doctest.testmod(top_kast).failed == 0
 
 
+def test_every_public_name_is_listed():
+    """docs/api.md names what the packages export, and nothing that they do not have."""
+    parts = (ROOT / "docs/api.md").read_text().split("\n## ")[1:]
+    packages = ["topkast_jax", "topkast_jax.statistics", "topkast_jax.always_sparse"]
+    for part, package in zip(parts, map(importlib.import_module, packages), strict=True):
+        cells = re.findall(r"^\| (`.*?) \|", part, re.MULTILINE)
+        named = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+        public = set(getattr(package, "__all__", ())) - {"__version__"}
+        assert public <= named
+        assert all(hasattr(package, name) for name in named)
+
+
 def test_links_between_documents_lead_somewhere():
     for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):

@@ -27,7 +27,8 @@ PARTS = dict(part.split("\n", 1) for part in f"SETUP\n{DOCUMENT.read_text()}".sp
 BLOCKS = {title: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for title, text in
           PARTS.items()}  # fmt: skip
 ON_THE_PLAIN_LOOP = [
-    "Several devices", "Evaluation and sampling", "Inside and around optax wrappers"
+    "Several devices", "Evaluation and sampling", "Inside and around optax wrappers",
+    "Which leaves are sparse",
 ]  # fmt: skip
 
 
@@ -87,8 +88,17 @@ def test_blocks_are_short_and_each_is_run_by_a_test():
     assert {title: len(blocks) for title, blocks in BLOCKS.items()} == {
         "SETUP": 1, "Plain loop": 1, "Flax NNX": 2, "Flax linen": 1, "Equinox": 1, "Haiku": 1,
         "Several devices": 3, "Evaluation and sampling": 1, "Inside and around optax wrappers": 1,
+        "Which leaves are sparse": 1, "Choosing settings": 0,
     }  # fmt: skip
     assert max(block.count("\n") for blocks in BLOCKS.values() for block in blocks) <= 40
+
+
+def test_rules():
+    scope = run("Which leaves are sparse")
+    state = scope["blocks"].init(scope["params"])
+    (forward, backward) = tk.keep_masks(scope["params"], state)
+    assert (forward["hidden"]["kernel"].sum(), backward["hidden"]["kernel"].sum()) == (64, 128)
+    assert forward["out"]["kernel"].all() and forward["hidden"]["bias"].all()
 
 
 # The same weights in every framework, and the steps from them.

@@ -22,8 +22,8 @@ Count = int | jax.Array
 class Pattern(Protocol):
     """Divides a leaf into units that are kept or dropped as a whole, and ranks them.
 
-    A pattern of your own may do without `groups`, and without the argument `ties` of `top`: nothing
-    then divides its units, and equal scores rank as its `top` has it.
+    In a pattern of your own, `groups` and the argument `ties` of `top` are optional. Without
+    `groups`, the units form one group; without `ties`, `top` decides the order of equal scores.
     """
 
     @property
@@ -267,8 +267,9 @@ class _Grouped:
 class NOfM(_Grouped):
     """N of M: of every `m` entries in a row along the input axis, the last but one, `n` are kept.
 
-    The forward set keeps `n` of `m`, so the forward density must be n / m; the backward density a
-    multiple of 1 / m. A traced forward density is passed over.
+    The forward density must be n / m, and the backward density a multiple of 1 / m. Traced
+    densities are not checked: the sets then keep as many entries of each group as the density
+    gives.
 
     Attributes:
       n: entries of a group in the forward set, 1 to `m`.

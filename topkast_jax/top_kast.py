@@ -94,9 +94,9 @@ def top_kast(
       exploration_weight: λ, at least 0.
       exploration_norm: "l2" (as above) or "l1" (sign θ in place of θ).
       stop_exploring_at: when so many steps are finished, B := A and neither changes again.
-      rules: ordered (regular expression → `Sparse(...)` or `Dense()`) over parameter paths; None:
-        floating leaves with two or more axes longer than one are sparse, but for biases, scales
-        and norms.
+      rules: ordered (regular expression → `Sparse(...)` or `Dense()`); the first whose expression
+        matches the whole path of a leaf applies to it, and every leaf needs one. None: floating
+        leaves with two or more axes longer than one are sparse, but for biases, scales and norms.
       pattern: what is kept together, `Unstructured()` if None.
       inner_state: "keep": entries that leave B keep their inner state. "reset": entries that leave
         or enter B get the inner state that `inner.init` gives them; moments become zero.

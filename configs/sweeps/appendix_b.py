@@ -3,7 +3,7 @@
 The numbers are top-1 % on ImageNet, read off the vector figure [F]. `:small` is CIFAR-10 with the
 small ResNet.
 
-Hardware: a TPU slice or a machine of 8 GPUs for each run; `:small` one CPU core, 8 to 12 minutes
+Hardware: a TPU slice or a machine of 8 GPUs for each run; `:small` one CPU core, 4 to 13 minutes
 for 5,000 steps (two at a time).
 
 Command:

@@ -1,6 +1,6 @@
 """Every method of the paper's comparison on CIFAR-10, at 90 % and 95 % sparsity.
 
-Hardware: two CPU cores; the dense run took 492 s, with other work on the machine (2026-11-28).
+Hardware: a CPU core; the dense run took 261 s on an idle one (2026-11-29).
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/cifar10_methods.py --workdir=runs/methods

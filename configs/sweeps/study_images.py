@@ -4,7 +4,7 @@ docs/results.md has the claims and the results. The rows are those of the other 
 where they share them. `study_options.py` has the rows on which no claim rests.
 
 Data: a folder of class folders, or `--config.data.name=cifar10` (tensorflow_datasets').
-Hardware: one CPU core, 8 to 12 minutes a run (two at a time).
+Hardware: one CPU core, 4 to 13 minutes a run (two at a time).
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/study_images.py --workdir=runs/images \

@@ -2,7 +2,7 @@
 
 The other methods at 90 %, Erdős–Rényi densities, and Top-KAST with other weights of the exploration
 penalty, blocks, N:M and constant fan-in, of which the paper has no numbers. They share the folder
-of `study_images.py`, and one seed says how far they are from its rows.
+of `study_images.py`, with whose rows they are to be compared.
 
 Data and hardware: as `study_images.py`.
 

@@ -1,12 +1,13 @@
 """The texts' half of the study: the runs that the paper's claims on language are held against.
 
 A Transformer-XL of 0.75 M parameters (`configs/enwik8_small.py:…,study`) sees 8.2 M bytes of
-enwik8. docs/results.md has the claims and the results. `:rates` has runs of a quarter of the steps
-with the same few learning rates for each method, without a test: the mean training loss of their
-last 500 steps says where to look. Two rows have twice the rate in all steps.
+enwik8. docs/results.md has the claims and the results. `:rates` trains each method for a quarter
+of the steps at three learning rates, without a test; compare the mean training loss of the last 500
+steps. Two rows of the study are repeated at twice the learning rate.
 
 Data: `--config.data.name=text_file --config.data.file=enwik8`, any file of raw text.
-Hardware: one CPU core, 20 minutes a run; `:rates` 5 minutes.
+Hardware: one CPU core, 20 to 50 minutes a run; `:rates` 5 to 28 minutes (the longer with other
+work on the machine).
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/study_texts.py --workdir=runs/texts \
