@@ -98,7 +98,8 @@ def test_rules():
     state = scope["blocks"].init(scope["params"])
     (forward, backward) = tk.keep_masks(scope["params"], state)
     assert (forward["hidden"]["kernel"].sum(), backward["hidden"]["kernel"].sum()) == (64, 128)
-    assert forward["out"]["kernel"].all() and forward["hidden"]["bias"].all()
+    assert forward["out"]["kernel"].all()
+    assert forward["hidden"]["bias"].all()
 
 
 # The same weights in every framework, and the steps from them.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topkast_jax.errors import SparsityError
+from topkast_jax.errors import SparsityError, shown
 from topkast_jax.flags import BACKWARD, first_flags, has, next_flags, unpack
 from topkast_jax.method import Counts, Layer, Leaf, Method, Sets, allocates, enters_anew
 from topkast_jax.serialization import serializable
@@ -51,6 +51,7 @@ def _same(one: Any, other: Any) -> bool:
         return False
 
 
+@dataclasses.dataclass(eq=False)  # Tools that walk a tree by types know dataclasses.
 class Chooser:
     """What a state carries of the method, so that its sets follow from parameters and state.
 
@@ -68,9 +69,11 @@ class Chooser:
         the place of its pair in `counts`.
     """
 
-    def __init__(self, numbers: Any, counts: Any, seed: Any, frame: Static, kinds: Static):
-        self.numbers, self.counts, self.seed = numbers, counts, seed
-        self.frame, self.kinds = frame, kinds
+    numbers: Any
+    counts: Any
+    seed: Any
+    frame: Static
+    kinds: Static
 
     @classmethod
     def of(
@@ -80,7 +83,7 @@ class Chooser:
 
         `refreshes`: whether sets are chosen again after the first choice.
         """
-        attributes = vars(method)
+        attributes = _attributes(method)
         numbers = {k: _as_scalar(v) for k, v in attributes.items() if _is_number(v)}
         others = {k: v for k, v in attributes.items() if k not in numbers}
         places: dict[Any, int] = {}
@@ -89,6 +92,7 @@ class Chooser:
         for path, leaf in leaves.items():
             kind, densities = kind_of(leaf), (leaf.forward_density, leaf.backward_density)
             plain = all(isinstance(count, int) for count in leaf.counts)
+            plain &= not any(isinstance(density, jax.Array) for density in densities)
             place = places.setdefault((Static(kind), densities) if plain else path, len(counts))
             if place == len(counts):
                 counts.append(Counts(*(_as_scalar(count) for count in leaf.counts)))
@@ -188,8 +192,20 @@ def method_of(frame: Static, numbers: Mapping[str, Any]) -> Method:
     """The method of a `Chooser.frame` with these number attributes."""
     kind, others, _ = frame.value
     made: Method = object.__new__(kind)
-    vars(made).update(others | dict(numbers))
+    for name, value in (others | dict(numbers)).items():
+        object.__setattr__(made, name, value)  # The class may be frozen.
     return made
+
+
+def _attributes(method: Method) -> dict[str, Any]:
+    """The attributes of a method, those in slots too."""
+    slots = {
+        name
+        for kind in type(method).__mro__
+        for name in np.atleast_1d(vars(kind).get("__slots__", ())).tolist()
+        if hasattr(method, name)
+    }
+    return {name: getattr(method, name) for name in sorted(slots)} | vars(method)
 
 
 def _flatten_with_keys(chooser: Chooser) -> tuple[Any, Any]:
@@ -356,8 +372,9 @@ def choose_leaf(
         sets = None if first else _by_unit(leaf, flags)
         layer = Layer(theta, grad, sets, None if first else memory, key, step)
         here = _with_counts(leaf, counts)
-        new, remembered = method.choose(layer, here, counts)
-        entries = Sets(*(leaf.pattern.expand(_checked(method, leaf, s), leaf.shape) for s in new))
+        new, remembered = _checked(method, leaf, method.choose(layer, here, counts), layer.memory)
+        forward, backward = (leaf.pattern.expand(s, leaf.shape) for s in new)
+        entries = Sets(forward, forward | backward)
         chosen = first_flags(entries) if first else next_flags(flags, entries)
         # Nothing is below -∞. It shows the partitioner that flags lie where θ does, also where the
         # sets do not depend on θ.
@@ -420,13 +437,30 @@ def _by_unit(leaf: Leaf, flags: jax.Array) -> Sets:
     return Sets(*(leaf.pattern.magnitudes(mask.astype(jnp.float32)) > 0 for mask in entries))
 
 
-def _checked(method: Method, leaf: Leaf, mask: Any) -> jax.Array:
-    if jnp.shape(mask) != leaf.grid or jnp.result_type(mask) != jnp.bool_:
+def _checked(method: Method, leaf: Leaf, result: Any, held: Any) -> tuple[Sets, Any]:
+    """What `choose` returned, if it is a pair of sets and a memory like the one that is held."""
+    name = f"{type(method).__name__}.choose"
+    pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], tuple)
+    if not pair or len(result[0]) != 2:
+        raise SparsityError(f"{name} returned {shown(result)}; must return (Sets, memory)")
+    sets, memory = result
+    for mask in sets:
+        if jnp.shape(mask) != leaf.grid or jnp.result_type(mask) != jnp.bool_:
+            raise SparsityError(
+                f"{name} returned a set of type {jnp.result_type(mask)} and shape "
+                f"{jnp.shape(mask)}; must be bool by unit, shape {leaf.grid}"
+            )
+    if held is not None and _shapes(memory) != _shapes(held):
         raise SparsityError(
-            f"{type(method).__name__}.choose returned a set of type {jnp.result_type(mask)} and "
-            f"shape {jnp.shape(mask)}; must be bool by unit, shape {leaf.grid}"
+            f"{name} returned a memory of {_shapes(memory)}; must be like that of the first "
+            f"choice, {_shapes(held)}"
         )
-    return mask
+    return Sets(*sets), memory
+
+
+def _shapes(memory: Any) -> Any:
+    """A tree with the shapes and types of its leaves in their place."""
+    return jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", memory)
 
 
 def _together(

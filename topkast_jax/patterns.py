@@ -14,7 +14,7 @@ import numpy as np
 
 from topkast_jax.errors import SparsityError
 from topkast_jax.ranking import keys_of
-from topkast_jax.selection import SMALL, Thresholds, count_of, top_k_masks
+from topkast_jax.selection import SMALL, Thresholds, keep_count, top_k_masks
 
 Count = int | jax.Array
 
@@ -24,6 +24,7 @@ class Pattern(Protocol):
 
     In a pattern of your own, `groups` and the argument `ties` of `top` are optional. Without
     `groups`, the units form one group; without `ties`, `top` decides the order of equal scores.
+    Patterns of a class without `__eq__` are equal if their attributes are.
     """
 
     @property
@@ -78,12 +79,25 @@ class Pattern(Protocol):
 NEEDED = ("unit_shape", "grid", "magnitudes", "expand", "count", "top")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Completed:
-    """A pattern without `groups`, or whose `top` takes no `ties`, as one that has both."""
+    """A pattern with what it may lack: `groups`, `ties` of `top`, a comparison by value.
+
+    A pattern is a part of a state's structure, so patterns that do the same must be equal.
+    """
 
     pattern: Any
     takes_ties: bool
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Completed) or type(self.pattern) is not type(other.pattern):
+            return False
+        if _compares(self.pattern):
+            return bool(self.pattern == other.pattern)
+        return vars(self.pattern) == vars(other.pattern)
+
+    def __hash__(self) -> int:
+        return hash(type(self.pattern))
 
     def __getattr__(self, name: str) -> Any:
         if name not in NEEDED:
@@ -109,8 +123,14 @@ def completed(pattern: Any) -> Pattern:
     """The pattern itself, or with what it lacks of `Pattern`; it must have all of `NEEDED`."""
     taken = inspect.signature(pattern.top).parameters.values()
     ties = any(p.name == "ties" or p.kind is p.VAR_KEYWORD for p in taken)
-    whole: Pattern = pattern if ties and hasattr(pattern, "groups") else _Completed(pattern, ties)
-    return whole
+    whole = ties and hasattr(pattern, "groups") and _compares(pattern)
+    result: Pattern = pattern if whole else _Completed(pattern, ties)
+    return result
+
+
+def _compares(pattern: Any) -> bool:
+    """Whether a pattern decides itself to what it is equal."""
+    return type(pattern).__eq__ is not object.__eq__ or not hasattr(pattern, "__dict__")
 
 
 class _Ranked:
@@ -123,7 +143,7 @@ class _Ranked:
 
     def count(self: Pattern, shape: tuple[int, ...], density: float | jax.Array) -> Count:
         """max(1, ⌊density · units + ½⌋)."""
-        return count_of(math.prod(self.grid(shape)), density)
+        return keep_count(math.prod(self.grid(shape)), density)
 
     def top(
         self,
@@ -321,7 +341,7 @@ class NOfM(_Grouped):
 
     def count(self, shape: tuple[int, ...], density: float | jax.Array) -> Count:
         """As many of each group, at least one, times the number of groups."""
-        return self.groups(shape) * count_of(self.m, density)
+        return self.groups(shape) * keep_count(self.m, density)
 
     def top(
         self,
@@ -371,7 +391,7 @@ class FanIn(_Grouped):
 
     def count(self, shape: tuple[int, ...], density: float | jax.Array) -> Count:
         """As many of each output feature's inputs, at least one, times the output features."""
-        return shape[-1] * count_of(math.prod(shape[:-1]), density)
+        return shape[-1] * keep_count(math.prod(shape[:-1]), density)
 
     def top(
         self,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import ndtri
 
-from topkast_jax.errors import SparsityError
+from topkast_jax.errors import SparsityError, shown
 from topkast_jax.ranking import TieOrder, key_dtype, keys_of, largest_key, row_major
 from topkast_jax.reductions import Of, few_probes, reduce_entries
 from topkast_jax.varying import varying_like
@@ -62,35 +62,26 @@ class _Bracket(NamedTuple):
     at_high: jax.Array
 
 
-def keep_count(entries: int, density: float) -> int:
-    """Number of entries that a density keeps.
+@overload
+def keep_count(entries: int, density: float) -> int: ...
+@overload
+def keep_count(entries: int, density: float | jax.Array) -> Count: ...
+def keep_count(entries: int, density: float | jax.Array) -> Count:
+    """The number of entries that a density keeps, max(1, ⌊density · entries + ½⌋).
 
     Args:
-        entries: Number of entries of the leaf, at least 1.
-        density: Fraction to keep, in (0, 1]; D in the paper. It is not checked.
-
-    Returns:
-        max(1, floor(density * entries + 1/2)), an int, computed on the host in double precision.
-    """
-    return max(1, math.floor(float(density) * entries + 0.5))
-
-
-def count_of(units: int, density: float | jax.Array) -> Count:
-    """The number of units that a density keeps, max(1, ⌊density · units + ½⌋).
-
-    Args:
-        units: Number of units of the leaf, at least 1.
-        density: Fraction to keep, in (0, 1]; it is not checked. A plain number is rounded on the
-            host in double precision; an array (a hyperparameter of `optax.inject_hyperparams`) is
-            read to six decimals and counted in exact integers.
+        entries: Number of entries (or units) of the leaf, at least 1.
+        density: Fraction to keep, in (0, 1]; D in the paper. It is not checked. A plain number is
+            rounded on the host in double precision; an array (a hyperparameter of
+            `optax.inject_hyperparams`) is read to six decimals and counted in exact integers.
 
     Returns:
         An int for a plain number, an int32 scalar for an array; at least 1.
     """
     if not isinstance(density, jax.Array):
-        return keep_count(units, float(density))
+        return max(1, math.floor(float(density) * entries + 0.5))
     parts = jnp.round(density.astype(jnp.float32) * np.float32(_MILLION)).astype(jnp.int32)
-    whole, rest = divmod(units, _MILLION)
+    whole, rest = divmod(entries, _MILLION)
     high, low = divmod(rest, 1000)
     thousands, left = jnp.divmod(parts * high, 1000)
     count = parts * whole + thousands + (left * 1000 + parts * low + _MILLION // 2) // _MILLION
@@ -394,6 +385,11 @@ def top_k_masks(
     Raises:
         SparsityError: If the dtype, the size or a count is not one of those allowed.
     """
+    if not isinstance(counts, Sequence):
+        raise SparsityError(
+            f"selection: counts={shown(counts)}; must be a sequence, such as (10, 20)"
+        )
+    x = jnp.asarray(x)
     found = _thresholds(x, counts, start, among, salt, smallest=False)
     masks = tuple(keep(x, found, i, among=among, salt=salt) for i in range(len(counts)))
     return masks, found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -362,11 +363,30 @@ def value_and_grad(
     of_values = jax.value_and_grad(at_values, has_aux=has_aux)
 
     @functools.wraps(function)
-    def at_forward_view(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def at_forward_view(params: Any, state: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         if find_compact(state) is not None:
             result: tuple[Any, Any] = of_values(params, state, *args, **kwargs)
         else:
             result = inner(forward_params(params, state), *args, **kwargs)
         return result
 
+    # `jax.jit` finds static arguments by it.
+    at_forward_view.__signature__ = _with_state(function)  # type: ignore[attr-defined]
     return at_forward_view
+
+
+def _with_state(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function of parameters and more, with a state after the parameters."""
+    first = [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY)
+        for name in ("_params", "_opt_state")
+    ]
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # Of some builtins, nothing is known.
+        rest = [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
+        return inspect.Signature(first + rest)
+    rest = list(signature.parameters.values())
+    if rest and rest[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+        rest = rest[1:]
+    return signature.replace(parameters=first + rest)

@@ -17,12 +17,11 @@ import optax
 
 from topkast_jax.choosing import Chooser, over_stack
 from topkast_jax.errors import SparsityError, shown
-from topkast_jax.flags import first_flags, frozen_flags, unpack
+from topkast_jax.flags import BACKWARD, FORWARD, first_flags, frozen_flags, has, unpack
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.method import Density, Leaf, Method, Sets, allocates, enters_anew
 from topkast_jax.patterns import Pattern, Unstructured
 from topkast_jax.rules import Rules, Sparse, check_densities, check_pattern, check_rules, resolve
-from topkast_jax.serialization import register_with_flax
 from topkast_jax.sets import (
     DUE,
     DUE_WITH_GRADIENT,
@@ -215,7 +214,6 @@ def _transform(plan: Plan) -> SparseTransform:
 
 
 def _first_state(plan: Plan, params: Any) -> SparsifyState:
-    register_with_flax()
     leaves = plan.leaves(params)
     for note in _observers.get():
         note(leaves)
@@ -279,6 +277,7 @@ def _update(
         return updates, state._replace(step=optax.safe_increment(state.step), inner_state=inner_new)
     gradients = columns_of("update: grads", grads, names, treedef)
     leaves = plan.sparse_leaves(params)
+    _check_method(plan.method, state.chooser)
     _check_sparse(leaves, names, columns_of("update: the state", state.sets, names, treedef))
     for path, leaf in leaves.items():
         if np.shape(gradients[path]) != leaf.full_shape:
@@ -432,12 +431,18 @@ def _after(
         frozen = {path: frozen_flags(f) for path, f in flags.items()}
         resets = plan.inner_state == "reset"
         flags, inner_state = jax.lax.cond(
-            step == stop,
+            (step >= stop) & _explores(flags),  # The stop may be one that was set after it passed.
             lambda inner, *rest: (rest[2], _reset_moved(plan, inner, *rest) if resets else inner),
             lambda inner, _, flags, __: (flags, inner),
             inner_state, theta, flags, frozen,
         )  # fmt: skip
     return flags, jnp.where(due, DUE, NOT_DUE).astype(jnp.int8), inner_state
+
+
+def _explores(flags: dict[str, Any]) -> jax.Array:
+    """Whether any entry is in B alone."""
+    alone = [jnp.any(has(f, BACKWARD) & ~has(f, FORWARD)) for f in flags.values()]
+    return functools.reduce(jnp.logical_or, alone, jnp.asarray(False))
 
 
 def _chooses_after(plan: Plan, step: jax.Array) -> jax.Array:
@@ -553,6 +558,18 @@ def _refuse_a_second_wrapper(inner_state: Any) -> None:
         if nodes_of(inner_state, kind):
             raise SparsityError(
                 "the inner optimizer holds a sparsity method already: wrap an optimizer once"
+            )
+
+
+def _check_method(method: Method, chooser: Any) -> None:
+    """Raises SparsityError if a state's sets are chosen by a method of another class."""
+    if isinstance(chooser, Chooser):
+        held, wanted = type(chooser.method), type(method)
+        # By name: a notebook may have defined the class again.
+        if (held.__module__, held.__qualname__) != (wanted.__module__, wanted.__qualname__):
+            raise SparsityError(
+                f"update: the state is of {held.__name__}, and this transformation is "
+                f"{wanted.__name__}: start anew with init"
             )
 
 

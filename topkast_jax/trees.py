@@ -88,11 +88,22 @@ def columns_of(what: str, tree: Any, names: Sequence[str], treedef: Any) -> dict
         found = flatten_with_names(tree)[0]
         missing = [name for name in names if name not in found]
         more = [name for name in found if name not in names]
+        difference = f"missing: {_some(missing)}; unknown: {_some(more)}"
+        if not missing and not more:
+            difference = _other_container(jax.tree.structure(tree), treedef)
         raise SparsityError(
-            f"{what} must have the structure of the parameters; "
-            f"missing: {_some(missing)}; unknown: {_some(more)}"
+            f"{what} must have the structure of the parameters; {difference}"
         ) from None
     return dict(zip(names, held, strict=True))
+
+
+def _other_container(found: Any, wanted: Any) -> str:
+    """The first node of a tree that is of another type than in a tree with the same leaves."""
+    here, there = (tree.node_data() for tree in (found, wanted))
+    if here is not None and there is not None and here[0] is not there[0]:
+        return f"found a {here[0].__name__}, must be a {there[0].__name__}"
+    pairs = zip(found.children(), wanted.children(), strict=False)
+    return next(filter(None, (_other_container(*pair) for pair in pairs)), "")
 
 
 def _some(names: Sequence[str]) -> str:

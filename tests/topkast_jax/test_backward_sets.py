@@ -212,3 +212,34 @@ def test_arrays_of_bools_stay_bools_in_a_method():
     theta = {"b": params()["b"]}
     forward, _ = tk.keep_masks(theta, tx.init(theta))
     np.testing.assert_array_equal(np.asarray(forward["b"]), ~mask)
+
+
+STOPS = {
+    "resumed": lambda sgd: (
+        tk.top_kast(sgd, 0.1, 0.2, refresh_every=2),
+        tk.top_kast(sgd, 0.1, 0.2, refresh_every=2, stop_exploring_at=3),
+        lambda state: state,
+    ),
+    "injected": lambda sgd: (
+        tx := optax.inject_hyperparams(tk.top_kast)(sgd, 0.1, 0.2, stop_exploring_at=1000),
+        tx,
+        lambda state: state._replace(
+            hyperparams=state.hyperparams | {"stop_exploring_at": jnp.int32(3)}
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_stop_that_has_passed_already_ends_exploration(stop):
+    before, after, changed = STOPS[stop](optax.sgd(0.1, momentum=0.9))
+    theta, grads = params(), jax.tree.map(jnp.ones_like, params())
+    state = before.init(theta)
+    for i in range(6):
+        tx, state = (before, state) if i < 5 else (after, changed(state))
+        updates, state = tx.update(grads, state, theta)
+        theta = optax.apply_updates(theta, updates)
+    forward, backward = tk.keep_masks(theta, state)
+    for name in "ab":
+        np.testing.assert_array_equal(forward[name], backward[name])
+        assert forward[name].sum() == 20

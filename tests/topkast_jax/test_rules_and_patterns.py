@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import topkast_jax as tk
 from topkast_jax.rules import erk_densities, resolve
-from topkast_jax.selection import count_of
+from topkast_jax.selection import keep_count
 
 PARAMS = {
     "stem": {"kernel": jnp.ones((3, 3, 4, 8))},
@@ -217,7 +217,7 @@ def test_blocks_are_ranked_by_their_l1_norm(grid, block, density, seed):
 @given(n=st.integers(1, 2_000_000_000), parts=st.integers(1, 1_000_000))
 def test_a_traced_density_counts_like_a_plain_one(n, parts):
     exact = max(1, (2 * parts * n + 1_000_000) // 2_000_000)
-    traced = jax.jit(lambda d: count_of(n, d))(jnp.float32(parts / 1_000_000))
+    traced = jax.jit(lambda d: keep_count(n, d))(jnp.float32(parts / 1_000_000))
     assert int(traced) == exact
 
 

@@ -38,7 +38,6 @@ from topkast_jax.always_sparse.moments import Moments
 from topkast_jax.always_sparse.refresh import Place, check_wrapper, remembered_units
 from topkast_jax.errors import SparsityError
 from topkast_jax.method import Sets, enters_anew
-from topkast_jax.serialization import register_with_flax
 from topkast_jax.sets import CompactState, SparsifyState, find_compact, forward_params
 from topkast_jax.sparsify import Plan, SparseTransform, held_where_skipped, shape_gradient
 from topkast_jax.trees import flatten
@@ -98,7 +97,6 @@ class AlwaysSparse:
             )
         self.plan: Plan = tx.plan
         self.delay, self._place = whole_number("delay", delay), place
-        register_with_flax()
         layout = self._layout = Layout(self.plan, params)
         check_plan(self.plan, layout.sparse, self.delay)
         self._choose = hosts.Choice(self.plan, layout.sparse)

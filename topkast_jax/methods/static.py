@@ -34,6 +34,9 @@ def static_random(
 ) -> SparseTransform:
     """Trains a fixed random subset of each leaf; the rest keeps its initial value, unused.
 
+    The sets are drawn by `init` and never again: a run that continues from an earlier state keeps
+    the sets of that state, whatever density or pattern its transformation now has.
+
     Args:
       inner: any optax optimizer.
       forward_density: share of a leaf's units that are kept, in (0, 1].
