@@ -281,12 +281,19 @@ def forward_params(params: Any, state: Any) -> Any:
 
 
 def _with_kernels(params: Any, kernels: Any) -> Any:
+    """The tree with compact kernels for values; as it is if it holds kernels already."""
+    if any(map(_is_kernel, jax.tree.leaves(params, is_leaf=_is_kernel))):
+        return params
     names, values, treedef = flatten_with_names(params)
     rows = zip(names, values, treedef.flatten_up_to(kernels), strict=True)
     return treedef.unflatten(
         x if is_dense(kernel) else kernel.with_values(_fitting(name, x, kernel.index))
         for name, x, kernel in rows
     )
+
+
+def _is_kernel(node: Any) -> bool:
+    return hasattr(node, "with_values")
 
 
 def _fitting(name: str, values: Any, index: Any) -> Any:

@@ -278,7 +278,7 @@ def _update(
     gradients = columns_of("update: grads", grads, names, treedef)
     leaves = plan.sparse_leaves(params)
     _check_method(plan.method, state.chooser)
-    _check_sparse(leaves, names, columns_of("update: the state", state.sets, names, treedef))
+    check_sparse(leaves, names, columns_of("update: the state", state.sets, names, treedef))
     for path, leaf in leaves.items():
         if np.shape(gradients[path]) != leaf.full_shape:
             raise SparsityError(
@@ -305,7 +305,7 @@ def _update(
         treedef.unflatten([shaped[name] for name in names]),
         inner_state,
         theta,
-        **_at_forward_view(extra, now, treedef, names),
+        **at_forward_view(extra, _forward_view(now, treedef, names)),
     )
     updates = _inside(plan, columns_of("update", updates, names, treedef), now, arrays)
 
@@ -392,24 +392,36 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.A
     return _straight_through(theta, sets), straight
 
 
-def _at_forward_view(
-    extra: dict[str, Any], now: Present, treedef: Any, names: list[str]
+def at_forward_view(
+    extra: dict[str, Any],
+    view: Callable[[Any], Any],
+    of_result: Callable[[Any], Any] = lambda result: result,
 ) -> dict[str, Any]:
-    """Extra arguments in which functions of the parameters see their forward view."""
+    """Extra arguments of `update` in which functions of the parameters see their forward view.
 
+    Args:
+      extra: the arguments, by name.
+      view: the forward view of a tree of parameters.
+      of_result: what the inner optimizer gets of what such a function returns.
+    """
+
+    def at_view(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda tree, *args, **kwargs: of_result(function(view(tree), *args, **kwargs))
+
+    return {
+        key: at_view(value) if key in _LOSS_ARGUMENTS and callable(value) else value
+        for key, value in extra.items()
+    }
+
+
+def _forward_view(now: Present, treedef: Any, names: list[str]) -> Callable[[Any], Any]:
     def view(tree: Any) -> Any:
         values = columns_of("a function of the parameters", tree, names, treedef)
         for path, flags in now.flags.items():
             values[path] = _straight_through(values[path], unpack(flags))
         return treedef.unflatten([values[name] for name in names])
 
-    def at_view(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda tree, *args, **kwargs: function(view(tree), *args, **kwargs)
-
-    return {
-        key: at_view(value) if key in _LOSS_ARGUMENTS and callable(value) else value
-        for key, value in extra.items()
-    }
+    return view
 
 
 def _observed(
@@ -573,7 +585,7 @@ def _check_method(method: Method, chooser: Any) -> None:
             )
 
 
-def _check_sparse(leaves: dict[str, Leaf], names: list[str], held: dict[str, Any]) -> None:
+def check_sparse(leaves: dict[str, Leaf], names: list[str], held: dict[str, Any]) -> None:
     """Raises SparsityError unless the rules and the state agree on which leaves are sparse."""
     for name in names:
         in_state = not isinstance(held[name], optax.MaskedNode)

@@ -13,7 +13,7 @@ from topkast_jax.always_sparse import host as hosts
 from topkast_jax.always_sparse.exchange import Chosen, Exchange
 from topkast_jax.always_sparse.host import Copies, Reservoir
 from topkast_jax.always_sparse.layout import Layout, is_here, on_host
-from topkast_jax.always_sparse.refresh import sent
+from topkast_jax.always_sparse.refresh import committed, sent
 
 
 class ChoiceAhead:
@@ -46,15 +46,11 @@ class ChoiceAhead:
         here = all(map(is_here, values.values()))
         copies: dict[str, Any]
         if all(isinstance(x, jax.Array) and self._copies.takes(x) for x in values.values()):
-            copies, there = self._copies.of(jax.block_until_ready(values)), values
+            copies = self._copies.of(jax.block_until_ready(values))
         else:
             copies = {name: jnp.copy(x) if here else on_host(x) for name, x in values.items()}
-            there = copies if here else {}
-        # Where the arrays are, without a reference that would keep them.
-        likes = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for name, x in there.items()
-        }
+        # Without a reference to the arrays, which would keep them.
+        homes = {name: committed(x) for name, x in values.items()}
         reservoir = hosts.writable(reservoir)._replace(chosen={})
 
         def choose() -> Chosen:
@@ -69,7 +65,7 @@ class ChoiceAhead:
                 for name, move in moves.items():
                     if here:
                         stack = self._layout.sparse[name].leaf.stack
-                        move = move._replace(source=sent(move.source, stack, likes[name]))
+                        move = move._replace(source=sent(move.source, stack, homes[name]))
                     self._exchange.prepared[name] = flags[name], move
             return chosen
 

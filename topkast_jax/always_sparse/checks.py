@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,13 +100,32 @@ def check_sizes(leaf: HostLeaf, forward: int, backward: int) -> None:
         )
 
 
-def check_reservoir(reservoir: Any) -> None:
-    """Raises SparsityError unless it is a reservoir, such as where it and a state are mistaken."""
+def check_reservoir(reservoir: Any, expected: Mapping[str, Any]) -> None:
+    """Raises SparsityError unless it is a reservoir of these leaves.
+
+    Args:
+      reservoir: may be anything, such as a state that was mistaken for it.
+      expected: abstract arrays of the dense shapes, by the name of each sparse leaf.
+    """
     if not isinstance(reservoir, hosts.Reservoir):
         raise SparsityError(
             f"reservoir: found a {type(reservoir).__name__}, must be what start or the last "
             "refresh returned"
         )
+    check_arrays("reservoir: theta", reservoir.theta, expected)
+
+
+def check_arrays(what: str, arrays: Any, expected: Mapping[str, Any]) -> None:
+    """Raises SparsityError unless `arrays`, by name, have the shapes of `expected`."""
+    if not isinstance(arrays, Mapping):
+        raise SparsityError(
+            f"{what}: found a {type(arrays).__name__}, must be a dict of arrays by the name of "
+            "each sparse leaf"
+        )
+    for name, like in expected.items():
+        found = np.shape(arrays[name]) if name in arrays else "nothing"
+        if found != like.shape:
+            raise SparsityError(f"{what}: {name} must be of shape {like.shape}, found {found}")
 
 
 def whole_number(name: str, value: Any) -> int:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from topkast_jax.always_sparse.host import HostLeaf, Reservoir, in_threads
 from topkast_jax.always_sparse.kernel import values_of
-from topkast_jax.always_sparse.layout import Layout, on_host, places_of
+from topkast_jax.always_sparse.layout import Layout, is_random_key, on_host, places_of
 from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.sets import NOT_DUE, CompactState, SparsifyState, presents
@@ -61,7 +62,14 @@ def to_masked(
 
     bare = replace_nodes(state, CompactState, lambda c: c._replace(kernels=None))
     moments = map_parameter_shaped(scattered, bare, params, layout.unflatten(layout.leaves))
-    return theta, replace_nodes(moments, CompactState, masked)
+    return theta, replace_nodes(jax.tree.map(_off_device, moments), CompactState, masked)
+
+
+def _off_device(array: Any) -> Any:
+    """The same, where a step that donates its arrays does not delete it."""
+    if is_random_key(array):
+        return jnp.copy(array)
+    return on_host(array) if isinstance(array, jax.Array) else array
 
 
 def sets_of(
@@ -93,17 +101,20 @@ def from_masked(
 ) -> T:
     """The always-sparse state; `AlwaysSparse.from_masked`, with the kernels that it holds then."""
 
-    def gather(array: jax.Array, leaf: HostLeaf) -> jax.Array:
+    def gather(array: jax.Array, leaf: HostLeaf) -> np.ndarray:
         index, _ = leaf.index(reservoir.sets[leaf.path])
         found = leaf.gather(np.asarray(array), index)
-        return put(found.reshape(*leaf.leaf.stack, *found.shape[1:]))
+        return found.reshape(*leaf.leaf.stack, *found.shape[1:])
 
     def compact(masked: SparsifyState) -> CompactState:
         _check("from_masked", masked.inner_state, inner, values_of(kernels))
-        return CompactState(masked.step, places_of(kernels), masked.inner_state)
+        return CompactState(masked.step, None, masked.inner_state)
 
     moments = map_parameter_shaped(gather, state, params, layout.unflatten(layout.leaves))
-    return replace_nodes(moments, SparsifyState, compact)
+    bare = replace_nodes(moments, SparsifyState, compact)
+    arrays = jax.Array | np.ndarray | np.generic
+    placed = jax.tree.map(lambda x: put(x) if isinstance(x, arrays) else x, bare)
+    return replace_nodes(placed, CompactState, lambda c: c._replace(kernels=places_of(kernels)))
 
 
 def _check(what: str, found: Any, inner: optax.GradientTransformation, params: Tree) -> None:

@@ -15,7 +15,7 @@ from topkast_jax.always_sparse.convert import replace_nodes
 from topkast_jax.always_sparse.host import Copies, Move, Reservoir
 from topkast_jax.always_sparse.layout import Layout, on_host
 from topkast_jax.always_sparse.moments import Moments
-from topkast_jax.always_sparse.refresh import Mover, Place, Spares
+from topkast_jax.always_sparse.refresh import Mover, Place, Spares, committed
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.sets import CompactState, find_compact
 from topkast_jax.trees import flatten
@@ -80,11 +80,11 @@ class Exchange:
             values = {name: arrays[numbers[name]] for name in group}
             moves = self._moves_to(group, reservoir, index, values, ahead)
             for name, move in moves.items():
-                leaf, like = self._layout.sparse[name], values[name]
+                leaf, home = self._layout.sparse[name], committed(values[name])
                 check_sizes(leaf, move.forward, move.source.shape[-1])
                 spares = self._spares if ahead else None
                 movers[numbers[name]] = Mover(
-                    move, leaf.leaf.stack, self._place, like, twice, spares
+                    move, leaf.leaf.stack, self._place, home, twice, spares
                 )
             outside = map_parameter_shaped(
                 lambda array, mover: mover.carry(array),

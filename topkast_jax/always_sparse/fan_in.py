@@ -72,7 +72,8 @@ def by_output(kernel: CompactKernel) -> FanInKernel:
       each output in the forward set.
 
     Raises:
-      SparsityError: the kernel has another pattern, or is no matrix.
+      SparsityError: the kernel has another pattern, is no matrix, or its outputs have different
+        numbers of inputs.
     """
     if not isinstance(kernel.pattern, FanIn):
         raise SparsityError(f"by_output takes kernels of the pattern FanIn(), not {kernel.pattern}")
@@ -80,6 +81,12 @@ def by_output(kernel: CompactKernel) -> FanInKernel:
     a, stack = kernel.forward, kernel.index.shape[:-1]
     index, values = np.asarray(kernel.index)[..., :a], np.asarray(kernel.values)[..., :a]
     row, output = np.divmod(index, n)
+    counts = np.apply_along_axis(np.bincount, -1, output, minlength=n)
+    if counts.min() != counts.max():
+        raise SparsityError(
+            "by_output: every output must have as many inputs in the forward set, found "
+            f"{counts.min()} to {counts.max()}"
+        )
     # A is ascending, so that a stable order by output keeps the inputs of each ascending.
     order = np.argsort(output, axis=-1, kind="stable")
     shape = (*stack, n, a // n)

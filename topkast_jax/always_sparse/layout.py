@@ -22,7 +22,7 @@ from topkast_jax.always_sparse.host import HostLeaf, Reservoir, in_threads
 from topkast_jax.always_sparse.kernel import CompactKernel, is_compact
 from topkast_jax.errors import SparsityError
 from topkast_jax.sets import SparsifyState, find_compact
-from topkast_jax.sparsify import Plan
+from topkast_jax.sparsify import Plan, check_sparse
 from topkast_jax.trees import columns_of, flatten_with_names
 
 Tree = Any
@@ -36,6 +36,7 @@ class Layout:
       dense: their dense shapes and types.
       leaves: what the host does with each, None where it is dense on the device too.
       sparse: those that are not, by name.
+      theta_like: the dense shapes and types of those, by name.
     """
 
     def __init__(self, plan: Plan, params: Tree):
@@ -44,6 +45,7 @@ class Layout:
         leaves = plan.leaves(params)
         self.leaves = [None if leaf is None else HostLeaf(p, leaf) for p, leaf in leaves.items()]
         self.sparse = {leaf.path: leaf for leaf in self.leaves if leaf}
+        self.theta_like = self.of_sparse(self.dense)
 
     def flatten(self, tree: Tree) -> list[Any]:
         """What a tree of the parameters' structure holds for each leaf."""
@@ -110,6 +112,14 @@ class Layout:
         compact: Any = find_compact(state)
         return {k: x.index for k, x in self.of_sparse(self.flatten(compact.kernels)).items()}
 
+    def check_sparse(self, held: Mapping[str, Any]) -> None:
+        """Raises SparsityError unless the sparse leaves are those of a masked state.
+
+        `held` has something of each of the latter, by name.
+        """
+        leaves = {name: host.leaf for name, host in self.sparse.items()}
+        check_sparse(leaves, self.names, {n: held.get(n, optax.MaskedNode()) for n in self.names})
+
     def write_back(
         self, theta: Mapping[str, np.ndarray], index: Mapping[str, Any], values: Mapping[str, Any]
     ) -> None:
@@ -138,7 +148,7 @@ class Layout:
 
     def masks(self, reservoir: Reservoir) -> tuple[Tree, SparsifyState]:
         """Abstract dense parameters, and the sets in a masked run's state."""
-        check_reservoir(reservoir)
+        check_reservoir(reservoir, self.theta_like)
         sets = [reservoir.sets.get(name, optax.MaskedNode()) for name in self.names]
         state = SparsifyState(np.int32(0), self.unflatten(sets), {}, ())  # type: ignore[arg-type]
         return self.unflatten(self.dense), state
@@ -168,6 +178,11 @@ def _abstract_kernel(host: HostLeaf, dtype: Any, frozen: bool) -> CompactKernel:
 def is_here(array: Any) -> bool:
     """Whether this process can read all of it."""
     return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def is_random_key(array: Any) -> bool:
+    """Whether it holds typed random keys, for which NumPy has no type."""
+    return isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
 
 
 def on_host(array: Any) -> np.ndarray:

@@ -70,13 +70,24 @@ def _gathered(table: CompactKernel, rows: jax.Array) -> jax.Array:
     found = _part(table, table.values[:a], table.index[:a], rows)
     if table.backward == a:
         return found
-    rest = table.values[a:]
-    rest = rest - jax.lax.stop_gradient(rest)
-    return found + _part(table, rest, table.index[a:], rows)
+    return found + _part(table, _unseen(table.values[a:]), table.index[a:], rows)
+
+
+@jax.custom_jvp
+def _unseen(values: jax.Array) -> jax.Array:
+    """Zeros with the derivative of the values themselves, which need not be finite."""
+    return jnp.zeros_like(values)
+
+
+@_unseen.defjvp
+def _unseen_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _unseen(*primals), tangents[0]
 
 
 def _part(table: CompactKernel, values: jax.Array, index: jax.Array, rows: jax.Array) -> jax.Array:
     """The rows as units with an ascending index hold them, `[n, E]`."""
+    if index.shape[0] == 0:
+        return jnp.zeros((rows.shape[0], table.shape[1]), values.dtype)
     height, width = table.pattern.unit_shape or (1, 1)
     across = table.shape[1] // width
     row = jnp.where(rows < 0, rows + table.shape[0], rows)

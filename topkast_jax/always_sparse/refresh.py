@@ -17,6 +17,7 @@ from topkast_jax.errors import SparsityError
 from topkast_jax.inner_state import map_parameter_shaped
 
 Place = Callable[[tuple[int, ...]], jax.sharding.Sharding]
+Home = jax.sharding.Sharding | None
 Spares = dict[Any, jax.Array]
 
 
@@ -64,16 +65,25 @@ class _Remembered:
     array: Any
 
 
-def sent(
-    source: np.ndarray | jax.Array, stack: tuple[int, ...], like: jax.Array | jax.ShapeDtypeStruct
-) -> jax.Array:
-    """`Move.source` on the devices of `like`, with a layer axis if the leaf is stacked."""
+def committed(array: Any) -> Home:
+    """The sharding of an array that is committed to its devices, None of any other.
+
+    The functions that JAX compiles tell committed arrays from others. What is computed of arrays
+    that are not committed must not be either, or the next step would be compiled again.
+    """
+    return array.sharding if isinstance(array, jax.Array) and array.committed else None
+
+
+def sent(source: np.ndarray | jax.Array, stack: tuple[int, ...], home: Home) -> jax.Array:
+    """`Move.source` on the devices of a leaf's values, with a layer axis if the leaf is stacked."""
     if isinstance(source, jax.Array):
         return source
-    source, sharding = source.reshape(*stack, -1), like.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.make_array_from_callback(source.shape, sharding, source.__getitem__)
+    source = source.reshape(*stack, -1)
+    if home is None:
+        return jnp.asarray(source)
+    if isinstance(home, jax.sharding.NamedSharding):
+        home = jax.sharding.NamedSharding(home.mesh, jax.sharding.PartitionSpec())
+    return jax.make_array_from_callback(source.shape, home, source.__getitem__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +94,7 @@ class Mover:
       move: from the last set to the next.
       stack: the leaf's stacked axes.
       place: shape → sharding, or None.
-      like: an array on the devices that all of it is on.
+      home: what its values are committed to.
       keeps: whether an array must outlive its move: somebody else holds it too.
       spares: arrays that are no longer used, into which others of their kind are moved; None: an
         array is moved in place.
@@ -93,14 +103,14 @@ class Mover:
     move: Move
     stack: tuple[int, ...]
     place: Place | None
-    like: jax.Array
+    home: Home
     keeps: Callable[[jax.Array], bool]
     spares: Spares | None = None
 
     @functools.cached_property
     def source(self) -> jax.Array:
         """`Move.source` on the device, sent once."""
-        return sent(self.move.source, self.stack, self.like)
+        return sent(self.move.source, self.stack, self.home)
 
     @functools.cached_property
     def fresh(self) -> np.ndarray:
@@ -126,22 +136,27 @@ class Mover:
         return self._moved(array, np.zeros((*self.stack, 1, *rest), array.dtype))
 
     def _moved(self, array: jax.Array, fresh: Any, axis: int | None = None) -> jax.Array:
-        array = jnp.asarray(array)  # It may come from a file, as a NumPy array.
+        if not isinstance(array, jax.Array):  # It comes from a file.
+            array = jax.device_put(array, self._sharding(array.shape))
         axis = len(self.stack) if axis is None else axis
         shape = (*array.shape[:axis], self.source.shape[-1], *array.shape[axis + 1 :])
-        sharding = None if self.place is None else self.place(shape)
+        sharding = self._sharding(shape)
         donate = shape == array.shape and not self.keeps(array)
         if donate and self.spares is not None:
-            kind = (shape, array.dtype, array.sharding)
+            home = committed(array)
+            kind = (shape, array.dtype, home)
             spare = self.spares.pop(kind, None)
             if spare is None:
-                spare = jnp.zeros(shape, array.dtype, device=array.sharding)
+                spare = jnp.zeros(shape, array.dtype, device=home)
             moved = _compiled_apart(len(self.stack), axis, sharding)(
                 spare, array, self.source, fresh
             )
             self.spares[kind] = array
             return moved
         return _compiled(len(self.stack), axis, sharding, donate)(array, self.source, fresh)
+
+    def _sharding(self, shape: tuple[int, ...]) -> Home:
+        return None if self.place is None else self.place(shape)
 
 
 @functools.lru_cache

@@ -23,6 +23,7 @@ from topkast_jax.always_sparse import convert
 from topkast_jax.always_sparse import host as hosts
 from topkast_jax.always_sparse.ahead import ChoiceAhead
 from topkast_jax.always_sparse.checks import (
+    check_arrays,
     check_inner_state,
     check_plan,
     check_reservoir,
@@ -33,13 +34,19 @@ from topkast_jax.always_sparse.exchange import Chosen, Exchange, outside_state
 from topkast_jax.always_sparse.gradients import DenseGradients, groups
 from topkast_jax.always_sparse.host import HostLeaf, Reservoir
 from topkast_jax.always_sparse.kernel import CompactKernel, values_of
-from topkast_jax.always_sparse.layout import Layout, is_here, on_host, places_of
+from topkast_jax.always_sparse.layout import Layout, is_here, is_random_key, on_host, places_of
 from topkast_jax.always_sparse.moments import Moments
 from topkast_jax.always_sparse.refresh import Place, check_wrapper, remembered_units
 from topkast_jax.errors import SparsityError
 from topkast_jax.method import Sets, enters_anew
 from topkast_jax.sets import CompactState, SparsifyState, find_compact, forward_params
-from topkast_jax.sparsify import Plan, SparseTransform, held_where_skipped, shape_gradient
+from topkast_jax.sparsify import (
+    Plan,
+    SparseTransform,
+    at_forward_view,
+    held_where_skipped,
+    shape_gradient,
+)
 from topkast_jax.trees import flatten
 
 Tree = Any
@@ -81,8 +88,8 @@ class AlwaysSparse:
           delay: steps, from 0 to below `refresh_every`. The sets that are chosen from θ after step
             t replace the old ones after step t + delay; with a delay above 0, a thread chooses them
             while the steps between run.
-          place: function from the shape of an array to its sharding on the device; None: JAX's
-            default device.
+          place: function from the shape of an array, () for a scalar, to its sharding on the
+            device; None: JAX's default device, to which the arrays are not committed.
 
         Raises:
           SparsityError: `tx` is no such transformation; the method needs dense gradients in every
@@ -164,8 +171,7 @@ class AlwaysSparse:
 
     def abstract_reservoir(self) -> Reservoir:
         """Empty arrays of the reservoir's shapes; they take no memory before they are written."""
-        dense = self._layout.of_sparse(self._layout.dense)
-        theta = {name: np.empty(x.shape, x.dtype) for name, x in dense.items()}
+        theta = {name: np.empty(x.shape, x.dtype) for name, x in self._layout.theta_like.items()}
 
         def sets() -> dict[str, np.ndarray]:
             return {name: np.empty(x.shape, np.uint8) for name, x in theta.items()}
@@ -217,6 +223,7 @@ class AlwaysSparse:
         reservoir = self._reservoir(theta, chosen)
         kernels = self._kernels(params, reservoir)
         state = self._first_state((self.transform if tx is None else tx).init, kernels)
+        state = jax.tree.map(self._placed, state)
         self._follow(reservoir, 0)
         return values_of(kernels), state, reservoir
 
@@ -226,13 +233,27 @@ class AlwaysSparse:
         return Reservoir(theta, sets, memory, chosen if self.delay else {})
 
     def _put(self, array: Any) -> jax.Array:
+        """A copy on the device; committed to it only if the user has said which it is."""
+        if is_random_key(array):
+            data = self._put(jax.random.key_data(array))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
         host = np.array(array)
         if self._place is None:
             return jnp.asarray(host)
         return jax.make_array_from_callback(host.shape, self._place(host.shape), host.__getitem__)
 
+    def _placed(self, array: Any) -> Any:
+        """An array that `init` made, put where the user wants it if it was not made there."""
+        made_anywhere = isinstance(array, jax.Array) and not array.committed
+        return self._put(array) if made_anywhere and self._place is not None else array
+
     def _init(self, values: Tree) -> CompactState:
         """All indices are 0 here: `start` fills them in."""
+        # Without leaves this is the placeholder with which `optax.tree.map_params` asks for the
+        # structure.
+        if not jax.tree.leaves(values):
+            step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+            return CompactState(step, places_of(self.abstract()), self.plan.inner.init(values))
         if not self._is_starting:
             raise SparsityError(
                 "transform.init does not know where the units sit: take the state that "
@@ -262,7 +283,11 @@ class AlwaysSparse:
             for leaf, grad, values, kernel in zip(*columns, strict=True)
         ]
         updates, inner_state = self.plan.inner.update(
-            self._layout.unflatten(shaped), state.inner_state, params, **extra
+            self._layout.unflatten(shaped),
+            state.inner_state,
+            params,
+            # A function that returns a gradient may return that of the kernels.
+            **at_forward_view(extra, lambda values: forward_params(values, state), values_of),
         )
         step = optax.safe_increment(state.step)
         updates, inner_state = held_where_skipped(
@@ -351,17 +376,27 @@ class AlwaysSparse:
         if self._is_due(step) or not last or step != last + 1:  # also at the first call
             self._check_step(step, params, state)
             self._check_none_left_out(last, step)
-        params, state, reservoir = self._refresh(step, params, state, reservoir, gradients)
+        changes = self.changes_after(step) or self._stops_late(step, last, reservoir)
+        params, state, reservoir = self._refresh(
+            step, params, state, reservoir, gradients, changes=changes
+        )
         self._follow(reservoir, step)
         return params, state, reservoir
 
     def _refresh(
-        self, step: int, params: Tree, state: T, reservoir: Reservoir, gradients: Any
+        self,
+        step: int,
+        params: Tree,
+        state: T,
+        reservoir: Reservoir,
+        gradients: Any,
+        *,
+        changes: bool,
     ) -> tuple[Tree, T, Reservoir]:
         if self.delay and self.plan.chooses_after(step):
             values = self._layout.values("refresh", params, state)
             reservoir = self._ahead.start(step, values, reservoir, gradients)
-        if not self.changes_after(step):
+        if not changes:
             return params, state, reservoir
         ahead = bool(self.delay) and not self.frozen(step) and self._takes_moves
         if ahead:
@@ -395,6 +430,11 @@ class AlwaysSparse:
         every = self.plan.refresh_every
         return every is not None and step > self.delay and (step - self.delay) % int(every) == 0
 
+    def _stops_late(self, step: int, last: int | None, reservoir: Reservoir) -> bool:
+        """Whether the stop had passed when this object got a run that still explores."""
+        held = reservoir.sets.values()
+        return last is None and self.frozen(step) and any(map(hosts.explores, held))
+
     def _is_due(self, step: int) -> bool:
         return self.plan.chooses_after(step) or self.changes_after(step)
 
@@ -404,7 +444,7 @@ class AlwaysSparse:
 
     def _last_step(self, reservoir: Reservoir) -> int | None:
         """The last step that a run was followed to; None if it is not the one that was followed."""
-        check_reservoir(reservoir)
+        check_reservoir(reservoir, self._layout.theta_like)
         held = [known() for known in self._theta]
         same = [x is known for x, known in zip(reservoir.theta.values(), held, strict=False)]
         return self._step if same and all(same) else None
@@ -433,14 +473,7 @@ class AlwaysSparse:
                 f"refresh: {method} chooses by the dense gradient: where needs_gradients(step), "
                 "call gradients(loss, params, state, ...) before the step and hand it on"
             )
-        expected = self._layout.of_sparse(self._layout.dense)
-        found = {name: np.shape(x) for name, x in gradients.items()}
-        for name, like in expected.items():
-            if found.get(name) != like.shape:
-                raise SparsityError(
-                    f"refresh: gradients: {name} must be of shape {like.shape}, found "
-                    f"{found.get(name, 'nothing')}"
-                )
+        check_arrays("refresh: gradients", gradients, self._layout.theta_like)
 
     def settled(self, reservoir: Reservoir) -> Reservoir:
         """The reservoir as a checkpoint must hold it: with the sets that a thread is choosing.
@@ -450,7 +483,7 @@ class AlwaysSparse:
         Args:
           reservoir: as `start` or the last `refresh` returned it.
         """
-        check_reservoir(reservoir)
+        check_reservoir(reservoir, self._layout.theta_like)
         return self._ahead.settled(reservoir)
 
     def _chosen_ahead(self, step: int, reservoir: Reservoir) -> Chosen:
@@ -500,8 +533,8 @@ class AlwaysSparse:
           reservoir: its θ is made current.
 
         Returns:
-          Both as NumPy arrays. θ and the sets are the reservoir's own: copy what is to outlive the
-          next refresh.
+          Both as NumPy arrays; copies of random keys, for which NumPy has no type. θ and the sets
+          are the reservoir's own: copy what is to outlive the next refresh.
 
         Raises:
           SparsityError: values or state of another run, or an inner optimizer whose state has no
@@ -521,21 +554,22 @@ class AlwaysSparse:
 
         Args:
           params: dense parameters; copied.
-          state: the optimizer state of the masked run.
+          state: the optimizer state of the masked run; copied.
           tx: what trains, if `transform` is only a part of it, as for `start`.
 
         Returns:
           The tree of values and the optimizer state, on the device, and the reservoir.
 
         Raises:
-          SparsityError: `state` holds no masks, or sets of another size than the densities give;
-            other parameters than those of `__init__`; an inner optimizer whose state has no
-            compact representation; a `tx` with arrays that a refresh cannot follow, or none where
-            `transform` is a part of it that has such arrays.
+          SparsityError: `state` holds no masks, or was made under other rules, or holds sets of
+            another size than the densities give; other parameters than those of `__init__`; an
+            inner optimizer whose state has no compact representation; a `tx` with arrays that a
+            refresh cannot follow, or none where `transform` is a part of it that has such arrays.
         """
         self._ahead.forget()
         theta = self._layout.theta("from_masked", params)
         was, chosen = convert.sets_of(params, state)
+        self._layout.check_sparse(was)
         self._check_wrapper(tx)
         if tx is None:
             self._check_alone(params, state)

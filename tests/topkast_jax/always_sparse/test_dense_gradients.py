@@ -156,6 +156,8 @@ def test_mistakes_are_one_line():
             values, state, reservoir = sparse.refresh(step, values, state, reservoir)
     with pytest.raises(tk.SparsityError, match="RigL chooses by the dense gradient: where needs_g"):
         sparse.refresh(3, values, state, reservoir)
+    with pytest.raises(tk.SparsityError, match="gradients: found a list, must be a dict of arrays"):
+        sparse.refresh(3, values, state, reservoir, list(dense.values()))
     wrong = dense | {"in/kernel": dense["in/kernel"].T}
     with pytest.raises(
         tk.SparsityError, match=r"in/kernel must be of shape \(12, 16\), found \(16"

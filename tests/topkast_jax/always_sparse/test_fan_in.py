@@ -77,6 +77,12 @@ def test_mistakes():
     _, kernel = compact(rng, 12, 5, 3, 4)
     with pytest.raises(SparsityError, match=r"x of shape \(2, 11\) .* \(12, 5\)"):
         matmul(jnp.ones((2, 11)), by_output(kernel))
+    for inputs in ((3, 1), (3, 0)):
+        kept = np.arange(4)[:, None] < inputs
+        uneven = from_masks(np.ones((4, 2)), kept, kept, FanIn())
+        found = f"{inputs[1]} to {inputs[0]}"
+        with pytest.raises(SparsityError, match=f"every output must have as many .*found {found}"):
+            by_output(uneven)
     for pattern in (Unstructured(), Block(2, 5)):
         dense = np.ones((4, 5), np.float32)
         other = from_masks(dense, dense > 0, dense > 0, pattern)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from products_oracle import random_case
 
 from topkast_jax import Block, SparsityError, Unstructured
-from topkast_jax.always_sparse import lookup, to_dense
+from topkast_jax.always_sparse import lookup, matmul, to_dense
 
 SHAPE = (16, 12)
 PATTERNS = [Unstructured(), Block(1, 1), Block(4, 2), Block(2, 12), Block(16, 1)]
@@ -47,6 +47,33 @@ def test_rows_and_gradients_are_those_of_the_dense_table(pattern, sizes, rows, s
     marked = table.with_values(jnp.asarray(gradient))
     in_b = to_dense(table.with_values(np.ones(table.values.shape, bool)))
     np.testing.assert_allclose(to_dense(marked), np.where(in_b, of_dense, 0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("b", [0, 3])
+@pytest.mark.parametrize("pattern", [Unstructured(), Block(4, 2)], ids=str)
+def test_an_empty_forward_set(pattern, b):
+    table = random_case(SHAPE, pattern, 0, b).kernel
+    rows, weights = np.arange(9, dtype=np.int32), np.ones((9, 12), np.float32)
+    found, gradient = rows_and_gradient(table, rows, weights)
+    np.testing.assert_array_equal(found, np.zeros((9, 12)))
+    marked = to_dense(table.with_values(jnp.ones_like(table.values)))
+    np.testing.assert_array_equal(
+        to_dense(table.with_values(gradient)), marked * (np.arange(16) < 9)[:, None]
+    )
+
+
+def test_what_is_not_finite_outside_the_forward_set_does_not_show():
+    table = random_case(SHAPE, Unstructured(), 40, 192).kernel
+    table = table.with_values(table.values.at[40:].set(np.inf))
+    dense = to_dense(table, forward_only=True)
+    rows, weights = np.arange(9, dtype=np.int32), np.ones((9, 12), np.float32)
+    found, gradient = rows_and_gradient(table, rows, weights)
+    np.testing.assert_array_equal(found, dense[:9])
+    expected = np.where(np.arange(16)[:, None] < 9, np.cos(dense), 0)
+    np.testing.assert_allclose(to_dense(table.with_values(gradient)), expected, rtol=1e-6)
+    product, pull = jax.vjp(lambda v: matmul(jnp.eye(16), table.with_values(v)), table.values)
+    np.testing.assert_array_equal(product, dense)
+    assert jnp.all(jnp.isfinite(pull(jnp.ones(SHAPE))[0]))
 
 
 @pytest.mark.parametrize("many", [False, True])

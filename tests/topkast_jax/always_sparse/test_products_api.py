@@ -18,7 +18,6 @@ from topkast_jax import Block, SparsityError, Unstructured
 from topkast_jax.always_sparse import (
     CompactKernel,
     dense_tile,
-    from_masks,
     matmul,
     options,
     to_dense,
@@ -26,7 +25,7 @@ from topkast_jax.always_sparse import (
     with_values,
 )
 
-TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2}
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2, jnp.float64: 1e-14}
 
 
 def run_products(case, x, dy, **kwargs):
@@ -41,7 +40,7 @@ def run_products(case, x, dy, **kwargs):
         return y, *vjp(dy)
 
     y, dx, dvalues = run(x, case.kernel.values, case.kernel.index, dy)
-    assert dvalues.shape == case.kernel.values.shape
+    assert (dvalues.shape, dvalues.dtype) == (case.kernel.values.shape, case.kernel.values.dtype)
     return y, dx, to_dense(case.kernel.with_values(dvalues))
 
 
@@ -302,6 +301,16 @@ def test_the_first_of_several_backends_that_fits_is_used(backend, block, platfor
     )
 
 
+def test_a_named_backend_under_vmap():
+    kernel = random_case((128, 256), Block(128, 128), 1, 2).kernel
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), kernel)
+    product = functools.partial(matmul, jnp.ones((3, 128)), backend="pallas_gpu")
+    traced = jax.jit(jax.vmap(product)).trace(stack)
+    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    with pytest.raises(SparsityError, match="runs on cuda and this is cpu"):
+        traced.lower(lowering_platforms=("cpu",))
+
+
 def test_several_backends_of_which_none_fits_are_refused_where_the_step_is_lowered():
     kernel = random_case((256, 256), Block(64, 64), 1, 2).kernel
     product = functools.partial(matmul, backend=("pallas_tpu", "pallas_gpu"))
@@ -311,27 +320,30 @@ def test_several_backends_of_which_none_fits_are_refused_where_the_step_is_lower
         traced.lower(lowering_platforms=("tpu",))
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (0, 3, 8)])
-def test_no_tokens(shape):
-    kernel = random_case((8, 12), Block(4, 4), 3, 5).kernel
-    assert matmul(jnp.ones(shape), kernel).shape == (*shape[:-1], 12)
-    grads = jax.grad(lambda v: jnp.sum(matmul(jnp.ones(shape), kernel.with_values(v))))
-    np.testing.assert_array_equal(grads(kernel.values), jnp.zeros_like(kernel.values))
+@pytest.mark.parametrize(("side", "tokens"), [(4, (0,)), (4, (2, 0)), (4, (0, 3)), (128, (0,))])
+def test_no_tokens(side, tokens):
+    check(random_case((2 * side, 3 * side), Block(side, side), 3, 5), tokens=tokens)
 
 
-def test_sixty_four_bits_are_summed_in_sixty_four():
+@pytest.mark.parametrize("b", [0, 5])
+def test_an_empty_forward_set(b):
+    check(random_case((8, 12), Block(4, 4), 0, b))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("side", [4, 16, 128])
+def test_sixty_four_bits_are_summed_in_sixty_four(side, dtype):
+    """From blocks of 16 on, a step for a CPU traces the kernels of other platforms too."""
     with jax.enable_x64(True):
-        rng = np.random.default_rng(0)
-        dense, mask = rng.normal(size=(8, 12)), np.ones((8, 12), bool)
-        kernel = jax.tree.map(jnp.asarray, from_masks(dense, mask, mask, Block(4, 4)))
-        x = rng.normal(size=(5, 8))
-        value, pull = jax.vjp(lambda v, x: matmul(x, kernel.with_values(v)), kernel.values, x)
-        dvalues, dx = pull(jnp.ones((5, 12)))
-        assert dvalues.dtype == dx.dtype == value.dtype == jnp.float64
-        np.testing.assert_allclose(value, x @ dense, rtol=1e-14)
-        np.testing.assert_allclose(dx, np.ones((5, 12)) @ dense.T, rtol=1e-14)
-        found = to_dense(kernel.with_values(dvalues))
-        np.testing.assert_allclose(found, x.T @ np.ones((5, 12)), rtol=1e-14)
+        check(random_case((2 * side, 3 * side), Block(side, side), 3, 5, dtype=dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", ["pallas_tpu", "pallas_gpu"])
+def test_kernels_that_sum_in_thirty_two_bits_refuse_sixty_four(backend):
+    with jax.enable_x64(True):
+        kernel = random_case((128, 128), Block(128, 128), 1, 1, dtype=np.float64).kernel
+        with pytest.raises(SparsityError, match=f"{backend}': .* in float32 .*, found float64"):
+            matmul(np.ones((2, 128)), kernel, backend=backend)
 
 
 @pytest.mark.parametrize("split", [P("data"), P("data", "model"), P(("data", "model"))])

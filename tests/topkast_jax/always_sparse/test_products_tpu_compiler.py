@@ -48,6 +48,14 @@ def test_compiles_for(topology):
     assert text.count('custom_call_target="tpu_custom_call"') == 3
 
 
+def test_compiles_under_sixty_four_bits():
+    with jax.enable_x64(True):
+        text = compiled_gradient(
+            mesh_of("v5e:2x2", 1), Block(128, 128), (256, 256), 16, jnp.float32
+        ).as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+
+
 @pytest.mark.parametrize(
     ("block", "dtype"),
     [(Block(256, 256), jnp.bfloat16), (Block(128, 256), jnp.float32)],

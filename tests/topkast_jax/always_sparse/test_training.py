@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import topkast_jax as tk
 from topkast_jax.always_sparse import AlwaysSparse, matmul, to_dense, values_of, with_tile
@@ -272,6 +273,133 @@ def test_back_again_where_a_choice_is_due(method):
     assert_same(
         on_b(state.inner_state, state.sets), on_b(found_state.inner_state, found_state.sets)
     )
+
+
+def test_masks_made_under_other_rules_do_not_come_over():
+    params = {"v": grid(8, 8), "w": grid(8, 8)}
+    rules = [("v", tk.Dense()), ("w", tk.Sparse())]
+    some, both = (tk.top_kast(optax.sgd(0.1), 0.25, 0.5, rules=r) for r in (rules, None))
+    for tx, other, words in (
+        (some, both, "v is dense under these rules and sparse in this state"),
+        (both, some, "v is sparse under these rules and dense in this state"),
+    ):
+        with pytest.raises(tk.SparsityError, match=words):
+            AlwaysSparse(tx, params).from_masked(params, other.init(params))
+
+
+def test_a_step_that_donates_its_arrays_deletes_none_of_a_masked_state():
+    """A state that comes over is copied to where it belongs, one that goes leaves the device."""
+    params, device = {"w": grid(16, 16), "bias": jnp.ones(16)}, jax.devices()[1]
+    inner = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.adam(0.1))
+    tx = tk.top_kast(inner, 0.2, 0.4)
+    sparse = AlwaysSparse(tx, params, place=lambda _: jax.sharding.SingleDeviceSharding(device))
+    before = params, tx.init(params)
+    values, state, reservoir = sparse.from_masked(*before)
+    assert {d for x in jax.tree.leaves((values, state)) for d in x.devices()} == {device}
+    after = sparse.to_masked(values, state, reservoir)
+    step = jax.jit(sparse.transform.update, donate_argnums=1)
+    step(values, state, values)
+    assert state.inner_state[0].rng_key.is_deleted()
+    (key,) = (x for x in jax.tree.leaves(after) if isinstance(x, jax.Array))
+    assert key == jax.random.key(0)
+    jax.tree.map(np.testing.assert_array_equal, before[1].inner_state[1], after[1].inner_state[1])
+
+
+@pytest.mark.parametrize("device", [None, 1])
+def test_refreshes_do_not_make_a_step_compile_again(device):
+    """Arrays are committed to a device from the start on, or never."""
+    params = {"w": grid(16, 16), "bias": jnp.ones(16)}
+    tx = tk.top_kast(optax.adam(0.1), 0.2, 0.4, refresh_every=2)
+    place = device and (lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[device]))
+    now, ahead = (AlwaysSparse(tx, params, delay=delay, place=place) for delay in (0, 1))
+
+    @jax.jit
+    def step(values, state):
+        updates, state = now.transform.update(values, state, values)
+        return optax.apply_updates(values, updates), state
+
+    for sparse in (now, ahead):
+        starts = sparse.start(params), sparse.from_masked(params, tx.init(params))
+        for values, state, reservoir in starts:
+            for i in range(1, 6):
+                values, state = step(values, state)
+                values, state, reservoir = sparse.refresh(i, values, state, reservoir)
+            assert step._cache_size() == 1
+
+
+def test_an_optimizer_that_evaluates_the_loss_does_so_at_the_forward_view():
+    params, x = {"w": grid(16, 16)}, grid(4, 16)
+    loss = lambda p: jnp.mean((matmul(x, p["w"]) - 1) ** 2)  # noqa: E731
+    search = optax.chain(optax.sgd(50.0), optax.scale_by_backtracking_linesearch(15))
+    tx = tk.top_kast(search, 0.2, 0.4)
+    sparse = AlwaysSparse(tx, params)
+    values, held, reservoir = sparse.start(params)
+
+    def moved(update, params, state):
+        value, grads = tk.value_and_grad(loss)(params, state)
+        updates, state = update(grads, state, params, value=value, grad=grads, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    dense, state = moved(tx.update, params, tx.init(params))
+    found, found_state = sparse.to_masked(*moved(sparse.transform.update, values, held), reservoir)
+    assert_same(dense, found)
+    rate = state.inner_state[1].learning_rate
+    assert rate == found_state.inner_state[1].learning_rate < 1
+
+    again = optax.GradientTransformationExtraArgs(
+        lambda _: optax.EmptyState(), lambda _, state, params, grad_fn: (grad_fn(params), state)
+    )
+    sparse = AlwaysSparse(tk.top_kast(again, 0.2, 0.4), params)
+    values, held, _ = sparse.start(params)
+    _, grads = tk.value_and_grad(loss)(values, held)
+    view = lambda p: tk.forward_params(p, held)  # noqa: E731  (of a view, it is the view)
+    grad_fn = jax.grad(lambda p: loss(view(p)), allow_int=True)
+    assert_same(grads, sparse.transform.update(grads, held, values, grad_fn=grad_fn)[0])
+
+
+def test_a_stop_that_has_passed_already_ends_exploration():
+    params = {"w": grid(16, 16)}
+    explores, stops = (
+        AlwaysSparse(tk.top_kast(optax.adam(0.1), 0.2, 0.4, refresh_every=2, **more), params)
+        for more in ({}, {"stop_exploring_at": 2})
+    )
+    values, state, reservoir = explores.start(params)
+    for step in range(1, 6):
+        sparse = explores if step < 4 else stops
+        updates, state = sparse.transform.update({"w": jnp.ones_like(values["w"])}, state, values)
+        values = optax.apply_updates(values, updates)
+        values, state, reservoir = sparse.refresh(step, values, state, reservoir)
+        assert values["w"].size == (102 if step < 4 else 51)
+    forward, backward = tk.keep_masks(*sparse.masks(reservoir))
+    np.testing.assert_array_equal(forward["w"], backward["w"])
+
+
+def test_optax_maps_over_what_a_state_holds_of_the_values():
+    params = {"w": grid(16, 16), "bias": jnp.ones(16)}
+    sparse = AlwaysSparse(tk.top_kast(optax.adam(0.1), 0.2, 0.4), params)
+    tx = optax.chain(optax.clip(1.0), sparse.transform)
+    values, state, _ = sparse.start(params, tx)
+    found = optax.tree.map_params(
+        tx, lambda x, value: x + value, state, values, transform_non_params=lambda x: x + 1
+    )
+    moments = state[1].inner_state[0]
+    expected = moments._replace(count=1, mu=values, nu=values)
+    jax.tree.map(np.testing.assert_array_equal, found[1].inner_state[0], expected)
+    more = jax.tree.map(lambda x: x + 1, (state[1].step, state[1].kernels))
+    jax.tree.map(np.testing.assert_array_equal, (found[1].step, found[1].kernels), more)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_refresh_of_arrays_that_were_read_from_a_file(split):
+    tx = tk.top_kast(optax.adam(0.1), 0.2, 0.4, refresh_every=1)
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    halves = lambda shape: jax.sharding.NamedSharding(mesh, P("fsdp") if shape else P())  # noqa: E731
+    place = halves if split else None
+    sparse, _, values, state, reservoir = refreshed(tx, {"w": grid(16, 16)}, place=place)
+    state = at_step(state, 1)
+    read = jax.tree.map(np.array, (values, state, reservoir))
+    found, expected = sparse.refresh(1, *read), sparse.refresh(1, values, state, reservoir)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_fixed_random_mask_and_multi_steps():
@@ -581,6 +709,8 @@ def test_what_a_first_loop_gets_wrong():
         "reservoir: found a CompactState": lambda: sparse.masks(state),
         "reservoir: found a dict": lambda: sparse.settled(values),
         "reservoir: found a CompactState, must be": lambda: sparse.refresh(1, values, state, state),
+        "reservoir: theta: first/kernel must be of shape .12, 8., found nothing":
+            lambda: sparse.refresh(1, values, state, reservoir._replace(theta={})),
         "to_masked: this optimizer state": lambda: sparse.to_masked(values, other, reservoir),
     }.items():  # fmt: skip
         with pytest.raises(tk.SparsityError, match=words) as caught:
@@ -810,7 +940,7 @@ def test_a_move_is_that_of_numpy(stack, above, apart):
     move = Move(source, np.zeros((layers, m), np.int32), np.zeros((layers, m)), 3, [])
     for _ in range(2):  # With spares, the second one goes into the first one's array.
         held, first = jnp.array(array), jnp.array(fresh)
-        mover = Mover(move, stack, None, held, lambda _: False, spares)
+        mover = Mover(move, stack, None, None, lambda _: False, spares)
         moved = mover.moment(held, first, above + len(stack))
         for i, row in enumerate(source):
             at = (..., *np.unravel_index(i, stack), slice(None), slice(None))

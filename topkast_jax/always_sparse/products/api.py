@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,6 +36,7 @@ from topkast_jax.always_sparse.kernel import (
 )
 from topkast_jax.always_sparse.products import pallas_gpu, pallas_tpu, tuned_json, tuning
 from topkast_jax.always_sparse.products.settings import Settings
+from topkast_jax.always_sparse.products.xla import sums_in
 from topkast_jax.errors import SparsityError
 from topkast_jax.varying import varying_like
 
@@ -148,7 +149,7 @@ def matmul(
 
     Raises:
       SparsityError: x does not fit, the kernel is a stack or no matrix, its blocks do not divide
-        it, no such backend, or one that does not take these blocks or this platform.
+        it, no such backend, or one that does not take these blocks, their type or this platform.
     """
     how = _OPTIONS.get()
     if backend is not None:
@@ -270,9 +271,12 @@ def _places(static: _Static, index: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _run(static: _Static, product: str, *arrays: jax.Array) -> jax.Array:
     """Calls a product of the backend asked for, or of the platform it is lowered for."""
+    x, blocks = arrays[0], arrays[-1].shape[0]
+    if x.shape[0] == 0 or blocks == 0:
+        return _zeros(static, product, x, blocks)
 
     def of(backend: str) -> Any:
-        settings = _settings(static, backend, product, arrays[0])
+        settings = _settings(static, backend, product, x)
         shape, interpret = (static.k, static.n), static.interpret
         return tuning.bound(backend, product, static.block, shape, settings, interpret)
 
@@ -286,19 +290,38 @@ def _run(static: _Static, product: str, *arrays: jax.Array) -> jax.Array:
     if not isinstance(static.backend, str):
         tried = (*KERNELS, "xla") if static.backend is None else static.backend
         tried = tried[: tried.index("xla")] if "xla" in tried else tried
-        found = [name for name in tried if not KERNELS[name][1].refuses(static.block)]
+        found = [name for name in tried if not _refusal(name, static.block, x.dtype)]
         fitting = {KERNELS[name][0]: of(name) for name in found}
         ends = static.backend is None or "xla" in static.backend
         default = of("xla") if ends else only_on("xla", tuple(fitting))
         return lax.platform_dependent(*arrays, **fitting, default=default)
     if static.backend == "xla":
         return of("xla")(*arrays)
-    platform, module = KERNELS[static.backend]
-    if reason := module.refuses(static.block):
+    if reason := _refusal(static.backend, static.block, x.dtype):
         raise SparsityError(f"backend {static.backend!r}: {reason}")
     if static.interpret:
         return of(static.backend)(*arrays)
-    return only_on(static.backend, (platform,))(*arrays)
+    return only_on(static.backend, KERNELS[static.backend][:1])(*arrays)
+
+
+def _zeros(static: _Static, product: str, x: jax.Array, blocks: int) -> jax.Array:
+    """The result of a product without tokens or blocks, which no backend takes."""
+    shape = {
+        "spmm": (x.shape[0], static.n),
+        "spmm_transposed": (x.shape[0], static.k),
+        "sddmm": (blocks, *static.block),
+    }[product]
+    dtype = sums_in(x.dtype) if product == "sddmm" else x.dtype
+    zeros: jax.Array = varying_like(jnp.zeros(shape, dtype), x)
+    return zeros
+
+
+def _refusal(backend: str, block: tuple[int, int], dtype: jnp.dtype) -> str | None:
+    """Why the Pallas kernels of a backend do not take blocks of a type, or None."""
+    if sums_in(dtype) != jnp.float32:
+        return f"products must be in float32 or a smaller type, found {dtype}"
+    reason: str | None = KERNELS[backend][1].refuses(block)
+    return reason
 
 
 def _settings(static: _Static, backend: str, product: str, x: jax.Array) -> Settings:
@@ -314,6 +337,7 @@ def _settings(static: _Static, backend: str, product: str, x: jax.Array) -> Sett
 _only_on_p = Primitive("always_sparse_only_on")
 _only_on_p.def_abstract_eval(lambda x, **_: x)
 _only_on_p.def_impl(lambda x, **params: jax.jit(lambda y: _only_on_p.bind(y, **params))(x))
+batching.defvectorized(_only_on_p)
 
 
 def _lower_only_on(ctx: Any, x: Any, *, backend: Any, platforms: tuple[str, ...]) -> list[Any]:

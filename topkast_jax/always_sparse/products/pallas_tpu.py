@@ -86,8 +86,10 @@ def _cut(row: jax.Array, col: jax.Array, down: int, across: int) -> tuple[jax.Ar
 
 def _place(part: jax.Array, down: int, across: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Where a part lies: its block, and which of the block's rows and columns of parts."""
-    block, inside = lax.div(part, down * across), lax.rem(part, down * across)
-    return block, lax.div(inside, across), lax.rem(inside, across)
+    # The compiler takes places in int32 alone; under jax_enable_x64 Python integers are int64.
+    part, of_block, of_row = jnp.int32(part), jnp.int32(down * across), jnp.int32(across)
+    inside = lax.rem(part, of_block)
+    return lax.div(part, of_block), lax.div(inside, of_row), lax.rem(inside, of_row)
 
 
 def _tile(tokens: int, most: int) -> int:
@@ -163,7 +165,7 @@ def spmm(
         num_scalar_prefetch=4,
         grid=(x_TxI.shape[0] // tile, panel.shape[0]),
         in_specs=[
-            pl.BlockSpec((tile, features), lambda t, w, *_: (t, 0)),
+            pl.BlockSpec((tile, features), lambda t, w, *_: (t, jnp.int32(0))),
             pl.BlockSpec(
                 (None, *part), lambda t, w, panel, block, *_: _place(block[w], down, across)
             ),
