@@ -18,7 +18,9 @@ Data: tensorflow_datasets' imagenet2012, prepared once by `scripts/prepare_tfds 
 folder of class folders: --config.data.name=image_folder --config.data.dir=DIR.
 Hardware: a TPU slice or a machine of 8 GPUs; its time was not measured. For a smaller batch_size
 raise steps in proportion: the learning rate follows the batch size, warm-up and boundaries follow
-the steps.
+the steps. The schedules of the other methods are those of the RigL paper's runs of 32,000 steps,
+sets until step 25,000 and pruning from 10,000 to 25,000, times 2x, 5x or 10x. With other steps, set
+`method.last_choice_at`, or `method.begin_at` and `method.end_at`, in proportion too.
 
 Command:
     python -m experiments.main --config=configs/imagenet_resnet50.py:90/80 --workdir=runs/imagenet
@@ -36,6 +38,10 @@ from experiments.config import apply_variant, base_config
 
 STEPS_PER_EPOCH = 1_281_167 / 4_096
 
+SCHEDULES = {
+    **{name: {"last_choice_at": 25_000} for name in ("rigl", "set", "snfs", "srigl")},
+    "pruning": {"begin_at": 10_000, "end_at": 25_000},
+}
 FLAGS = ("smoke", ("2x", "5x", "10x"), ("all-sparse", "last-sparse"))
 
 
@@ -73,7 +79,11 @@ def get_config(variant: str = "") -> ConfigDict:
     ends = () if "all-sparse" in variant else ((dense, "dense"),)
     config.method.rules = (*ends, (".*/kernel", "sparse"), (".*", "dense"))
     flags = apply_variant(config, variant, FLAGS)
-    config.steps *= next((n for n in (2, 5, 10) if f"{n}x" in flags), 1)
+    longer = next((n for n in (2, 5, 10) if f"{n}x" in flags), 1)
+    config.steps *= longer
+    if "smoke" not in flags:
+        for key, step in SCHEDULES.get(config.method.name, {}).items():
+            config.method[key] = step * longer
     if "smoke" in flags:
         config.steps = 3
         config.batch_size = 16

@@ -31,7 +31,21 @@ def grid(rows):
 
 
 def others(forward, rows, own):
-    return [({"method.name": name, "forward": forward, **own}, n) for name, n in rows.items()]
+    return [
+        ({"method.name": name, "forward": forward, **own, **schedule(name, own)}, n)
+        for name, n in rows.items()
+    ]
+
+
+def schedule(name, own):
+    """RigL's: in 32,000 steps, sets move until 25,000; Gale's pruning is from 10,000 to 25,000."""
+    if "steps" not in own:
+        return {}
+    times = own["steps"] // EPOCHS
+    moves = {"rigl": {"method.last_choice_at": 25_000 * times}}
+    moves |= dict.fromkeys(("set", "snfs"), moves["rigl"])
+    moves["pruning"] = {"method.begin_at": 10_000 * times, "method.end_at": 25_000 * times}
+    return moves.get(name, {})
 
 
 RIGL = {
@@ -206,7 +220,7 @@ NUMBERS = {
     "rigl_cifar10": (
         {"model.name": "wrn_22_2", "dense rule": "stem/kernel", "batch_size": 128},
         [
-            ({"method.name": name, "forward": f}, number)
+            ({"method.name": name, "forward": f, "method.distribution": "erk"}, number)
             for name, row in WRN.items()
             for f, number in row.items()
         ],

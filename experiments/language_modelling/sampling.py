@@ -40,7 +40,9 @@ class Sampling:
         """Draws one token from log-probabilities [tokens]."""
         if self.temperature == 0.0:
             return jnp.argmax(log_probs)
-        return jax.random.categorical(rng, self.restrict(log_probs / self.temperature))
+        # The largest is 0, so that a temperature near 0 leaves it alone above minus infinity.
+        scaled = (log_probs - log_probs.max()) / max(self.temperature, 1e-37)
+        return jax.random.categorical(rng, self.restrict(scaled))
 
     def restrict(self, logits: jax.Array) -> jax.Array:
         """The same logits, with minus infinity for tokens that must not be drawn."""
@@ -68,12 +70,15 @@ def generate(
     Args:
       model: the language model.
       params: the parameters on which it runs.
-      lengths: the lengths of its memory; segments have one token.
+      lengths: those of evaluation. Segments have one token here, so the memory is longer by the
+        rest of a segment: a token sees as many before it as the last one of a segment does there.
       prompt: the tokens before, at least one.
       tokens: the number of tokens to draw.
       sampling: how tokens are drawn.
       seed: the seed of the draws.
     """
+    if not lengths.same_length:
+        lengths = dataclasses.replace(lengths, memory=lengths.memory + lengths.target - 1)
     step = _step(model, lengths, sampling)
     memory, key = model.init_memory(1, lengths), jax.random.key(seed)
     for token in prompt:

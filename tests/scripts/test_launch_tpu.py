@@ -26,8 +26,10 @@ for flag in "$@"; do
 done
 case "$3 $4" in
   "queued-resources describe")
-    head -n 1 states
-    [ "$(wc -l <states)" -lt 2 ] || sed -i 1d states ;;
+    state=$(head -n 1 states)
+    [ "$(wc -l <states)" -lt 2 ] || sed -i 1d states
+    [ "$state" != MISSING ] || { echo "NOT_FOUND: no such resource" >&2; exit 1; }
+    echo "$state" ;;
   "queued-resources delete")  # With the slice go its processes, which would write while rm runs.
     pids=$(cat host?/topkast_jax/launch.pid 2>noise)
     for pid in $pids; do kill -KILL -- "-$pid"; done 2>noise
@@ -167,6 +169,14 @@ def test_resume_makes_a_slice_that_was_taken_away_anew(cloud):
     assert set(calls[3:-3]) == {"describe"}
     assert cloud("resume", *flags, command=("true",))[0] == 0  # The slice is there.
     assert not {"delete", "create"} & set(cloud.calls())
+
+
+def test_resume_makes_a_slice_whose_request_was_deleted(cloud):
+    cloud.states("MISSING", "PROVISIONING", "ACTIVE")
+    flags = (*FLAGS, f"--repository={cloud.repository}")
+    status, out, err = cloud("resume", *flags, command=("echo", "begun"))
+    assert (status, out[:2]) == (0, ["slice is PROVISIONING", "begun"]), err
+    assert cloud.calls()[:2] == ["describe", "create"]
 
 
 def test_what_gcloud_refuses_is_one_line(cloud):

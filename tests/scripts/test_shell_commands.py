@@ -1,8 +1,14 @@
 """The commands that are shell scripts: their help, and what they refuse."""
 
+import contextlib
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
+import time
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -28,3 +34,85 @@ def test_the_help_of_prepare_tfds_is_no_data_set():
         assert out.count("\n") == 5
     status, _, err = call(ROOT / "scripts" / "prepare_tfds", "cifar")
     assert (status, err.count("\n")) == (2, 1)
+
+
+@pytest.fixture
+def detached(tmp_path):
+    """`scripts/detached` in a folder of its own; what it runs ends with the test."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "detached", tmp_path / "scripts")
+    yield lambda *line: call(tmp_path / "scripts" / "detached", *line)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(int((tmp_path / "launch.pid").read_text()), signal.SIGKILL)
+
+
+def test_a_command_that_is_stopped_ends_in_its_own_way(detached, tmp_path):
+    command = "trap 'sleep 0.3; echo saved; exit 75' TERM; echo begun; while :; do sleep 0.1; done"
+    assert detached("start", "bash", "-c", command) == (0, "", "")
+    while "begun" not in (tmp_path / "launch.log").read_text():
+        time.sleep(0.05)
+    os.kill(int((tmp_path / "launch.pid").read_text()), signal.SIGTERM)
+    assert detached("start", "echo", "second")[1].endswith("the last command still runs\n")
+    status, out, _ = detached("watch")
+    assert (status, out) == (0, "begun\nsaved\ndetached: ended with status 75\n")
+    assert detached("start", "sleep", "100") == (0, "", "")
+
+
+def test_the_number_of_a_process_that_is_another_now_holds_nothing_up(detached, tmp_path):
+    detached("start", "echo", "first")
+    assert "first\n" in detached("watch")[1]
+    (tmp_path / "launch.pid").write_text(f"{os.getppid()}\n")
+    assert detached("watch")[1] == "first\ndetached: ended with status 0\n"
+    assert detached("start", "sleep", "100") == (0, "", "")
+
+
+def test_two_setups_take_turns_and_the_interpreter_may_have_a_space_in_its_path(tmp_path):
+    """The stand-in for Python notes when an environment is made, which takes half a second."""
+    for name in ("scripts/setup", "requirements.lock"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / "a folder" / "python"
+    python.parent.mkdir()
+    python.write_text(
+        "#!/bin/bash\n"
+        'case "$*" in\n'
+        '  *venv\\ --clear*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python";'
+        ' echo made >>"$NOTES"; sleep 0.5 ;;\n'
+        "esac\n"
+    )
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "NOTES": str(tmp_path / "notes")}
+    environment = {k: v for k, v in environment.items() if not k.startswith("TOPKAST_")}
+    line = [tmp_path / "scripts" / "setup"]
+    both = [subprocess.Popen(line, env=environment, stderr=subprocess.PIPE) for _ in range(2)]
+    told = [process.communicate(timeout=60)[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert (tmp_path / "notes").read_text() == "made\n"
+    assert sum("waiting for another scripts/setup" in text for text in told) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (["--workdir=out"], ["--workdir={}/out"]),
+        (["--workdir", "out"], ["--workdir", "{}/out"]),
+        (["--workdir=/out"], ["--workdir=/out"]),
+        ([], ["--workdir=quickstart"]),
+        (["--slurm=x"], ["--workdir=quickstart", "--slurm=x"]),
+    ],
+)
+def test_a_relative_workdir_is_one_of_where_the_quickstart_is_called(given, taken, tmp_path):
+    project, elsewhere = tmp_path / "a project", tmp_path / "elsewhere"
+    for folder in (project / "scripts", project / ".venv" / "bin", elsewhere):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "quickstart", project / "scripts")
+    for name in ("scripts/setup", ".venv/bin/python"):
+        (project / name).write_text('#!/bin/bash\necho "$@"\n')
+        (project / name).chmod(0o755)
+    line = [project / "scripts" / "quickstart", *given, "--seeds=2"]
+    found = subprocess.run(line, cwd=elsewhere, capture_output=True, text=True, check=True)
+    words = found.stdout.split()[3:]
+    jobs = [word for word in words if word.startswith("--jobs=")]
+    assert len(jobs) == (given != ["--slurm=x"])
+    expected = [word.format(elsewhere) for word in taken]
+    assert [word for word in words if word not in jobs] == [*expected, "--seeds=2"]

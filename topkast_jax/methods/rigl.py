@@ -59,7 +59,7 @@ def rigl(
       forward_density: share of a leaf's units that are kept, in (0, 1].
       refresh_every: ΔT, steps between two refreshes.
       drop_fraction: f, in (0, 1).
-      last_choice_at: T_end; the paper has three quarters of the steps. None: f stays.
+      last_choice_at: T_end; the paper has 25,000 of 32,000 steps. None: f stays.
       skips_update: whether the step whose gradient a refresh reads moves no parameter and no inner
         state, as in the original.
       rules: see `topkast_jax.top_kast`.

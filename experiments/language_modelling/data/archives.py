@@ -57,7 +57,8 @@ def _bounded(path: Path, file: IO[bytes] | gzip.GzipFile, most: int) -> bytes:
 
 
 def _member(path: Path, names: list[str], wanted: str) -> str:
-    files = [name for name in names if not name.endswith("/")]
+    # A Mac's archive has a second, hidden entry for each file.
+    files = [n for n in names if not n.endswith("/") and not Path(n).name.startswith("._")]
     found = [name for name in files if Path(name).name == wanted] if wanted else files
     if len(found) != 1:
         raise UserError(

@@ -47,6 +47,12 @@ def test_drawn_as_often_as_it_is_probable():
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 4_000, expected, atol=0.03)
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 1e-45])
+def test_near_zero_temperature_draws_the_most_probable(temperature):
+    draw = Sampling(temperature=temperature).draw
+    assert draw(jax.random.key(0), jnp.log(jnp.asarray(CHANCES))) == np.argmax(CHANCES)
+
+
 @pytest.fixture(scope="module")
 def model():
     sizes = {"n_layer": 2, "n_head": 2, "d_model": 8, "d_head": 4, "d_inner": 16}
@@ -55,9 +61,11 @@ def model():
     return model, jax.tree.map(lambda x: 20 * x, model.init(jax.random.key(0)))
 
 
-def test_each_token_follows_from_all_before_it(model):
-    model, params = model
-    lengths, prompt = Lengths(target=5, memory=16), [3, 1, 4]
+@pytest.mark.parametrize(
+    "lengths", [Lengths(target=5, memory=16), Lengths(target=15, memory=0)], ids=str
+)
+def test_each_token_follows_from_all_before_it(model, lengths):
+    (model, params), prompt = model, [3, 1, 4]
     found = generate(model, params, lengths, prompt, 12, Sampling(temperature=0.0), seed=0)
     assert len(found) == 12
     assert len(set(found)) > 3

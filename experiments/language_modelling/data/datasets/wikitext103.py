@@ -17,7 +17,8 @@ class Wikitext103(TokenText):
     """
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "wikitext-103-v1.zip, or wiki.{train,valid,test}.tokens"
-    URL = "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-v1.zip"
+    # The address of its authors no longer answers; this is the first author's own.
+    URL = "https://wikitext.smerity.com/wikitext-103-v1.zip"
     SOURCES = (
         Source("wiki.train.tokens", "b7497e2dfe77e72cfef5e3dbc61b7b53712ac211"),
         Source("wiki.valid.tokens", "c326ac59dc587676d58c422eb8a03e119582f92b"),

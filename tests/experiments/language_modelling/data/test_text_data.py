@@ -127,6 +127,9 @@ def test_archives_hold_the_same_text(tmp_path):
     packed.write_bytes(packed.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"t.xz: damaged or truncated"):
         read_text(packed)
+    with zipfile.ZipFile(zipped, "a") as archive:
+        archive.writestr("__MACOSX/._t", b"what a Mac adds")
+    assert read_text(zipped) == plain.read_bytes()
     zipped.write_bytes(zipped.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"t.zip: damaged or truncated"):
         read_text(zipped)
