@@ -12,6 +12,7 @@ run may keep moments outside the backward set; they are dropped on the way to al
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def convert(directory: Path, out: Path, to: str) -> int:
         if (directory / workdir.METRICS).exists():
             records = (directory / workdir.METRICS).read_bytes()
             (unfinished / workdir.METRICS).write_bytes(records)
+        if (directory / workdir.SETS).exists():
+            shutil.copytree(directory / workdir.SETS, unfinished / workdir.SETS)
     return int(state.step)
 
 

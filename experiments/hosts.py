@@ -42,6 +42,9 @@ _FATAL = re.compile(r"F\d{4} [\d:.]+ +\d+ \S+\] |terminate called .*'gloo::")
 _NAMED = re.compile(r"(?:stopped sending heartbeats\)|timed out task names):\s*((?:\d+\s+)+)")
 
 
+_START_TIMEOUT = 300  # seconds
+
+
 def add_flags(parser: command_line.Parser) -> None:
     """Adds the flags that say which process of how many this is."""
     group = parser.add_argument_group("many hosts")
@@ -56,14 +59,20 @@ def add_flags(parser: command_line.Parser) -> None:
     group.add_argument(
         "--start_timeout",
         type=command_line.positive,
-        default=300,
-        help="seconds to wait for the others; default: 300",
+        help=f"seconds to wait for the others; default: {_START_TIMEOUT}",
     )
+
+
+def _patience(args: argparse.Namespace) -> int:
+    """Seconds to wait for the other processes."""
+    return int(args.start_timeout or _START_TIMEOUT)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError if the flags of `add_flags` are incomplete or contradict each other."""
     given = [args.coordinator, args.processes, args.process]
+    if args.start_timeout and not args.distributed:
+        raise UserError(f"--start_timeout={args.start_timeout}: needs --distributed")
     if any(value is not None for value in given):
         if not args.distributed:
             raise UserError("--coordinator, --processes, --process: need --distributed")
@@ -147,7 +156,7 @@ def _told(fatal: str, args: argparse.Namespace) -> str:
         lost = "process 0"  # in which the service runs
     if "RegisterTask" in fatal:
         return (
-            f"--start_timeout={args.start_timeout}: {lost} is missing; start every process within "
+            f"--start_timeout={_patience(args)}: {lost} is missing; start every process within "
             "that time"
         )
     step = checkpoints.newest(files.path(args.workdir) / workdir.CHECKPOINTS)
@@ -186,7 +195,7 @@ def member(args: argparse.Namespace) -> Iterator[None]:
 def _join(args: argparse.Namespace) -> None:
     # JAX's client gives up first, and then nobody says which process is missing.
     service = functools.partial(
-        _jax.get_distributed_runtime_service, cluster_register_timeout=args.start_timeout
+        _jax.get_distributed_runtime_service, cluster_register_timeout=_patience(args)
     )
     with mock.patch.object(_jax, "get_distributed_runtime_service", service):
         try:
@@ -194,7 +203,7 @@ def _join(args: argparse.Namespace) -> None:
                 args.coordinator,
                 args.processes,
                 args.process,
-                initialization_timeout=args.start_timeout + _GRACE,
+                initialization_timeout=_patience(args) + _GRACE,
                 heartbeat_timeout_seconds=HEARTBEAT,
                 shutdown_timeout_seconds=2 * HEARTBEAT,
             )

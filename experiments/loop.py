@@ -278,7 +278,8 @@ def _loop(
             session.write_sets(state, step)
         if step % config.log_every == 0 or step == config.steps:
             session.log(state, step, batches)
-        if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+        is_last = step == config.steps and config.eval_at_end  # The whole test follows.
+        if config.eval_every and step % config.eval_every == 0 and not is_last:
             session.evaluate(state, step)
         stopping = stop.asked(step)
         due = config.checkpoint_every and step % config.checkpoint_every == 0

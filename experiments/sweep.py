@@ -49,12 +49,14 @@ from experiments.config.planned import Planned, plan
 from experiments.errors import UserError
 from experiments.loop import Outcome, train
 from experiments.records import plans, workdir
+from experiments.records.checkpoints import Kept
 from experiments.records.plans import Plan
 from experiments.report import report
 from experiments.signals import ASK, RESUMABLE
 from experiments.task import make_task
-from experiments.training import optimizers
-from experiments.training.evaluation import check_data
+from experiments.training import optimizers, partition
+from experiments.training.evaluation import check_data, metric_names
+from experiments.training.program import build
 from experiments.training.state import abstract_params
 from topkast_jax import SparsityError
 
@@ -131,6 +133,8 @@ def _check_row(runs: Sequence[Planned], directory: Path, read: set[str]) -> None
         return
     task = make_task(config)
     optimizers.check(config, abstract_params(task))
+    partition.check_devices(config)
+    Kept.of(config, lambda: metric_names(build(config)))
     values = workdir.as_json(config)
     data = json.dumps([values[key] for key in _DATA])
     if data not in read:
@@ -203,7 +207,10 @@ class _Processes:
                     for run, end in zip(runs, ends, strict=True):
                         yield run, signals.result(end)
                 finally:
-                    self._stop()  # If one run was stopped alone, the others are not waited for.
+                    # If one run was stopped alone, the others are not waited for. A second signal
+                    # would end those that a first one has reached before they have saved.
+                    if not self._stopping:
+                        self._stop()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -258,7 +265,8 @@ def _row(run: Planned) -> dict[str, Any]:
 
 def _listed(run: Planned) -> str:
     paper = f"  # paper: {run.paper}" if run.paper else ""
-    return " ".join([run.name, *run.arguments]).replace("--config=", "", 1) + paper
+    words = [run.name, run.config, *run.arguments[1:]]
+    return " ".join(map(shlex.quote, words)) + paper
 
 
 def _choose(only: str | None, runs: int) -> list[int]:
@@ -292,12 +300,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workdir", type=command_line.path, required=True, help="folder of all runs"
     )
-    parser.add_argument("--list", action="store_true", help="print the numbered runs")
     parser.add_argument("--only", help="numbers of the runs to do, like 0,3; no report")
     way = parser.add_mutually_exclusive_group()  # Slurm decides how many run at a time.
     way.add_argument(
         "--jobs", type=command_line.positive, default=1, help="how many runs at a time"
     )
+    way.add_argument("--list", action="store_true", help="print the numbered runs")
     way.add_argument("--slurm", action="store_true", help="print an sbatch array script")
     parser.add_argument(
         "--seeds", type=command_line.positive, default=1, help="runs of each, by seed"

@@ -130,14 +130,24 @@ def register_task(name: str, module: str) -> None:
 
 
 def task_module(name: str) -> ModuleType:
-    """The module of a registered task.
+    """The module of a task.
+
+    Args:
+        name: a registered name, or the import path of a module.
 
     Raises:
         UserError: no task has this name.
     """
-    if name not in _MODULES:
-        raise UserError(f"config.task: no task {name!r}; allowed: {', '.join(sorted(_MODULES))}")
-    return importlib.import_module(_MODULES[name])
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    allowed = f"{', '.join(sorted(_MODULES))} or the import path of a module with `make_task`"
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, ValueError, TypeError) as error:
+        raise UserError(f"config.task: no task {name!r} ({error}); allowed: {allowed}") from error
+    if not hasattr(module, "make_task"):
+        raise UserError(f"config.task: {name!r} is a module without a task; allowed: {allowed}")
+    return module
 
 
 def make_task(config: ConfigDict) -> Task:

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import inspect
 import runpy
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,11 @@ def _parse(flag: str, old: Any, text: str) -> Any:
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = text
     if old is None or value is None or type(value) is type(old):
         accepted = old is None or value is not None
-    elif isinstance(old, float) and type(value) is int:
+    elif isinstance(old, float) and type(value) is int and abs(value) <= sys.float_info.max:
         value, accepted = float(value), True
     elif isinstance(old, tuple) and isinstance(value, list | int | float):
         value, accepted = tuple(value) if isinstance(value, list) else (value,), True

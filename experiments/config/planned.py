@@ -65,12 +65,7 @@ def plan(spec: str, seeds: int, overrides: Sequence[str] = ()) -> list[Planned]:
         found = f"two runs named {twice[0]!r}" if twice else "no runs"
         raise UserError(f"--config={spec}: {found}")
     for text in overrides:
-        key = text.partition("=")[0]
-        rows = [
-            name
-            for name, _, own, _ in entries
-            if any(other.partition("=")[0] == key and other != text for other in own)
-        ]
+        rows = [name for name, config, own, _ in entries if _contradicts(text, config, own)]
         if rows:
             warn(
                 f"--config.{text}: replaces the value of the row(s) {', '.join(rows)}, whose names "
@@ -81,6 +76,21 @@ def plan(spec: str, seeds: int, overrides: Sequence[str] = ()) -> list[Planned]:
         for seed in range(seeds)
         for name, config, own, paper in entries
     ]
+
+
+_OF_A_VARIANT = ("method.name", "method.forward_density", "method.backward_density")
+
+
+def _contradicts(text: str, config: str, own: Sequence[str]) -> bool:
+    """Whether an override replaces what a row's own overrides or its variant say of the method."""
+    key, _, value = text.partition("=")
+    for other in own:
+        if other.partition("=")[0] == key:
+            return other != text
+    if key not in _OF_A_VARIANT or ":" not in config:
+        return False
+    method, name = load(config).method, key.removeprefix("method.")
+    return name in method and str(method[name]) != value
 
 
 def _entry(spec: str, entry: Any) -> tuple[str, str, tuple[str, ...], str]:

@@ -45,13 +45,14 @@ NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "active_parameters": _AMOUNT,
     "flops.training_fraction": _AMOUNT,
     "flops.inference_fraction": _AMOUNT,
+    "flops.dense_forward_per_step": _AMOUNT,
     "seconds": _AMOUNT,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ only in the seed and in `workdir.FREE`.
+    """Runs of one name that differ only in the seed and in `workdir.FREE`.
 
     Attributes:
         name: the name of their config.
@@ -187,7 +188,7 @@ def told_apart(groups: Sequence[Group]) -> list[Group]:
         unusual = {k: v for k, v in own.items() if config[k] != _usual([c.get(k) for c in others])}
         if group.flags != _usual(flags[group.file]):
             unusual[VARIANT] = group.flags
-        length = _seen(group) / full[group.file]
+        length = _dense_flops(group) / full[group.file]
         runs = [
             {**run, "training_flops": length * run["flops"]["training_fraction"]}
             for run in group.runs
@@ -198,17 +199,23 @@ def told_apart(groups: Sequence[Group]) -> list[Group]:
 
 
 def _full_length(groups: Sequence[Group]) -> float:
-    """What the most dense runs of one config file train on; the shortest of all, without any."""
+    """FLOPs of what the most dense runs of one config file do; the fewest of all, without any."""
     tested = [group for group in groups if any(run["test"] for run in group.runs)] or groups
-    dense = [_seen(group) for group in tested if group.method == "dense"]
+    dense = [_dense_flops(group) for group in tested if group.method == "dense"]
     most = max(map(dense.count, dense), default=0)
-    return min((n for n in dense if dense.count(n) == most), default=min(map(_seen, tested)))
+    return min((n for n in dense if dense.count(n) == most), default=min(map(_dense_flops, tested)))
 
 
-def _seen(group: Group) -> float:
-    """The examples that a run of a group trains on; steps or examples that are unknown count 1."""
-    found = [group.runs[0]["config"].get(key) for key in ("steps", "batch_size")]
-    return math.prod(n if type(n) is int and n > 0 else 1 for n in found)
+def _dense_flops(group: Group) -> float:
+    """FLOPs of all forward passes of a run of a group, if it trained the dense network."""
+    run = group.runs[0]
+    steps = run["config"].get("steps")
+    a_step: float = run["flops"]["dense_forward_per_step"] or 1.0
+    small = flat(run["config"]).get("model.small_dense.forward_density", 1.0)
+    if isinstance(small, float) and small < 1:  # The fraction is of the network of full width.
+        a_step /= run["flops"]["inference_fraction"]
+    # Ten digits: a quotient is not exact.
+    return float(f"{a_step * (steps if type(steps) is int and steps > 0 else 1):.10g}")
 
 
 def _usual(values: Sequence[Any]) -> Any:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from experiments.errors import UserError
 from topkast_jax.trees import flatten_with_names
@@ -66,6 +67,38 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 def batch_shards(mesh: Mesh) -> int:
     """The number of devices over which a batch is split."""
     return int(mesh.shape["data"] * mesh.shape["fsdp"])
+
+
+def check_devices(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a validated config, over which a batch of its size is split evenly.
+
+    Args:
+        config: its `mesh` and its `batch_size`.
+        devices: the devices; all devices of all hosts if None.
+
+    Raises:
+        UserError: as `make_mesh` and `check_batch_size`; or processes share a part of a batch.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    check_batch_size("config.batch_size", config.batch_size, mesh)
+    check_processes(mesh)
+    return mesh
+
+
+def check_processes(mesh: Mesh) -> None:
+    """Raises UserError unless every process has as large a part of a batch, of its own.
+
+    Each process reads its part. If processes shared one, copies of an array would differ.
+    """
+    parts: dict[int, set[tuple[int, ...]]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        parts.setdefault(device.process_index, set()).add(place[:2])
+    if any(len(own) * len(parts) != batch_shards(mesh) for own in parts.values()):
+        shape = {axis: mesh.shape[axis] for axis in AXES}
+        raise UserError(
+            f"config.mesh: found {shape}, with which processes share a part of a batch; "
+            f"data * fsdp must be a multiple of the {len(parts)} processes"
+        )
 
 
 def check_batch_size(name: str, size: int, mesh: Mesh) -> None:

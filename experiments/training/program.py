@@ -62,8 +62,7 @@ def build(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Pr
         config: a validated config.
         devices: the devices to run on; all devices if None.
     """
-    mesh = partition.make_mesh(config.mesh, devices)
-    partition.check_batch_size("config.batch_size", config.batch_size, mesh)
+    mesh = partition.check_devices(config, devices)
     task = make_task(config)
     held = make_representation(config, task, mesh)
     schedule = optimizers.make_schedule(config)

@@ -42,7 +42,8 @@ def active_parameters(params: Tree, rules: Any, density: float) -> int:
     """
     names, leaves, _ = flatten_with_names(params)
     tree = dict(zip(names, leaves, strict=True))
-    found = tk_rules.resolve(tree, read_rules(rules), density, 1.0, tk.Unstructured())
+    chosen = read_rules(rules) if rules else None
+    found = tk_rules.resolve(tree, chosen, density, 1.0, tk.Unstructured())
     return sum(
         math.prod(tree[name].shape) if leaf is None else leaf.entries_in(int(leaf.counts.forward))
         for name, leaf in found.items()

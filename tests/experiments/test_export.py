@@ -91,8 +91,12 @@ def test_there_and_back_again_to_the_bit(runs, tmp_path):
     [("compact", COMPACT, "masked", MASKED), ("masked", MASKED, "always_sparse", COMPACT)],
 )
 def test_a_converted_run_goes_on(runs, tmp_path, name, own, to, new):
-    out = tmp_path / "out"
+    out, sets = tmp_path / "out", runs / name / "sets"
+    sets.mkdir()
+    (sets / "4.npz").write_bytes(b"sets of step 4")
     assert convert.main([f"--workdir={runs / name}", f"--out={out}", f"--to={to}"]) == 0
+    shutil.rmtree(sets)
+    assert (out / "sets" / "4.npz").read_bytes() == b"sets of step 4"
     assert toy_runs.run(out, "80/60", *new) == "finished"
     whole = tmp_path / "whole"
     toy_runs.run(whole, "80/60", *own)

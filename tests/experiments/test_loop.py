@@ -102,6 +102,12 @@ def test_an_empty_split_is_told_before_the_first_step(tmp_path, monkeypatch):
     assert run(tmp_path / "run", "80/60", "eval_at_end=False", "steps=3") == "finished"
 
 
+def test_the_last_step_is_evaluated_where_no_test_follows(tmp_path):
+    own = ("eval_at_end=False", "steps=4", "eval_every=2")
+    assert run(tmp_path / "run", "80/60", *own) == "finished"
+    assert [r["step"] for r in records(tmp_path / "run") if r["split"] == "test"] == [2, 4]
+
+
 def test_training_learns_on_the_view(finished):
     losses = [r["loss"] for r in records(finished) if r["split"] == "train"]
     assert losses[-1] < losses[0] / 2

@@ -4,6 +4,7 @@ import pytest
 
 from experiments.errors import UserError
 from experiments.registry import Registry, function_of
+from experiments.task import task_module
 
 
 @pytest.fixture
@@ -46,3 +47,11 @@ def test_a_mistake_inside_the_module_keeps_its_traceback(registry, tmp_path, mon
     (tmp_path / f"{name}.py").write_text(text)
     with pytest.raises((ZeroDivisionError, ModuleNotFoundError, ValueError)):
         registry.get(f"{name}:model")
+
+
+def test_a_task_of_an_import_path():
+    path = "experiments.image_classification.task"
+    assert task_module(path) is task_module("image_classification")
+    for name, told in (("toys", "no task 'toys'"), ("json", "'json' is a module without a task")):
+        with pytest.raises(UserError, match=f"config.task: {told}.*; allowed: image_classif"):
+            task_module(name)

@@ -26,7 +26,11 @@ def final(name, method, seed, accuracy, density=1.0, **config):
         "active_parameters": int(1000 * density),
         "densities": {"forward": density, "backward": density},
         "densities_over_run": {"forward": density, "backward": min(1.0, 2 * density)},
-        "flops": {"inference_fraction": density, "training_fraction": density * 4 / 3},
+        "flops": {
+            "dense_forward_per_step": 1e9 * config.get("batch_size", 1),
+            "inference_fraction": density,
+            "training_fraction": density * 4 / 3,
+        },
         "seconds": 10.0 + seed,
         "config": {"seed": seed, "method": {"name": method, "density": density}, **config},
     }
@@ -464,6 +468,15 @@ def test_training_flops_are_of_all_steps(tmp_path, capsys):
     ):  # fmt: skip
         run = final(f"c:{variant}", method, 0, 0.5, 0.3, steps=steps, batch_size=batch)
         put(tmp_path / "runs" / variant.replace("/", "-"), run)
+    narrow = final("c:90/80,narrow", "top_kast", 0, 0.5, 0.3, steps=100, batch_size=8)
+    narrow["flops"]["dense_forward_per_step"] /= 4
+    put(tmp_path / "runs" / "narrow", narrow)
+    small = {"small_dense": {"forward_density": 0.3}}
+    small = final("c:small-dense-70", "dense", 0, 0.5, 0.3, steps=100, batch_size=8, model=small)
+    small["flops"] = {
+        "dense_forward_per_step": 0.25 * 8e9, "inference_fraction": 0.25, "training_fraction": 0.25
+    }  # fmt: skip
+    put(tmp_path / "runs" / "small", small)
     without_test = final("c:dense", "dense", 1, 0.5, steps=5, batch_size=8) | {"test": {}}
     put(tmp_path / "runs" / "rates", without_test)
     assert main([str(tmp_path / "runs"), f"--out={tmp_path / 'out'}"]) == 0
@@ -473,6 +486,8 @@ def test_training_flops_are_of_all_steps(tmp_path, capsys):
     assert found["c:90/80,2x"] == pytest.approx(0.8)
     assert found["c:90/50"] == pytest.approx(0.2)
     assert found["c:95/90"] == pytest.approx(0.4 * 0.07)
+    assert found["c:90/80,narrow"] == pytest.approx(0.1)  # of the wider dense network
+    assert found["c:small-dense-70"] == pytest.approx(0.25)
 
 
 def test_of_copies_the_run_that_recorded_its_sets_counts(tmp_path, capsys):

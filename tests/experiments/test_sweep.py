@@ -115,7 +115,18 @@ if name == "60/60":
     os.kill(os.getpid(), signal.SIGKILL)
 if name == "70/70":
     sys.exit(75)
+if name == "slow":
+    def save(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(1)
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, save)
+    (directory / "begun").touch()
+    while True:
+        time.sleep(0.1)
 if name == "static-50":
+    while not (directory.parents[1] / "slow" / "seed-0" / "begun").exists() and flags.get("--config.w"):
+        time.sleep(0.05)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     os.kill(os.getppid(), signal.Signals[os.environ["ASKED"]])
     time.sleep(60)
@@ -156,6 +167,20 @@ def test_a_signal_stops_all_that_run_at_a_time(tmp_path, processes, capsys, monk
     assert err == ""
     assert "static-50/seed-0" not in finals(tmp_path / "s")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_is_sent_once_to_a_run_that_is_slow_to_save(tmp_path, processes, monkeypatch):
+    """A second one would end it at once, without a checkpoint."""
+    monkeypatch.setenv("ASKED", "SIGTERM")
+    rows = (("static-50", ("w=1",)), ("slow", ()))
+    runs = [Planned(name, 0, f"c:{name}", own) for name, own in rows]
+    statuses = []
+    wait = subprocess.Popen.wait
+    monkeypatch.setattr(
+        subprocess.Popen, "wait", lambda self: statuses.append(wait(self)) or statuses[-1]
+    )
+    assert run_all(runs, tmp_path, jobs=2) == RESUMABLE
+    assert statuses == [75, 75]
 
 
 def test_a_run_that_was_killed_is_told_as_such(tmp_path, processes, capsys):
@@ -251,6 +276,10 @@ def test_an_override_that_replaces_a_row_s_own_value_is_told(tmp_path, capsys):
     (line,) = err.splitlines()
     assert line.startswith("warning: --config.method.refresh_every=7: ")
     assert "row(s) every-1, whose" in line
+    assert main([*flags, "--config.method.forward_density=0.1"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main([*flags, "--config.method.forward_density=0.05"]) == 0
+    assert "row(s) every-1, every-7, other, whose" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--list", "--slurm"])
@@ -379,6 +408,12 @@ WRONG = {
     "pattern": (["method.pattern=block:3x3"], "Block(3, 3) does not divide"),
     "data": (["data.name=image_folder", "data.dir=nowhere"], "no folder train"),
     "batch": (["batch_size=4008"], "must be at most the 4000 images"),
+    "mesh": (["mesh.data=3"], "must multiply to the"),
+    "kept": (["keep_checkpoints_every=3"], "must be a multiple of checkpoint_every"),
+    "best": (
+        ["keep_best_checkpoint=max skill", "checkpoint_every=1", "eval_every=1"],
+        "must name one of accuracy, loss",
+    ),
 }
 
 

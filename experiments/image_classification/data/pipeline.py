@@ -10,6 +10,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from experiments.errors import UserError
 from experiments.grain_batches import EndlessBatches
 from experiments.image_classification.data.preprocessing import Recipe
 from experiments.image_classification.data.sources import ArraySource, Example, Source
@@ -54,14 +55,25 @@ class TrainBatches(EndlessBatches):
 
     def __init__(self, source: Source, options: Options):
         batches = grain.MapDataset.range(_ENDLESS).map(_TrainBatch(source, options))
+        self._images = len(source)
         super().__init__(batches, functools.partial(_prefetch, options=options))
 
     def get_state(self) -> dict[str, int]:
         """The position, which `set_state` takes."""
-        return {"batches": self.position}
+        return {"batches": self.position, "images": self._images}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues from a position that `get_state` gave."""
+        """Continues from a position that `get_state` gave.
+
+        Raises:
+            UserError: the position belongs to another number of images.
+        """
+        there = state.get("images", self._images)
+        if there != self._images:
+            raise UserError(
+                f"the checkpoint was trained on {there} images, and there are {self._images} here; "
+                "bring back those images, or choose another --workdir"
+            )
         self.go_to(state["batches"])
 
 

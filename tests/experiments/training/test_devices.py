@@ -1,5 +1,7 @@
 """The mesh changes where things are, not what they are."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -170,6 +172,20 @@ def test_sizes_that_do_not_fit(overrides, message):
         build(config("80/60", *overrides))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fits"), [((2, 1, 2), True), ((1, 2, 2), True), ((1, 1, 4), False), ((4, 1, 1), True)]
+)
+def test_processes_have_parts_of_a_batch_of_their_own(sizes, fits):
+    """Two processes of two devices each, in their order."""
+    devices = np.array([SimpleNamespace(process_index=i // 2) for i in range(4)]).reshape(sizes)
+    mesh = SimpleNamespace(devices=devices, shape=dict(zip(partition.AXES, sizes, strict=True)))
+    if fits:
+        partition.check_processes(mesh)
+    else:
+        with pytest.raises(UserError, match="must be a multiple of the 2 processes"):
+            partition.check_processes(mesh)
 
 
 def test_tensor_axis_does_not_split_the_batch():

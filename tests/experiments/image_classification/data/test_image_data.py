@@ -9,6 +9,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from experiments.errors import UserError
 from experiments.image_classification.data import pipeline, preprocessing, sources
 from experiments.image_classification.data.preprocessing import RECIPES
 
@@ -97,7 +98,9 @@ def test_a_restored_iterator_goes_on_with_the_same_batches(threads):
         for batch, expected in zip(take(iterator, 7), straight[18:], strict=True):
             np.testing.assert_array_equal(batch["image"], expected["image"])
             np.testing.assert_array_equal(batch["label"], expected["label"])
-    assert fresh.get_state() == {"batches": 25}
+    assert fresh.get_state() == {"batches": 25, "images": 1000}
+    with pytest.raises(UserError, match="trained on 999 images, and there are 1000 here"):
+        fresh.set_state(state | {"images": 999})
 
 
 def test_hosts_share_each_batch():
