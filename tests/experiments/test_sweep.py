@@ -125,7 +125,8 @@ if name == "slow":
     while True:
         time.sleep(0.1)
 if name == "static-50":
-    while not (directory.parents[1] / "slow" / "seed-0" / "begun").exists() and flags.get("--config.w"):
+    begun = directory.parents[1] / "slow" / "seed-0" / "begun"
+    while "--config.w" in flags and not begun.exists():
         time.sleep(0.05)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     os.kill(os.getppid(), signal.Signals[os.environ["ASKED"]])
