@@ -12,7 +12,6 @@ run may keep moments outside the backward set; they are dropped on the way to al
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,9 @@ def convert(directory: Path, out: Path, to: str) -> int:
             records = (directory / workdir.METRICS).read_bytes()
             (unfinished / workdir.METRICS).write_bytes(records)
         if (directory / workdir.SETS).exists():
-            shutil.copytree(directory / workdir.SETS, unfinished / workdir.SETS)
+            (unfinished / workdir.SETS).mkdir()
+            for path in (directory / workdir.SETS).iterdir():
+                (unfinished / workdir.SETS / path.name).write_bytes(path.read_bytes())
     return int(state.step)
 
 
