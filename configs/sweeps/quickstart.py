@@ -1,7 +1,7 @@
 """The runs of scripts/quickstart: dense, and four ways to choose the weights at 95 % and 98 %.
 
 A fixed random mask, SET, RigL and Top-KAST. It reproduces no row of the paper. Hardware: two CPU
-cores, two to three minutes in all (two runs at a time).
+cores, two to four minutes in all (two runs at a time).
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/quickstart.py --workdir=runs/quickstart
