@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,11 @@ EVER_FORWARD = 32
 def has(flags: jax.Array, bit: int) -> jax.Array:
     """Where a bit is set."""
     return flags & np.uint8(bit) != 0
+
+
+def explores(flags: Any) -> Any:
+    """Whether any entry is in the backward set alone; of NumPy flags, on the host."""
+    return (has(flags, BACKWARD) & ~has(flags, FORWARD)).any()
 
 
 def unpack(flags: jax.Array) -> Sets:

@@ -17,7 +17,7 @@ import optax
 
 from topkast_jax.choosing import Chooser, over_stack
 from topkast_jax.errors import SparsityError, shown
-from topkast_jax.flags import BACKWARD, FORWARD, first_flags, frozen_flags, has, unpack
+from topkast_jax.flags import explores, first_flags, frozen_flags, unpack
 from topkast_jax.inner_state import map_parameter_shaped
 from topkast_jax.method import Density, Leaf, Method, Sets, allocates, enters_anew
 from topkast_jax.patterns import Pattern, Unstructured
@@ -453,8 +453,7 @@ def _after(
 
 def _explores(flags: dict[str, Any]) -> jax.Array:
     """Whether any entry is in B alone."""
-    alone = [jnp.any(has(f, BACKWARD) & ~has(f, FORWARD)) for f in flags.values()]
-    return functools.reduce(jnp.logical_or, alone, jnp.asarray(False))
+    return functools.reduce(jnp.logical_or, map(explores, flags.values()), jnp.asarray(False))
 
 
 def _chooses_after(plan: Plan, step: jax.Array) -> jax.Array:

@@ -439,11 +439,6 @@ def freeze(flags: np.ndarray) -> np.ndarray:
         return np.asarray(frozen_flags(flags))  # type: ignore[arg-type]
 
 
-def explores(flags: np.ndarray) -> bool:
-    """Whether any entry is in B alone."""
-    return bool(np.any((flags & BACKWARD != 0) & (flags & FORWARD == 0)))
-
-
 def writable(reservoir: Reservoir) -> Reservoir:
     """The same, in arrays that may be written to: those of a file may not."""
     own = lambda x: np.require(x, requirements=["C", "W"])  # noqa: E731

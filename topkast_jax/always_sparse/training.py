@@ -38,6 +38,7 @@ from topkast_jax.always_sparse.layout import Layout, is_here, is_random_key, on_
 from topkast_jax.always_sparse.moments import Moments
 from topkast_jax.always_sparse.refresh import Place, check_wrapper, remembered_units
 from topkast_jax.errors import SparsityError
+from topkast_jax.flags import explores
 from topkast_jax.method import Sets, enters_anew
 from topkast_jax.sets import CompactState, SparsifyState, find_compact, forward_params
 from topkast_jax.sparsify import (
@@ -433,7 +434,7 @@ class AlwaysSparse:
     def _stops_late(self, step: int, last: int | None, reservoir: Reservoir) -> bool:
         """Whether the stop had passed when this object got a run that still explores."""
         held = reservoir.sets.values()
-        return last is None and self.frozen(step) and any(map(hosts.explores, held))
+        return last is None and self.frozen(step) and any(map(explores, held))
 
     def _is_due(self, step: int) -> bool:
         return self.plan.chooses_after(step) or self.changes_after(step)
