@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments.errors import UserError
+from experiments.registry import import_path
 
 Batch = Mapping[str, Any]
 """Name → array; the first axis of each array numbers the examples (lanes of text)."""
@@ -136,18 +138,18 @@ def task_module(name: str) -> ModuleType:
         name: a registered name, or the import path of a module.
 
     Raises:
-        UserError: no task has this name.
+        UserError: no task has this name; an error inside the module keeps its traceback.
     """
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
-    allowed = f"{', '.join(sorted(_MODULES))} or the import path of a module with `make_task`"
+    allowed = f"allowed: {', '.join(sorted(_MODULES))}, or the import path of a module"
+    if not re.fullmatch(r"\w+(\.\w+)*", str(name)):
+        raise UserError(f"config.task: found {name!r}; {allowed}")
     try:
-        module = importlib.import_module(name)
-    except (ImportError, ValueError, TypeError) as error:
-        raise UserError(f"config.task: no task {name!r} ({error}); allowed: {allowed}") from error
-    if not hasattr(module, "make_task"):
-        raise UserError(f"config.task: {name!r} is a module without a task; allowed: {allowed}")
-    return module
+        import_path("config.task", f"{name}:make_task")
+    except UserError as error:
+        raise UserError(f"{error}; {allowed}") from None
+    return importlib.import_module(name)
 
 
 def make_task(config: ConfigDict) -> Task:

@@ -224,7 +224,7 @@ OTHER_CONFIGS = {
     "method.refresh_every": ("config.method.refresh_every", "x", 0, -3),
     "data": ("config.data.", 3),
     "derived": ("config.derived.", 3, {}),
-    "task": ("config.task: no task", "x", 3, ["toy"]),
+    "task": ("config.task: found", "x", 3, ["toy"]),
 }
 
 

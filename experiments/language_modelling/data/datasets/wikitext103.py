@@ -17,7 +17,7 @@ class Wikitext103(TokenText):
     """
 
     MANUAL_DOWNLOAD_INSTRUCTIONS = "wikitext-103-v1.zip, or wiki.{train,valid,test}.tokens"
-    # The address of its authors no longer answers; this is the first author's own.
+    # Users report that the authors' address no longer answers; this is the first author's own.
     URL = "https://wikitext.smerity.com/wikitext-103-v1.zip"
     SOURCES = (
         Source("wiki.train.tokens", "b7497e2dfe77e72cfef5e3dbc61b7b53712ac211"),
