@@ -15,9 +15,9 @@ The table is the package's unless --out names another; a program uses that with
 `topkast_jax.always_sparse.options(tuned=FILE)`. Each finished product is written at once, and the
 table's other entries stay. Products for which --budget leaves no time are named under "left_out".
 
-The backend is that of the device: xla on a CPU. Pallas kernels need their own device, but for
---smoke: tiny sizes, interpreted, which shows that the command works and says nothing of speed. The
-last line is JSON.
+The backend is that of the device; on a CPU, xla if the native one is not compiled. Pallas kernels
+need their own device, but for --smoke: tiny sizes, interpreted, which shows that the command works
+and says nothing of speed. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -42,10 +42,16 @@ from experiments.config import command_line
 from experiments.errors import UserError
 from experiments.records import files
 from experiments.training.partition import all_devices
-from topkast_jax.always_sparse.products import BACKENDS, KERNELS, tuned_json, tuning
+from topkast_jax.always_sparse.products import (
+    BACKENDS,
+    INTERPRETED,
+    KERNELS,
+    tuned_json,
+    tuning,
+)
 
 DTYPES = ("bfloat16", "float16", "float32")
-PLATFORM_BACKENDS = {"cpu": "xla", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
+PLATFORM_BACKENDS = {"cpu": "native_cpu", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"shapes": [(1024, 4096), (4096, 1024)], "tokens": [1024], "dtype": "float32"},
     "smoke": {"shapes": [(256, 512)], "tokens": [48], "dtype": "float32"},
@@ -101,7 +107,7 @@ def main(argv: list[str]) -> int:
     """Runs the command line."""
     args = _parser().parse_args(argv)
     device = all_devices()[0]
-    backend = args.backend or PLATFORM_BACKENDS[device.platform]
+    backend = args.backend or _own_backend(device.platform)
     _check(backend, device, args)
     sizes = SIZES.get("smoke" if args.smoke else device.platform, LARGE)
     problems = [
@@ -112,7 +118,7 @@ def main(argv: list[str]) -> int:
             shape,
             tokens,
             [DENSITIES[name] for name in args.densities],
-            interpret=args.smoke and backend != "xla",
+            interpret=args.smoke and backend in INTERPRETED,
         )
         for tokens in args.tokens or sizes["tokens"]
         for shape in args.shapes or sizes["shapes"]
@@ -134,11 +140,18 @@ def main(argv: list[str]) -> int:
     return 1 if budget.failed else 0
 
 
+def _own_backend(platform: str) -> str:
+    own = PLATFORM_BACKENDS[platform]
+    not_compiled = platform == "cpu" and KERNELS[own][1].refuses(())
+    return "xla" if not_compiled else own
+
+
 def _check(backend: str, device: jax.Device, args: Any) -> None:
     """Raises UserError unless the device runs the backend, and the table can be written."""
     if args.smoke and not args.out:
         raise UserError("--smoke: needs --out=FILE, for its times are those of no device")
-    runs = tuning.device_kind(backend, device, interpret=args.smoke)
+    interpreted = args.smoke and backend in INTERPRETED
+    runs = tuning.device_kind(backend, device, interpreted)
     if runs is None:
         raise UserError(
             f"--backend={backend}: found {device.platform}; must be on {KERNELS[backend][0]}, or "

@@ -41,3 +41,16 @@ def pytest_collection_modifyitems(items):
         for value in values:
             if isinstance(value, set | frozenset) and len(value) > 1 and str(value) in item.name:
                 raise pytest.UsageError(f"{item.nodeid}: a set in the name; take a tuple, or an id")
+
+
+@pytest.fixture(scope="session")
+def native_cpu():
+    """The compiled products of the CPU; skips where no compiler is."""
+    from topkast_jax.always_sparse.products import native_library
+    from topkast_jax.errors import SparsityError
+
+    try:
+        native_library.build()
+    except SparsityError as error:
+        pytest.skip(str(error))
+    assert native_library.unavailable() is None

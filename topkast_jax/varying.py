@@ -25,7 +25,10 @@ def varying_like(values: Any, x: jax.Array) -> Any:
 
 def result_like(shape: tuple[int, ...], dtype: DTypeLike, x: jax.Array) -> jax.ShapeDtypeStruct:
     """The type of a kernel's result that varies over the axes x varies over."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).mat)
+    typed, whole = jax.typeof(x), None
+    if typed.mat.varying:  # `ffi_call` knows the axes by the mesh of the sharding.
+        whole = jax.sharding.NamedSharding(typed.sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=whole, manual_axis_type=typed.mat)
 
 
 def explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:

@@ -40,7 +40,11 @@ LeafCounts = tk.statistics.LeafCounts
 Counting = Callable[[], dict[str, LeafCounts]]
 _statistics = jax.jit(tk.statistics.mask_statistics)
 _flags = jax.jit(lambda params, state: presents(params, state).flags)
-_DEVICES = {"tpu": "tpu", "cuda": "gpu"}  # JAX names the platforms for lowering differently
+_DEVICES = {
+    "tpu": "tpu",
+    "cuda": "gpu",
+    "cpu": "cpu",
+}  # JAX names the platforms for lowering differently
 
 
 class Representation(abc.ABC):

@@ -68,8 +68,10 @@ def test_the_number_of_a_process_that_is_another_now_holds_nothing_up(detached, 
 
 def test_two_setups_take_turns_and_the_interpreter_may_have_a_space_in_its_path(tmp_path):
     """The stand-in for Python notes when an environment is made, which takes half a second."""
-    for name in ("scripts/setup", "requirements.lock"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    products = "topkast_jax/always_sparse/products"
+    sources = [f"{products}/{name}" for name in ("native_cpu.cc", "native_library.py")]
+    for name in ("scripts/setup", "requirements.lock", *sources):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / "a folder" / "python"
     python.parent.mkdir()

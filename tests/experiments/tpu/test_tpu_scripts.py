@@ -231,6 +231,11 @@ def test_setup_does_nothing_twice(tmp_path):
             made = subprocess.run(["cksum"], stdin=file, capture_output=True, text=True, check=True)
         end = " " if lock == "requirements.lock" else ""
         (tmp_path / stamp).write_text(made.stdout.rstrip("\n") + end + "\n")
+    products = ROOT / "topkast_jax" / "always_sparse" / "products"
+    sources = products / "native_cpu.cc", products / "native_library.py", tmp_path / ".made-from"
+    text = b"".join(source.read_bytes() for source in sources)
+    made = subprocess.run(["cksum"], input=text, capture_output=True, check=True)
+    (tmp_path / ".products-from").write_bytes(made.stdout)
     environment = {**os.environ, "TOPKAST_VENV": str(tmp_path), "TOPKAST_EXTRAS": ""}
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     for arguments in ([], ["aot"]):

@@ -320,9 +320,10 @@ def test_mistakes(overrides, words):
         (["method.pattern=block:7x7"], "or leave that leaf dense by config.method.rules"),
         (
             ["method.pattern=block:16x16", "method.backend=pallas_gpu"],
-            "config.method.backend: found 'pallas_gpu'; must be None or 'xla' on devices of cpu",
+            "config.method.backend: found 'pallas_gpu'; must be None or 'xla' or 'native_cpu' on "
+            "devices of cpu",
         ),
-        (["method.pattern=block:16x16", "method.backend=pallas_tpu"], "must be None or 'xla' on"),
+        (["method.pattern=block:16x16", "method.backend=pallas_tpu"], "must be None or 'xla' or"),
     ],
 )
 def test_mistakes_that_need_the_model_are_one_line(tmp_path, capsys, overrides, words):

@@ -106,6 +106,22 @@ class TestXla(Products):
     small = Block(8, 8)
 
 
+class TestNativeCpu(Products):
+    backend, interpret = "native_cpu", False
+    blocks: ClassVar = [
+        (Block(128, 128), F32),
+        (Block(128, 64), BF16),
+        (Block(24, 20), F32),
+        (Block(5, 70), F32),
+        (Block(1, 4), F32),
+    ]
+    small = Block(4, 4)
+
+    @pytest.fixture(autouse=True)
+    def compiled(self, native_cpu):
+        """They are compiled for this processor."""
+
+
 class TestPallasTpu(Products):
     backend = "pallas_tpu"
     blocks: ClassVar = [(Block(128, 128), BF16), (Block(256, 128), F32)]

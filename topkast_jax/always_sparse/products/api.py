@@ -34,7 +34,14 @@ from topkast_jax.always_sparse.kernel import (
     matrix_shape,
     with_tile,
 )
-from topkast_jax.always_sparse.products import pallas_gpu, pallas_tpu, tuned_json, tuning
+from topkast_jax.always_sparse.products import (
+    native_cpu,
+    pallas_gpu,
+    pallas_tpu,
+    single_entries,
+    tuned_json,
+    tuning,
+)
 from topkast_jax.always_sparse.products.settings import Settings
 from topkast_jax.always_sparse.products.xla import sums_in
 from topkast_jax.errors import SparsityError
@@ -43,8 +50,10 @@ from topkast_jax.varying import varying_like
 KERNELS: dict[str, tuple[str, ModuleType]] = {
     "pallas_tpu": ("tpu", pallas_tpu),
     "pallas_gpu": ("cuda", pallas_gpu),
+    "native_cpu": ("cpu", native_cpu),
 }
 BACKENDS = ("xla", *KERNELS)
+INTERPRETED = ("pallas_tpu", "pallas_gpu")
 Backend = str | Sequence[str] | None
 
 
@@ -78,10 +87,10 @@ class Options:
             raise SparsityError(
                 f"backend {self.backend!r}: must be one of {', '.join(BACKENDS)}, or several"
             )
-        if self.interpret and self.backend not in KERNELS:
+        if self.interpret and self.backend not in INTERPRETED:
             raise SparsityError(
                 f"interpret=True with backend {self.backend!r}: must be with one of "
-                f"{', '.join(KERNELS)}"
+                f"{', '.join(INTERPRETED)}"
             )
         strange = [axis for axis in self.axes if self.mesh is None or axis not in self.mesh.shape]
         if strange:
@@ -138,9 +147,10 @@ def matmul(
 
     Args:
       x: `[..., K]`.
-      kernel: `[K, N]`, or a compact kernel of that shape. With single entries its dense tile is
-        made for the moment it is used; with blocks no dense buffer is made anywhere. For a product
-        of few tokens, a `FanInKernel` (`by_output`) makes none either.
+      kernel: `[K, N]`, or a compact kernel of that shape. With blocks no dense buffer is made
+        anywhere. With single entries the dense tile is made for the moment it is used, except by
+        "native_cpu" at low densities (`single_entries`). For a product of few tokens, a
+        `FanInKernel` (`by_output`) makes none either.
       backend: one of `BACKENDS`, or several in the order in which they are tried, in place of what
         `options` or the platform gives.
 
@@ -164,9 +174,44 @@ def matmul(
     if x.shape[-1:] != (k,):
         raise SparsityError(f"x of shape {x.shape} does not fit a kernel of shape {(k, n)}")
     if not kernel.pattern.unit_shape:
-        return with_tile(lambda w, x: jnp.matmul(x, w.reshape(k, n)), kernel, x)
+        return _entries(x, kernel, (k, n), how)
     kernel.pattern.grid((k, n))  # refuses blocks that do not divide the shape
     return _over_mesh(x, kernel, (k, n), how)
+
+
+def _entries(
+    x: jax.Array, kernel: CompactKernel, shape: tuple[int, int], how: Options
+) -> jax.Array:
+    """The product of a kernel of single entries: on a CPU from them, elsewhere from the tile."""
+    if _first_of(how.backend) == "native_cpu":
+        reason = _entries_refusal(x, kernel, how)
+        if reason is None:
+            return single_entries.matmul(x, kernel, shape)
+        if how.backend == "native_cpu":
+            raise SparsityError(f"backend 'native_cpu': {reason}")
+    return with_tile(lambda w, x: jnp.matmul(x, w.reshape(shape)), kernel, x)
+
+
+def _first_of(backend: Backend) -> str:
+    """Which of the backends that take single entries is tried first."""
+    if backend is None:
+        return "native_cpu"
+    tried = (backend,) if isinstance(backend, str) else backend
+    return next((name for name in tried if name in ("native_cpu", "xla")), "xla")
+
+
+def _entries_refusal(x: jax.Array, kernel: CompactKernel, how: Options) -> str | None:
+    """Why the entries of a kernel are not multiplied one by one, or None."""
+    if (platform := tuning.target_device(how.mesh).platform) != "cpu":
+        return f"it runs on cpu and this is {platform}"
+    if how.mesh is not None and how.mesh.size > 1:
+        return f"single entries must be on one device, found a mesh of {how.mesh.size}"
+    if any(axis is not None for axis in jax.typeof(x).sharding.spec):
+        return f"single entries must be on one device, found x of {jax.typeof(x).sharding}"
+    dtype = jnp.result_type(x, kernel.values)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return f"products must be in a floating type, found {dtype}"
+    return _refusal("native_cpu", (), dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,8 +361,8 @@ def _zeros(static: _Static, product: str, x: jax.Array, blocks: int) -> jax.Arra
     return zeros
 
 
-def _refusal(backend: str, block: tuple[int, int], dtype: jnp.dtype) -> str | None:
-    """Why the Pallas kernels of a backend do not take blocks of a type, or None."""
+def _refusal(backend: str, block: tuple[int, ...], dtype: jnp.dtype) -> str | None:
+    """Why the kernels of a backend do not take blocks of a type, or None."""
     if sums_in(dtype) != jnp.float32:
         return f"products must be in float32 or a smaller type, found {dtype}"
     reason: str | None = KERNELS[backend][1].refuses(block)

@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from topkast_jax.always_sparse.products import pallas_gpu, pallas_tpu, xla
+from topkast_jax.always_sparse.products import native_cpu, pallas_gpu, pallas_tpu, xla
 from topkast_jax.always_sparse.products.settings import Settings
 
 PRODUCTS = ("spmm", "spmm_transposed", "sddmm")
@@ -32,8 +32,9 @@ MODULES: Mapping[str, ModuleType] = {
     "xla": xla,
     "pallas_tpu": pallas_tpu,
     "pallas_gpu": pallas_gpu,
+    "native_cpu": native_cpu,
 }
-_PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}  # as devices name them
+_PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "native_cpu": "cpu"}  # as devices name them
 
 
 def defaults(backend: str, product: str) -> Settings:

@@ -1,0 +1,533 @@
+// Products of compact kernels on a CPU, in float32, as custom calls of XLA.
+//
+// Blocks: a block of W, or two panels of activations, is copied into the order in which a tile of
+// kRows x kCols sums in registers reads it (as BLIS does), so that what is left is multiply-adds.
+// Single entries: the tokens are the contiguous axis. One entry then multiplies a vector of tokens,
+// and an output (y, dx) or an input (dW) stays in registers while the entries that need it pass.
+//
+// native_library.py compiles this file for the processor it runs on; native_cpu.py calls it.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// A tile of sums fills the vector registers but for two vectors of W and one broadcast value.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 12;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kRows = 6;
+#else
+constexpr int kLanes = 4, kRows = 6;
+#endif
+constexpr int kCols = 2 * kLanes;
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+inline Vector load(const float* at) { return *reinterpret_cast<const Vector*>(at); }
+inline void store(float* at, Vector v) { *reinterpret_cast<Vector*>(at) = v; }
+
+inline float sum(Vector v) {
+  float lanes[kLanes], total = 0;
+  store(lanes, v);
+  for (int i = 0; i < kLanes; ++i) total += lanes[i];
+  return total;
+}
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+
+// Memory of this thread that the next call with the same `which` overwrites; aligned to a vector.
+float* scratch(int which, int64_t floats) {
+  thread_local std::unique_ptr<float[]> held[2];
+  thread_local int64_t sizes[2] = {0, 0};
+  if (sizes[which] < floats) {
+    held[which].reset(new float[floats + kLanes]);
+    sizes[which] = floats;
+  }
+  const auto address = reinterpret_cast<uintptr_t>(held[which].get());
+  return reinterpret_cast<float*>(round_up(address, 4 * kLanes));
+}
+
+// run(0) … run(tasks - 1) on the threads of XLA's pool and on this one, which waits for tasks that
+// others have begun and never for a thread to become free.
+template <typename Run>
+void parallel(ffi::ThreadPool& pool, int64_t tasks, const Run& run) {
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    std::mutex mutex;
+    std::condition_variable all_done;
+    int64_t done = 0;
+  };
+  auto shared = std::make_shared<Shared>();
+  // A thread that comes after the last task was taken finds none, and does not touch `run`.
+  std::function<void()> work = [shared, tasks, &run] {
+    int64_t finished = 0;
+    for (int64_t i; (i = shared->next.fetch_add(1)) < tasks; ++finished) run(i);
+    if (finished == 0) return;
+    std::lock_guard<std::mutex> lock(shared->mutex);
+    shared->done += finished;
+    if (shared->done == tasks) shared->all_done.notify_one();
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), tasks) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
+  work();
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->all_done.wait(lock, [&] { return shared->done == tasks; });
+}
+
+// ---- Blocks ------------------------------------------------------------------------------------
+
+// For m < M and n < valid: c[m * c_row + n] += sum over k < depth of
+// a[m * a_row + k * a_step] * b[k * kCols + n].
+template <int M>
+void add_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t depth,
+              float* c, int64_t c_row, int valid) {
+  Vector sums[M][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = Vector{};
+  for (int64_t k = 0; k < depth; ++k, a += a_step, b += kCols) {
+    const Vector b0 = load(b), b1 = load(b + kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      sums[m][0] += a[m * a_row] * b0;
+      sums[m][1] += a[m * a_row] * b1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    float* at = c + m * c_row;
+    if (valid == kCols) {
+      store(at, load(at) + sums[m][0]);
+      store(at + kLanes, load(at + kLanes) + sums[m][1]);
+    } else {
+      float row[kCols];
+      store(row, sums[m][0]);
+      store(row + kLanes, sums[m][1]);
+      for (int n = 0; n < valid; ++n) at[n] += row[n];
+    }
+  }
+}
+
+// The same for `rows` <= M rows, a number that is known only now.
+template <int M>
+void add_rows(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const float* b,
+              int64_t depth, float* c, int64_t c_row, int valid) {
+  if (rows == M) return add_tile<M>(a, a_row, a_step, b, depth, c, c_row, valid);
+  if constexpr (M > 1) add_rows<M - 1>(rows, a, a_row, a_step, b, depth, c, c_row, valid);
+}
+
+// from [rows, cols] of a row stride -> to [cols / kCols][rows][kCols], with zeros after the last.
+void pack_cols(const float* from, int64_t stride, int64_t rows, int64_t cols, float* to) {
+  for (int64_t j = 0; j < cols; j += kCols, to += rows * kCols) {
+    const int64_t valid = std::min<int64_t>(kCols, cols - j);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* at = from + r * stride + j;
+      if (valid == kCols) {
+        store(to + r * kCols, load(at));
+        store(to + r * kCols + kLanes, load(at + kLanes));
+      } else {
+        for (int64_t n = 0; n < kCols; ++n) to[r * kCols + n] = n < valid ? at[n] : 0;
+      }
+    }
+  }
+}
+
+// The same from the transpose, [cols, rows].
+void pack_transposed(const float* from, int64_t rows, int64_t cols, float* to) {
+  for (int64_t j = 0; j < cols; j += kCols, to += rows * kCols) {
+    const int64_t valid = std::min<int64_t>(kCols, cols - j);
+    for (int64_t n = 0; n < kCols; ++n)
+      for (int64_t r = 0; r < rows; ++r)
+        to[r * kCols + n] = n < valid ? from[(j + n) * rows + r] : 0;
+  }
+}
+
+// from [depth, rows] of a stride -> to [rows / kRows][depth][kRows]; has room for a vector more.
+void pack_rows(const float* from, int64_t stride, int64_t depth, int64_t rows, float* to) {
+  for (int64_t r = 0; r < rows; r += kRows, to += depth * kRows) {
+    const int64_t valid = std::min<int64_t>(kRows, rows - r);
+    // What a whole vector writes beyond its kRows values, the next one overwrites.
+    const bool vectors = kLanes >= kRows && r + kLanes <= rows;
+    for (int64_t k = 0; k < depth; ++k) {
+      const float* at = from + k * stride + r;
+      if (vectors) {
+        store(to + k * kRows, load(at));
+      } else {
+        for (int64_t m = 0; m < valid; ++m) to[k * kRows + m] = at[m];
+      }
+    }
+  }
+}
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Ints = ffi::Buffer<ffi::S32>;
+using FloatsOut = ffi::ResultBuffer<ffi::F32>;
+using IntsOut = ffi::ResultBuffer<ffi::S32>;
+
+bool all_below(const Ints& panels, int64_t limit) {
+  const int32_t* at = panels.typed_data();
+  return std::all_of(at, at + panels.element_count(),
+                     [=](int32_t panel) { return 0 <= panel && panel < limit; });
+}
+
+ffi::Error outside() {
+  return ffi::Error::InvalidArgument("index of a compact kernel: a block lies outside the kernel");
+}
+
+// Panel target[i] of y += panel source[i] of x @ block i, or its transpose.
+ffi::Error BlockSpmm(ffi::ThreadPool pool, Floats x, Floats values, Ints source, Ints target,
+                     bool transposed, int64_t most_tokens, FloatsOut y) {
+  const int64_t tokens = x.dimensions()[0], inputs = x.dimensions()[1];
+  const int64_t width = y->dimensions()[1], blocks = source.dimensions()[0];
+  int64_t rows = values.dimensions()[1], cols = values.dimensions()[2];
+  const int64_t size = rows * cols;
+  if (transposed) std::swap(rows, cols);
+  if (!all_below(source, inputs / rows) || !all_below(target, width / cols)) return outside();
+  const float *x_data = x.typed_data(), *w_data = values.typed_data();
+  const int32_t *from = source.typed_data(), *into = target.typed_data();
+  float* y_data = y->typed_data();
+
+  // With fewer tokens, packing the block would take as long as multiplying by it.
+  constexpr int64_t kFewest = 48;
+  const int64_t share = std::max(kFewest, divide_up(tokens, pool.num_threads()));
+  const int64_t part = round_up(std::min(share, most_tokens), kRows);
+  parallel(pool, divide_up(tokens, part), [=](int64_t task) {
+    const int64_t first = task * part, last = std::min(tokens, first + part);
+    std::memset(y_data + first * width, 0, sizeof(float) * (last - first) * width);
+    float* packed = scratch(0, rows * round_up(cols, kCols));
+    for (int64_t i = 0; i < blocks; ++i) {
+      if (transposed) {
+        pack_transposed(w_data + i * size, rows, cols, packed);
+      } else {
+        pack_cols(w_data + i * size, cols, rows, cols, packed);
+      }
+      const float* a = x_data + from[i] * rows;
+      float* c = y_data + into[i] * cols;
+      for (int64_t j = 0; j < cols; j += kCols) {
+        const int valid = std::min<int64_t>(kCols, cols - j);
+        for (int64_t t = first; t < last; t += kRows) {
+          add_rows<kRows>(std::min<int64_t>(kRows, last - t), a + t * inputs, inputs, 1,
+                          packed + j * rows, rows, c + t * width + j, width, valid);
+        }
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// Block i of dw = (panel row[i] of x)^T @ panel col[i] of dy.
+ffi::Error BlockSddmm(ffi::ThreadPool pool, Floats x, Floats dy, Ints row, Ints col,
+                      int64_t most_tokens, FloatsOut dw) {
+  const int64_t tokens = x.dimensions()[0], k = x.dimensions()[1], n = dy.dimensions()[1];
+  const int64_t blocks = row.dimensions()[0];
+  const int64_t rows = dw->dimensions()[1], cols = dw->dimensions()[2];
+  if (!all_below(row, k / rows) || !all_below(col, n / cols)) return outside();
+  const float *x_data = x.typed_data(), *dy_data = dy.typed_data();
+  const int32_t *at_row = row.typed_data(), *at_col = col.typed_data();
+  float* dw_data = dw->typed_data();
+
+  const int64_t most = std::min(most_tokens, tokens);
+  parallel(pool, blocks, [=](int64_t i) {
+    float* a = scratch(0, most * round_up(rows, kRows) + kLanes);
+    float* b = scratch(1, most * round_up(cols, kCols));
+    float* c = dw_data + i * rows * cols;
+    std::memset(c, 0, sizeof(float) * rows * cols);
+    for (int64_t t = 0; t < tokens; t += most) {
+      const int64_t depth = std::min(most, tokens - t);
+      pack_rows(x_data + t * k + at_row[i] * rows, k, depth, rows, a);
+      pack_cols(dy_data + t * n + at_col[i] * cols, n, depth, cols, b);
+      for (int64_t j = 0; j < cols; j += kCols) {
+        const int valid = std::min<int64_t>(kCols, cols - j);
+        for (int64_t r = 0; r < rows; r += kRows) {
+          add_rows<kRows>(std::min<int64_t>(kRows, rows - r), a + r * depth, 1, kRows,
+                          b + j * depth, depth, c + r * cols + j, cols, valid);
+        }
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// ---- Single entries ----------------------------------------------------------------------------
+
+struct Entry {
+  int32_t from;
+  float value;
+};
+
+constexpr int64_t kInputs = 1024;  // Of a pass: with 64 tokens each, half of an L2 cache.
+constexpr int64_t kTokens = 64;    // Of one dot of dW.
+constexpr int64_t kBand = 256;     // Rows of W in a task of dW, and
+constexpr int64_t kColumns = 128;  // its columns: a fifth of them are 6,500 sums.
+
+bool ascends(const int32_t* first, const int32_t* last, int64_t limit) {
+  if (first == last) return true;
+  bool wrong = *first < 0 || last[-1] >= limit;
+  for (const int32_t* at = first + 1; at < last; ++at) wrong |= at[0] <= at[-1];
+  return !wrong;
+}
+
+ffi::Error unordered() {
+  return ffi::Error::InvalidArgument(
+      "index of a compact kernel: must ascend within A and within B\\A, and lie in the kernel");
+}
+
+ffi::Error unfit() {
+  return ffi::Error::InvalidArgument("the sizes of native_cpu.py and native_cpu.cc differ");
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c]
+void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
+               int64_t to_stride) {
+  constexpr int64_t kSide = 16;
+  for (int64_t c = 0; c < cols; c += kSide) {
+    const int64_t last = std::min(cols, c + kSide);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = c; i < last; ++i) to[i * to_stride + r] = from[r * from_stride + i];
+  }
+}
+
+// For V vectors of tokens: y[t, o] (+)= the sum of value * x_t[from, t] over the entries
+// start[o] … start[o + 1] - 1.
+template <int V>
+void sum_entries(const Entry* entries, const int32_t* start, const float* x_t, float* y,
+                 int64_t width, int64_t tokens, bool add) {
+  constexpr int64_t kTile = V * kLanes, kOutputs = 16;  // 16 floats of y are one line of a cache
+  float sums_t[kOutputs * kTile];
+  for (int64_t first = 0; first < width; first += kOutputs) {
+    const int64_t outputs = std::min(kOutputs, width - first);
+    for (int64_t o = 0; o < outputs; ++o) {
+      Vector sums[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[v] = Vector{};
+      const Entry* end = entries + start[first + o + 1];
+      for (const Entry* entry = entries + start[first + o]; entry < end; ++entry) {
+        const float* x = x_t + entry->from * kTile;
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[v] += entry->value * load(x + v * kLanes);
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) store(sums_t + o * kTile + v * kLanes, sums[v]);
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* at = y + t * width + first;
+      for (int64_t o = 0; o < outputs; ++o) at[o] = sums_t[o * kTile + t] + (add ? at[o] : 0);
+    }
+  }
+}
+
+// y = x @ W, or x @ W^T, for the entries of W at ascending `index`. The last two results are working
+// memory: the entries in the order in which they are read, and where the run of each output begins.
+ffi::Error EntrySpmm(ffi::ThreadPool pool, Floats x, Floats values, Ints index, bool transposed,
+                     FloatsOut y, FloatsOut sorted, IntsOut starts) {
+  const int64_t tokens = x.dimensions()[0], inputs = x.dimensions()[1];
+  const int64_t width = y->dimensions()[1], count = index.dimensions()[0];
+  const int64_t across = transposed ? inputs : width, passes = divide_up(inputs, kInputs);
+  if (static_cast<int64_t>(sorted->element_count()) != 2 * count ||
+      static_cast<int64_t>(starts->element_count()) != passes * width + 2)
+    return unfit();
+  const int32_t* at = index.typed_data();
+  if (!ascends(at, at + count, inputs * width)) return unordered();
+  const float *x_data = x.typed_data(), *w_data = values.typed_data();
+  float* y_data = y->typed_data();
+  auto* entries = reinterpret_cast<Entry*>(sorted->typed_data());
+  int32_t* start = starts->typed_data();
+
+  // A counting sort by pass, then output; start[i + 2] counts run i, so that adding up the counts
+  // and then taking places leaves in start[i] where run i begins.
+  auto each = [=](auto&& take) {
+    for (int64_t e = 0, row = 0, row_start = 0; e < count; ++e) {
+      while (at[e] >= row_start + across) ++row, row_start += across;
+      const int64_t col = at[e] - row_start;
+      const int64_t output = transposed ? row : col, from = transposed ? col : row;
+      take(e, from / kInputs * width + output, from);
+    }
+  };
+  std::memset(start, 0, sizeof(int32_t) * (passes * width + 2));
+  each([=](int64_t, int64_t run, int64_t) { ++start[run + 2]; });
+  for (int64_t run = 0; run < passes * width; ++run) start[run + 2] += start[run + 1];
+  each([=](int64_t e, int64_t run, int64_t from) {
+    entries[start[run + 1]++] = {static_cast<int32_t>(from), w_data[e]};
+  });
+
+  auto in_tiles = [&](auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    constexpr int64_t kTile = V * kLanes;
+    parallel(pool, divide_up(tokens, kTile), [=](int64_t task) {
+      const int64_t first = task * kTile, here = std::min(kTile, tokens - first);
+      float* x_t = scratch(0, inputs * kTile);
+      if (here < kTile) std::memset(x_t, 0, sizeof(float) * inputs * kTile);
+      transpose(x_data + first * inputs, inputs, here, inputs, x_t, kTile);
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        sum_entries<V>(entries, start + pass * width, x_t, y_data + first * width, width, here,
+                       pass > 0);
+      }
+    });
+  };
+  const int64_t share = divide_up(tokens, pool.num_threads());
+  if (share > 4 * kLanes) in_tiles(std::integral_constant<int, 8>{});
+  else if (share > 2 * kLanes) in_tiles(std::integral_constant<int, 4>{});
+  else if (share > kLanes) in_tiles(std::integral_constant<int, 2>{});
+  else in_tiles(std::integral_constant<int, 1>{});
+  return ffi::Error::Success();
+}
+
+// For each row r and each i from row[r] to row[r + 1] - 1: sums[i] += x_t[r] * dy_t[column[i]], of
+// kTokens products as many in each lane.
+void add_dots(const float* x_t, const float* dy_t, const int32_t* row, int64_t rows,
+              const int32_t* column, float* sums) {
+  constexpr int V = kTokens / kLanes;
+  for (int64_t r = 0; r < rows; ++r, x_t += kTokens) {
+    Vector x[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) x[v] = load(x_t + v * kLanes);
+    for (int64_t i = row[r]; i < row[r + 1]; ++i) {
+      const float* dy = dy_t + column[i] * kTokens;
+      Vector even = load(sums + i * kLanes), odd{};
+#pragma GCC unroll 16
+      for (int v = 0; v < V; v += 2) {
+        even += x[v] * load(dy + v * kLanes);
+        odd += x[v + 1] * load(dy + (v + 1) * kLanes);
+      }
+      store(sums + i * kLanes, even + odd);
+    }
+  }
+}
+
+// dw[e] = x[:, k] . dy[:, n] for the entry (k, n) at index[e]; the first `forward` of them ascend,
+// and so do the others. The last three results are working memory: x and dy in tiles of kTokens
+// tokens, which are the contiguous axis, and where the entries of each row begin in each part of
+// kColumns columns.
+ffi::Error EntrySddmm(ffi::ThreadPool pool, Floats x, Floats dy, Ints index, int64_t forward,
+                      FloatsOut dw, FloatsOut x_out, FloatsOut dy_out, IntsOut starts) {
+  const int64_t tokens = x.dimensions()[0], k = x.dimensions()[1], n = dy.dimensions()[1];
+  const int64_t count = index.dimensions()[0], tiles = divide_up(tokens, kTokens);
+  const int64_t parts = divide_up(n, kColumns), runs = k * parts + 1;
+  if (static_cast<int64_t>(x_out->element_count()) != tiles * k * kTokens ||
+      static_cast<int64_t>(dy_out->element_count()) != tiles * n * kTokens ||
+      static_cast<int64_t>(starts->element_count()) != 2 * runs)
+    return unfit();
+  const int32_t* at = index.typed_data();
+  if (!ascends(at, at + forward, k * n) || !ascends(at + forward, at + count, k * n))
+    return unordered();
+  const float *x_data = x.typed_data(), *dy_data = dy.typed_data();
+  float *x_t = x_out->typed_data(), *dy_t = dy_out->typed_data(), *dw_data = dw->typed_data();
+  int32_t* start = starts->typed_data();
+
+  auto find_runs = [=](int64_t e, int64_t end, int32_t* to) {
+    for (int64_t row = 0; row < k; ++row) {
+      for (int64_t part = 0; part < parts; ++part) {
+        *to++ = static_cast<int32_t>(e);
+        const int64_t bound = row * n + std::min(n, (part + 1) * kColumns);
+        while (e < end && at[e] < bound) ++e;
+      }
+    }
+    *to = static_cast<int32_t>(end);
+  };
+  auto transpose_tile = [=](const float* from, int64_t width, int64_t tile, float* to) {
+    const int64_t here = std::min(kTokens, tokens - tile * kTokens);
+    to += tile * width * kTokens;
+    if (here < kTokens) std::memset(to, 0, sizeof(float) * width * kTokens);
+    transpose(from + tile * kTokens * width, width, here, width, to, kTokens);
+  };
+  parallel(pool, 2 + 2 * tiles, [=](int64_t task) {
+    if (task == 0) return find_runs(0, forward, start);
+    if (task == 1) return find_runs(forward, count, start + runs);
+    const int64_t tile = (task - 2) / 2;
+    if (task % 2) return transpose_tile(x_data, k, tile, x_t);
+    transpose_tile(dy_data, n, tile, dy_t);
+  });
+
+  const int64_t bands = divide_up(k, kBand);
+  parallel(pool, parts * bands, [=](int64_t task) {
+    const int64_t part = task / bands, first = task % bands * kBand;
+    const int64_t rows = std::min(kBand, k - first);
+    // The entries of this task row by row, those of A before those of B\A.
+    auto each = [=](auto&& take) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int set = 0; set < 2; ++set) {
+          const int32_t* run = start + set * runs + (first + r) * parts + part;
+          for (int64_t e = run[0]; e < run[1]; ++e) take(r, e);
+        }
+      }
+    };
+    int64_t here = 0;
+    each([&](int64_t, int64_t) { ++here; });
+    auto* row = reinterpret_cast<int32_t*>(scratch(0, rows + 1 + here));
+    int32_t* column = row + rows + 1;
+    std::memset(row, 0, sizeof(int32_t) * (rows + 1));
+    int64_t i = 0;
+    each([&](int64_t r, int64_t e) {
+      column[i++] = static_cast<int32_t>(at[e] - (first + r) * n - part * kColumns);
+      row[r + 1] = static_cast<int32_t>(i);
+    });
+    for (int64_t r = 0; r < rows; ++r) row[r + 1] = std::max(row[r + 1], row[r]);
+    float* sums = scratch(1, here * kLanes);
+    std::memset(sums, 0, sizeof(float) * here * kLanes);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      add_dots(x_t + (tile * k + first) * kTokens, dy_t + (tile * n + part * kColumns) * kTokens,
+               row, rows, column, sums);
+    }
+    i = 0;
+    each([&](int64_t, int64_t e) { dw_data[e] = sum(load(sums + kLanes * i++)); });
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(topkast_block_spmm, BlockSpmm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Attr<bool>("transposed")
+                                  .Attr<int64_t>("most_tokens")
+                                  .Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(topkast_block_sddmm, BlockSddmm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Arg<Ints>()
+                                  .Attr<int64_t>("most_tokens")
+                                  .Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(topkast_entry_spmm, EntrySpmm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Attr<bool>("transposed")
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Ints>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(topkast_entry_sddmm, EntrySddmm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Ints>()
+                                  .Attr<int64_t>("forward")
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<Ints>());

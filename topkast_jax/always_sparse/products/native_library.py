@@ -1,0 +1,126 @@
+"""The library that `native_cpu.cc` is compiled to: where it is, how it is made, what loads it.
+
+It is compiled for the processor at hand by a C++ compiler of the system, with the headers of the
+installed jaxlib, once: `python -m topkast_jax.always_sparse.build_native`. Its name has a hash of
+everything that it depends on, so that another version, or another machine that shares the folder,
+does not find it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from topkast_jax.errors import SparsityError
+
+SOURCE = Path(__file__).with_name("native_cpu.cc")
+TARGETS = (
+    "topkast_block_spmm",
+    "topkast_block_sddmm",
+    "topkast_entry_spmm",
+    "topkast_entry_sddmm",
+)
+COMMAND = "python -m topkast_jax.always_sparse.build_native"
+COMPILERS = ("c++", "g++", "clang++")
+_loaded: list[ctypes.CDLL] = []
+_lock = threading.Lock()
+
+
+@functools.cache
+def path() -> Path:
+    """Where the library for this machine is, or will be: in the user's folder for caches."""
+    parts = (SOURCE.read_bytes(), *_flags(), metadata.version("jaxlib"), _processor())
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else f"\0{part}".encode())
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(folder) / "topkast_jax" / f"native_cpu-{digest.hexdigest()[:16]}.so"
+
+
+def unavailable() -> str | None:
+    """Why the library cannot be used, or None; the first call that finds it loads it."""
+    if _loaded:
+        return None
+    with _lock:
+        if _loaded:
+            return None
+        if not path().exists():
+            return f"its kernels are not compiled yet ({COMMAND})"
+        try:
+            library = ctypes.CDLL(str(path()))
+            handlers = {name: jax.ffi.pycapsule(getattr(library, name)) for name in TARGETS}
+        except (OSError, AttributeError) as error:
+            return f"{path()} cannot be loaded: {error}"
+        for name, handler in handlers.items():
+            jax.ffi.register_ffi_target(name, handler, platform="cpu")
+        _loaded.append(library)
+    return None
+
+
+def build() -> Path:
+    """Compiles the library unless it is there; two processes may do so at once.
+
+    Returns:
+      `path()`.
+
+    Raises:
+      SparsityError: there is no compiler, or it fails, or the folder cannot be written.
+    """
+    if path().exists():
+        return path()
+    compiler = _compiler()
+    try:
+        path().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path().parent) as folder:
+            made = Path(folder) / path().name
+            headers = ("-isystem", jax.ffi.include_dir())
+            command = [*compiler, *_flags(), *headers, str(SOURCE), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+                said = next((line for line in lines if "error" in line), lines[0])
+                raise SparsityError(f"{shlex.join(compiler)} failed on {SOURCE.name}: {said}")
+            os.replace(made, path())
+    except OSError as error:
+        raise SparsityError(f"the CPU kernels cannot be compiled: {error}") from error
+    return path()
+
+
+def _compiler() -> list[str]:
+    chosen = os.environ.get("CXX")
+    names = [chosen] if chosen else list(COMPILERS)
+    for name in names:
+        command = shlex.split(name)
+        if command and shutil.which(command[0]):
+            return command
+    where = "CXX" if chosen else "PATH"
+    raise SparsityError(f"no C++ compiler in {where}: looked for {', '.join(names)}")
+
+
+def _flags() -> tuple[str, ...]:
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    native = "-mcpu=native" if arm else "-march=native"
+    return ("-std=c++17", "-O3", native, "-ffp-contract=fast", "-shared", "-fPIC", "-w")
+
+
+def _processor() -> str:
+    """What instructions this processor has, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    said = (line.partition(":") for line in lines)
+    flags = next((value for key, _, value in said if key.strip() in ("flags", "Features")), "")
+    return f"{platform.system()} {platform.machine()} {platform.processor()} {flags}"
