@@ -12,6 +12,7 @@ from experiments.config.checks import Check, check_values, integer, number, one_
 from experiments.errors import UserError
 from experiments.training import methods, optimizers
 from topkast_jax.always_sparse import BACKENDS
+from topkast_jax.always_sparse.products import INTERPRETED
 
 _MESH: Check = (lambda v: type(v) is int and (v == -1 or v >= 1)), "an integer of at least 1, or -1"
 _BOUNDARIES: Check = (
@@ -109,10 +110,10 @@ def _check_together(config: ConfigDict) -> None:
     small = config.model.get("small_dense")
     if small is not None:
         methods.read_rules(small.rules, key="config.model.small_dense.rules")
-    if method.get("backend") and not methods.has_blocks(method):
+    if method.get("backend") in INTERPRETED and not methods.has_blocks(method):
         raise UserError(
             f"config.method.backend: found {method.backend!r} and no pattern of blocks; "
-            "must be None, for blocks alone have kernels"
+            "must be None, 'xla' or 'native_cpu', which take single entries too"
         )
     if schedule.name == "step" and not schedule.boundaries:
         raise UserError(

@@ -30,8 +30,7 @@ from experiments.training.state import TrainState
 from topkast_jax import always_sparse
 from topkast_jax.always_sparse import AlwaysSparse, is_compact
 from topkast_jax.always_sparse.host import host_device
-from topkast_jax.always_sparse.products import KERNELS
-from topkast_jax.patterns import Block
+from topkast_jax.always_sparse.products import INTERPRETED, KERNELS
 from topkast_jax.sets import presents
 from topkast_jax.trees import flatten_with_names
 
@@ -394,19 +393,24 @@ def _check_backend(backend: str | None, mesh: Mesh, kernels: Tree) -> None:
         raise UserError(
             f"config.method.backend: found {backend!r}; must be {allowed} on devices of {found}"
         )
-    for name, block in _product_blocks(kernels).items():
-        if reason := KERNELS[backend][1].refuses(block):
+    for name, unit in _product_units(kernels).items():
+        if not unit and backend in INTERPRETED:  # single entries beside blocks: by their tile
+            continue
+        reason = KERNELS[backend][1].refuses(unit)
+        if not unit and mesh.size > 1:
+            reason = f"single entries need one device, found a mesh of {mesh.size}"
+        if reason:
             raise UserError(
                 f"config.method.backend: found {backend!r}, and {name} refused: {reason}; "
                 "must be None or 'xla' with these"
             )
 
 
-def _product_blocks(kernels: Tree) -> dict[str, tuple[int, int]]:
-    """The blocks of the compact matrices by name; other convolutions do not use these products."""
+def _product_units(kernels: Tree) -> dict[str, tuple[int, ...]]:
+    """The units of the compact matrices by name; other convolutions do not use these products."""
     names, leaves, _ = flatten_with_names(kernels, is_leaf=is_compact)
     return {
-        name: (leaf.pattern.rows, leaf.pattern.cols)
+        name: leaf.pattern.unit_shape
         for name, leaf in zip(names, leaves, strict=True)
-        if is_compact(leaf) and isinstance(leaf.pattern, Block) and prod(leaf.shape[:-2]) == 1
+        if is_compact(leaf) and prod(leaf.shape[:-2]) == 1
     }

@@ -298,7 +298,7 @@ def test_a_delay_is_not_ignored():
         (("method.always_sparse=True", "method.refresh_delay=-1"), "integer of at least 0"),
         (("method.always_sparse=True", "method.refresh_delay=100"), "must be below refresh_every"),
         (("method.always_sparse=True", "method.backend=cuda"), "method.backend: found 'cuda'"),
-        (("method.always_sparse=True", "method.backend=xla"), "no pattern of blocks"),
+        (("method.always_sparse=True", "method.backend=pallas_tpu"), "no pattern of blocks"),
         (
             ("method.name=static_random", "method.always_sparse=True", "method.refresh_delay=3"),
             "refresh_delay: static_random does not read it",
@@ -348,3 +348,18 @@ def test_a_backend_for_these_devices_must_take_the_blocks(monkeypatch, blocks):
         return
     with pytest.raises(UserError, match="in/kernel refused: blocks must be powers of 2"):
         build(config)
+
+
+@pytest.mark.parametrize("pattern", ["block:8x8", "unstructured"])
+def test_what_a_run_with_the_products_of_the_cpu_needs(monkeypatch, native_cpu, pattern):
+    overrides = ["method.always_sparse=True", f"method.pattern={pattern}", "model.hidden=64"]
+    overrides += ["method.backend=native_cpu"]
+    overrides += ["""method.rules=(("in/kernel", "sparse"), (".*", "dense"))"""]
+    config = toy_runs.config("80/60", *overrides)
+    if pattern == "unstructured":
+        with pytest.raises(UserError, match="in/kernel refused: single entries need one device"):
+            build(config)
+    assert build(config, jax.devices()[:1]).config.method.backend == "native_cpu"
+    monkeypatch.setattr(products.native_cpu.native_library, "unavailable", lambda: "not compiled")
+    with pytest.raises(UserError, match="in/kernel refused: not compiled"):
+        build(config, jax.devices()[:1])
