@@ -34,7 +34,9 @@ from experiments.records import files, summary
 from experiments.signals import RESUMABLE
 from experiments.task import make_task
 from experiments.training import optimizers
+from experiments.training.partition import all_devices
 from experiments.training.state import abstract_params
+from topkast_jax import host_memory
 
 ENDS = {
     "finished": "finished: {0}/final.json",
@@ -60,6 +62,8 @@ def main(argv: list[str]) -> int:
         return hosts.watch("experiments.main", argv, args)
     with hosts.member(args) if args.distributed else contextlib.nullcontext():
         config = resolve(args.config, overrides)
+        if __name__ == "__main__" and all_devices()[0].platform == "cpu":
+            host_memory.keep_freed()  # A setting of the process: not that of another program.
         outcome = train(config, directory, args.stop_at, args.profile)
     print(ENDS[outcome].format(args.workdir))
     return RESUMABLE if outcome == "interrupted" else 0

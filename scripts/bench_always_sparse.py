@@ -8,11 +8,12 @@ dense time of the same repeat. `limit` is the ratio of multiplications, (2D + D_
 are named by their forward/backward sparsity in percent.
 
     .venv/bin/python scripts/bench_always_sparse.py [--repeats 9] [--patterns block128,unstructured]
-        [--keep_freed]
+        [--return_freed]
 
-`--keep_freed` lets the process keep the memory that it frees (`host_memory.keep_freed`), as a run
-does not by default. Ratios depend on the machine: the record names the CPU's widest vectors
-(`instruction_set`) and the rate of the dense step (`dense_gflops`). The last line is JSON.
+The process keeps the memory that it frees, as a run on a CPU does (`topkast_jax.host_memory`), but
+for `--return_freed`. Ratios depend on the machine: the record names the CPU's widest vectors
+(`instruction_set`), the rate of the dense step (`dense_gflops`), and whether the CPU's own products
+were compiled (`native_cpu`). The last line is JSON.
 SparseLab (PyTorch, CPU) runs in the same repeats when it is installed. Its rows are ratios to
 PyTorch's dense step; `over_sparselab` of a row is its time over SparseLab's in the same repeat.
 """
@@ -34,10 +35,9 @@ import numpy as np
 from experiments.benchmarks import random_blocks, stack
 from experiments.benchmarks.stack import Sizes, limit
 from experiments.config import command_line
-from experiments.errors import UserError
-from experiments.training import host_memory
 from experiments.training.partition import all_devices
-from topkast_jax import Block, Unstructured
+from topkast_jax import Block, Unstructured, host_memory
+from topkast_jax.always_sparse.products import native_library
 
 DENSITIES = {name: random_blocks.DENSITIES[name] for name in ("90/80", "95/90")}
 PATTERNS: dict[str, Block | Unstructured] = {
@@ -180,12 +180,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--densities", type=command_line.some_of(DENSITIES), default=",".join(DENSITIES)
     )
-    parser.add_argument("--keep_freed", action="store_true", help="see above")
+    parser.add_argument("--return_freed", action="store_true", help="see above")
     args = parser.parse_args(argv)
-    if args.keep_freed and not host_memory.keep_freed():
-        raise UserError("--keep_freed: this C library does not take the settings; only glibc does")
-    all_devices()  # Raises UserError if JAX_PLATFORMS names devices that are absent.
+    on_cpu = all_devices()[0].platform == "cpu"  # UserError if JAX_PLATFORMS names absent devices
+    keeps = on_cpu and not args.return_freed and host_memory.keep_freed()
     record = bench(args.patterns, args.densities, args.repeats)
+    missing = native_library.unavailable()
+    record |= {"keeps_freed": keeps, "native_cpu": missing or "used on a CPU"}
     print(
         f"dense step {record['dense_ms']} ms, {record['dense_gflops']} GFLOP/s, on "
         f"{record['device']} ({record['instruction_set']}), {record['sizes']}"
@@ -194,6 +195,8 @@ def main(argv: list[str]) -> None:
     for row in record["results"] + peer:
         limit = f"  limit {row['limit']:.3f}" if "limit" in row else "  (of PyTorch's dense)"
         print(f"{row['pattern']:14s}{row['density']}  {row['step_ratio']:.3f} of dense{limit}")
+    if on_cpu and missing:
+        print(f"products ran in XLA: {missing}")
     if not peer:
         print(f"sparselab: {record['sparselab']}")
     print(json.dumps(record))

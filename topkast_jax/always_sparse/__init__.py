@@ -21,6 +21,7 @@ from topkast_jax.always_sparse.kernel import (
 from topkast_jax.always_sparse.lookup import lookup
 from topkast_jax.always_sparse.products import BACKENDS, matmul, options
 from topkast_jax.always_sparse.training import AlwaysSparse
+from topkast_jax.host_memory import keep_freed
 
 __all__ = [
     "BACKENDS",
@@ -34,6 +35,7 @@ __all__ = [
     "export",
     "from_masks",
     "is_compact",
+    "keep_freed",
     "lookup",
     "matmul",
     "options",

@@ -14,10 +14,11 @@ def keep_freed() -> bool:
 
     On a CPU, XLA allocates the temporaries of a step in every step. By default, glibc returns
     allocations above 32 MB to the kernel, which then hands out zeroed pages again, with one page
-    fault each.
+    fault each. `experiments.main` calls this for runs on a CPU. The setting is that of the whole
+    process, which holds the most memory that it ever needed until it ends.
 
     Returns:
-        Whether malloc accepted the settings; only glibc's does.
+      Whether malloc accepted the settings; only glibc's does.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import ctypes, resource, sys
-from experiments.training import host_memory
+from topkast_jax import host_memory
 kept = sys.argv[1] == "keep" and host_memory.keep_freed()
 c = ctypes.CDLL(None)
 c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
