@@ -263,6 +263,14 @@ def test_a_library_that_does_not_load_is_told_and_not_used(fresh):
     assert lowered_targets(entries_case((64, 64), 0.1, 0.2)) == set()
 
 
+def test_without_its_source_the_library_is_not_used(fresh, monkeypatch, capsys):
+    monkeypatch.setattr(native_library, "SOURCE", fresh / "gone.cc")
+    assert "its source cannot be read" in native_library.unavailable()
+    assert lowered_targets(entries_case((64, 64), 0.1, 0.2)) == set()
+    assert build_native.main([]) == 2
+    assert "gone.cc" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("cxx", "says"),
     [

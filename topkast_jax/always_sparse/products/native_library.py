@@ -18,10 +18,10 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from importlib import metadata
 from pathlib import Path
 
 import jax
+import jaxlib.version
 
 from topkast_jax.errors import SparsityError
 
@@ -41,7 +41,7 @@ _lock = threading.Lock()
 @functools.cache
 def path() -> Path:
     """Where the library for this machine is, or will be: in the user's folder for caches."""
-    parts = (SOURCE.read_bytes(), *_flags(), metadata.version("jaxlib"), _processor())
+    parts = (SOURCE.read_bytes(), *_flags(), jaxlib.version.__version__, _processor())
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else f"\0{part}".encode())
@@ -56,8 +56,11 @@ def unavailable() -> str | None:
     with _lock:
         if _loaded:
             return None
-        if not path().exists():
-            return f"its kernels are not compiled yet ({COMMAND})"
+        try:
+            if not path().exists():
+                return f"its kernels are not compiled yet ({COMMAND})"
+        except OSError as error:
+            return f"its source cannot be read: {error}"
         try:
             library = ctypes.CDLL(str(path()))
             handlers = {name: jax.ffi.pycapsule(getattr(library, name)) for name in TARGETS}
@@ -78,10 +81,10 @@ def build() -> Path:
     Raises:
       SparsityError: there is no compiler, or it fails, or the folder cannot be written.
     """
-    if path().exists():
-        return path()
-    compiler = _compiler()
     try:
+        if path().exists():
+            return path()
+        compiler = _compiler()
         path().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path().parent) as folder:
             made = Path(folder) / path().name
@@ -123,4 +126,4 @@ def _processor() -> str:
         lines = []
     said = (line.partition(":") for line in lines)
     flags = next((value for key, _, value in said if key.strip() in ("flags", "Features")), "")
-    return f"{platform.system()} {platform.machine()} {platform.processor()} {flags}"
+    return f"{platform.system()} {platform.machine()} {flags}"
