@@ -10,10 +10,10 @@ are named by their forward/backward sparsity in percent.
     .venv/bin/python scripts/bench_always_sparse.py [--repeats 9] [--patterns block128,unstructured]
         [--return_freed]
 
-The process keeps the memory that it frees, as a run on a CPU does (`topkast_jax.host_memory`), but
-for `--return_freed`. Ratios depend on the machine: the record names the CPU's widest vectors
-(`instruction_set`), the rate of the dense step (`dense_gflops`), and whether the CPU's own products
-were compiled (`native_cpu`). The last line is JSON.
+As a run on a CPU does, the process keeps the memory that it frees (`topkast_jax.host_memory`);
+`--return_freed` turns this off. Ratios depend on the machine: the record names the CPU's widest
+vectors (`instruction_set`), the rate of the dense step (`dense_gflops`), and whether the CPU's own
+products were compiled (`native_cpu`). The last line is JSON.
 SparseLab (PyTorch, CPU) runs in the same repeats when it is installed. Its rows are ratios to
 PyTorch's dense step; `over_sparselab` of a row is its time over SparseLab's in the same repeat.
 """

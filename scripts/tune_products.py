@@ -153,9 +153,9 @@ def _check(backend: str, device: jax.Device, args: Any) -> None:
     interpreted = args.smoke and backend in INTERPRETED
     runs = tuning.device_kind(backend, device, interpreted)
     if runs is None:
+        smoke = ", or with --smoke" if backend in INTERPRETED else ""
         raise UserError(
-            f"--backend={backend}: found {device.platform}; must be on {KERNELS[backend][0]}, or "
-            "with --smoke"
+            f"--backend={backend}: found {device.platform}; must be on {KERNELS[backend][0]}{smoke}"
         )
     if args.out and not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out={args.out}: found no such folder; must be in one that exists")

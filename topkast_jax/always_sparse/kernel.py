@@ -100,11 +100,17 @@ def matrix_shape(kernel: CompactKernel) -> tuple[int, int]:
 
 
 def check_single(kernel: CompactKernel) -> None:
-    """Raises SparsityError if the kernel is a stack of layers."""
+    """Raises SparsityError if the kernel is a stack of layers, or no kernel at all."""
     if kernel.index.ndim != 1:
         raise SparsityError(
             f"a stack of {kernel.index.shape[:-1]} kernels of shape {kernel.shape}: must be one of "
             "them, as inside lax.scan or vmap"
+        )
+    units, (b,) = kernel.values.shape, kernel.index.shape
+    if units[:1] != (b,) or not 0 <= kernel.forward <= b:
+        raise SparsityError(
+            f"a compact kernel of values {units}, an index of {b} and a forward set of "
+            f"{kernel.forward}: must have a value for each index, and A inside B"
         )
 
 

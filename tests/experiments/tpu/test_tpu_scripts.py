@@ -235,7 +235,7 @@ def test_setup_does_nothing_twice(tmp_path):
     sources = products / "native_cpu.cc", products / "native_library.py", tmp_path / ".made-from"
     text = b"".join(source.read_bytes() for source in sources)
     made = subprocess.run(["cksum"], input=text, capture_output=True, check=True)
-    (tmp_path / ".products-from").write_bytes(made.stdout)
+    (tmp_path / ".products-from").write_bytes(made.stdout + str(python).encode() + b"\n")
     environment = {**os.environ, "TOPKAST_VENV": str(tmp_path), "TOPKAST_EXTRAS": ""}
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     for arguments in ([], ["aot"]):

@@ -130,11 +130,45 @@ def test_no_dense_buffer(pattern):
     assert max(buffer_sizes(compiled)) < 256 * 320
 
 
+def lowered_for_tpu(case, **kwargs):
+    loss = lambda x, v: matmul(x, case.kernel.with_values(v), **kwargs).sum()  # noqa: E731
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(jnp.ones((8, 64)), case.kernel.values)
+    return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
 def test_another_platform_gets_the_dense_tile_of_entries():
+    """It is made again in the backward pass, as without these products."""
     case = entries_case((64, 64), 0.1, 0.2)
-    traced = jax.jit(lambda x: matmul(x, case.kernel)).trace(jnp.ones((8, 64)))
-    assert "topkast" in traced.lower().as_text()
-    assert "topkast" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+    found, expected = (lowered_for_tpu(case, backend=backend) for backend in (None, "xla"))
+    assert "topkast" not in found
+    for operation in ("optimization_barrier", "stablehlo.scatter", "stablehlo.dot_general"):
+        assert found.count(operation) == expected.count(operation) > 0
+    for backend in ("native_cpu", ("native_cpu", "pallas_tpu")):
+        with pytest.raises(SparsityError, match="runs on cpu and this is tpu"):
+            lowered_for_tpu(case, backend=backend)
+
+
+def test_vmap_over_x_is_one_call_with_all_tokens():
+    case = entries_case((64, 48), 0.1, 0.2)
+    blocks = random_case((64, 48), Block(8, 8), 8, 16)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 5, 64)), F32)
+    for each, name in ((case, "topkast_entry_spmm"), (blocks, "topkast_block_spmm")):
+        run = jax.jit(jax.vmap(jax.vmap(lambda x, k=each.kernel: matmul(x, k))))
+        text = run.lower(x).as_text()
+        assert text.count(f"@{name}") == 1
+        assert "stablehlo.while" not in text
+        assert_close(run(x), products(each, x, jnp.zeros((3, 2, 5, 48)))[0], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int16, jnp.uint32])
+@pytest.mark.parametrize("pattern", [ENTRIES, Block(8, 8)], ids=str)
+def test_an_index_of_another_integer_type(pattern, dtype):
+    units = pattern.grid((32, 32))[0] * pattern.grid((32, 32))[1]
+    case = random_case((32, 32), pattern, units // 8, units // 5)
+    case = dataclasses.replace(
+        case, kernel=dataclasses.replace(case.kernel, index=case.kernel.index.astype(dtype))
+    )
+    check(case, (4,))
 
 
 @pytest.mark.parametrize("pattern", [ENTRIES, Block(8, 8)], ids=str)
@@ -211,6 +245,17 @@ def test_an_index_that_no_kernel_has_is_an_error_and_reads_nothing(pattern, inde
             jax.block_until_ready(gradient(values))
 
 
+@pytest.mark.parametrize("pattern", [ENTRIES, Block(8, 8)], ids=str)
+@pytest.mark.parametrize("wrong", ["forward", "values"])
+def test_a_kernel_that_is_none_is_told_and_not_read(pattern, wrong):
+    kernel = random_case((32, 32), pattern, 3, 5).kernel
+    kernel = dataclasses.replace(
+        kernel, **{"forward": {"forward": 6}, "values": {"values": kernel.values[:2]}}[wrong]
+    )
+    with pytest.raises(SparsityError, match="must have a value for each index, and A inside B"):
+        matmul(jnp.ones((4, 32)), kernel)
+
+
 def test_entries_that_cannot_be_multiplied_one_by_one_are_told():
     case = entries_case((16, 16), 0.1, 0.2)
     mesh = jax.make_mesh((2,), ("data",))
@@ -221,8 +266,11 @@ def test_entries_that_cannot_be_multiplied_one_by_one_are_told():
         matmul(sharded, case.kernel, backend="native_cpu")
     with options("native_cpu", mesh=mesh), pytest.raises(SparsityError, match="a mesh of 2"):
         matmul(jnp.ones((4, 16)), case.kernel)
-    with pytest.raises(SparsityError, match="in a floating type, found int32"):
-        matmul(jnp.ones((4, 16), int), case.kernel.astype(int), backend="native_cpu")
+    for dtype in (jnp.int32, jnp.float8_e4m3fn):
+        x, kernel = jnp.ones((4, 16), dtype), case.kernel.astype(dtype)
+        with pytest.raises(SparsityError, match="in float32, bfloat16 or float16, found"):
+            matmul(x, kernel, backend="native_cpu")
+        assert matmul(x, kernel).dtype == dtype
     with pytest.raises(SparsityError, match="interpret=True with backend 'native_cpu'"):
         options("native_cpu", interpret=True).__enter__()
 
@@ -230,7 +278,7 @@ def test_entries_that_cannot_be_multiplied_one_by_one_are_told():
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """A process that has not loaded the library, with an empty folder for caches."""
-    monkeypatch.setattr(native_library, "_loaded", [])
+    monkeypatch.setattr(native_library, "_registered", [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     native_library.path.cache_clear()
     yield tmp_path
@@ -248,8 +296,9 @@ def compiler(folder, text):
 def test_without_the_library_xla_computes(fresh):
     case = entries_case((64, 64), 0.1, 0.2)
     assert lowered_targets(case) == set()
-    with pytest.raises(SparsityError, match=r"not compiled yet \(python -m topkast_jax"):
-        matmul(jnp.ones((4, 64)), case.kernel, backend="native_cpu")
+    for backend in ("native_cpu", ("native_cpu",)):
+        with pytest.raises(SparsityError, match=r"not compiled yet \(python -m topkast_jax"):
+            matmul(jnp.ones((4, 64)), case.kernel, backend=backend)
     blocks = random_case((64, 64), Block(8, 8), 8, 16)
     assert lowered_targets(blocks, backend=("native_cpu", "xla")) == set()
     with pytest.raises(SparsityError, match="not compiled yet"):
@@ -263,9 +312,17 @@ def test_a_library_that_does_not_load_is_told_and_not_used(fresh):
     assert lowered_targets(entries_case((64, 64), 0.1, 0.2)) == set()
 
 
+def test_the_command_replaces_a_library_that_does_not_load(fresh, monkeypatch, capsys):
+    native_library.path().parent.mkdir(parents=True)
+    native_library.path().write_text("no library")
+    monkeypatch.setenv("CXX", compiler(fresh, 'for last; do :; done; echo still none > "$last"'))
+    assert build_native.main([]) == 2
+    assert "its kernels cannot be loaded" in capsys.readouterr().err
+
+
 def test_without_its_source_the_library_is_not_used(fresh, monkeypatch, capsys):
     monkeypatch.setattr(native_library, "SOURCE", fresh / "gone.cc")
-    assert "its source cannot be read" in native_library.unavailable()
+    assert "gone.cc" in native_library.unavailable()
     assert lowered_targets(entries_case((64, 64), 0.1, 0.2)) == set()
     assert build_native.main([]) == 2
     assert "gone.cc" in capsys.readouterr().err
@@ -274,6 +331,7 @@ def test_without_its_source_the_library_is_not_used(fresh, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("cxx", "says"),
     [
+        ("no-such-compiler 'fast", 'found "no-such-compiler \'fast": No closing quotation'),
         ("no-such-compiler --fast", "no C++ compiler in CXX: looked for no-such-compiler --fast"),
         ("echo 'a.h: note'; echo 'x.cc:3: error: bad' >&2; exit 1", "x.cc:3: error: bad"),
         ("exit 7", "status 7"),

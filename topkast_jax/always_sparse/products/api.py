@@ -21,8 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,6 +40,7 @@ from topkast_jax.always_sparse.products import (
     tuned_json,
     tuning,
 )
+from topkast_jax.always_sparse.products.platforms import only_on
 from topkast_jax.always_sparse.products.settings import Settings
 from topkast_jax.always_sparse.products.xla import sums_in
 from topkast_jax.errors import SparsityError
@@ -185,10 +184,11 @@ def _entries(
     """The product of a kernel of single entries: on a CPU from them, elsewhere from the tile."""
     if _first_of(how.backend) == "native_cpu":
         reason = _entries_refusal(x, kernel, how)
+        alone = how.backend is not None and "xla" not in how.backend
         if reason is None:
-            return single_entries.matmul(x, kernel, shape)
-        if how.backend == "native_cpu":
-            raise SparsityError(f"backend 'native_cpu': {reason}")
+            return single_entries.matmul(x, kernel, shape, how.backend if alone else None)
+        if alone:
+            raise SparsityError(f"backend {how.backend!r}: {reason}")
     return with_tile(lambda w, x: jnp.matmul(x, w.reshape(shape)), kernel, x)
 
 
@@ -209,8 +209,8 @@ def _entries_refusal(x: jax.Array, kernel: CompactKernel, how: Options) -> str |
     if any(axis is not None for axis in jax.typeof(x).sharding.spec):
         return f"single entries must be on one device, found x of {jax.typeof(x).sharding}"
     dtype = jnp.result_type(x, kernel.values)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return f"products must be in a floating type, found {dtype}"
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"products must be in float32, bfloat16 or float16, found {dtype}"
     return _refusal("native_cpu", (), dtype)
 
 
@@ -325,9 +325,9 @@ def _run(static: _Static, product: str, *arrays: jax.Array) -> jax.Array:
         shape, interpret = (static.k, static.n), static.interpret
         return tuning.bound(backend, product, static.block, shape, settings, interpret)
 
-    def only_on(backend: str, platforms: tuple[str, ...]) -> Any:
+    def refusing_others(backend: str, platforms: tuple[str, ...]) -> Any:
         def guarded(*arrays: jax.Array) -> Any:
-            last = _only_on_p.bind(arrays[-1], backend=static.backend, platforms=platforms)
+            last = only_on(arrays[-1], static.backend, platforms)
             return of(backend)(*arrays[:-1], last)
 
         return guarded
@@ -338,7 +338,7 @@ def _run(static: _Static, product: str, *arrays: jax.Array) -> jax.Array:
         found = [name for name in tried if not _refusal(name, static.block, x.dtype)]
         fitting = {KERNELS[name][0]: of(name) for name in found}
         ends = static.backend is None or "xla" in static.backend
-        default = of("xla") if ends else only_on("xla", tuple(fitting))
+        default = of("xla") if ends else refusing_others("xla", tuple(fitting))
         return lax.platform_dependent(*arrays, **fitting, default=default)
     if static.backend == "xla":
         return of("xla")(*arrays)
@@ -346,7 +346,7 @@ def _run(static: _Static, product: str, *arrays: jax.Array) -> jax.Array:
         raise SparsityError(f"backend {static.backend!r}: {reason}")
     if static.interpret:
         return of(static.backend)(*arrays)
-    return only_on(static.backend, KERNELS[static.backend][:1])(*arrays)
+    return refusing_others(static.backend, KERNELS[static.backend][:1])(*arrays)
 
 
 def _zeros(static: _Static, product: str, x: jax.Array, blocks: int) -> jax.Array:
@@ -375,24 +375,3 @@ def _settings(static: _Static, backend: str, product: str, x: jax.Array) -> Sett
         return tuning.defaults(backend, product)
     key = tuning.Key(kind, backend, product, static.block, x.dtype.name, (static.k, static.n))
     return static.tuned.settings(key, x.shape[0])
-
-
-# The identity, which lowers for some platforms only. Which platform a function is for is known when
-# it is lowered and not before (a CPU host compiles for TPUs), so the check has to sit there.
-_only_on_p = Primitive("always_sparse_only_on")
-_only_on_p.def_abstract_eval(lambda x, **_: x)
-_only_on_p.def_impl(lambda x, **params: jax.jit(lambda y: _only_on_p.bind(y, **params))(x))
-batching.defvectorized(_only_on_p)
-
-
-def _lower_only_on(ctx: Any, x: Any, *, backend: Any, platforms: tuple[str, ...]) -> list[Any]:
-    found = tuple(ctx.platforms or ctx.module_context.platforms)
-    if not set(found) <= set(platforms):
-        raise SparsityError(
-            f"backend {backend!r} with these blocks runs on {' and '.join(platforms) or 'nothing'} "
-            f"and this is {'/'.join(found)}: use backend 'xla', or none"
-        )
-    return [x]
-
-
-mlir.register_lowering(_only_on_p, _lower_only_on)

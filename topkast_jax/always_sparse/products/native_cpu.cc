@@ -60,6 +60,11 @@ float* scratch(int which, int64_t floats) {
   return reinterpret_cast<float*>(round_up(address, 4 * kLanes));
 }
 
+// XLA says 0 where it cannot tell.
+int64_t threads(const ffi::ThreadPool& pool) {
+  return std::max<int64_t>(1, pool.num_threads());
+}
+
 // run(0) … run(tasks - 1) on the threads of XLA's pool and on this one, which waits for tasks that
 // others have begun and never for a thread to become free.
 template <typename Run>
@@ -80,7 +85,7 @@ void parallel(ffi::ThreadPool& pool, int64_t tasks, const Run& run) {
     shared->done += finished;
     if (shared->done == tasks) shared->all_done.notify_one();
   };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), tasks) - 1;
+  const int64_t helpers = std::min(threads(pool), tasks) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(work));
   work();
   std::unique_lock<std::mutex> lock(shared->mutex);
@@ -194,14 +199,16 @@ ffi::Error BlockSpmm(ffi::ThreadPool pool, Floats x, Floats values, Ints source,
   int64_t rows = values.dimensions()[1], cols = values.dimensions()[2];
   const int64_t size = rows * cols;
   if (transposed) std::swap(rows, cols);
-  if (!all_below(source, inputs / rows) || !all_below(target, width / cols)) return outside();
+  if (values.dimensions()[0] < blocks || !all_below(source, inputs / rows) ||
+      !all_below(target, width / cols))
+    return outside();
   const float *x_data = x.typed_data(), *w_data = values.typed_data();
   const int32_t *from = source.typed_data(), *into = target.typed_data();
   float* y_data = y->typed_data();
 
   // With fewer tokens, packing the block would take as long as multiplying by it.
   constexpr int64_t kFewest = 48;
-  const int64_t share = std::max(kFewest, divide_up(tokens, pool.num_threads()));
+  const int64_t share = std::max(kFewest, divide_up(tokens, threads(pool)));
   const int64_t part = round_up(std::min(share, most_tokens), kRows);
   parallel(pool, divide_up(tokens, part), [=](int64_t task) {
     const int64_t first = task * part, last = std::min(tokens, first + part);
@@ -335,7 +342,8 @@ ffi::Error EntrySpmm(ffi::ThreadPool pool, Floats x, Floats values, Ints index, 
   const int64_t tokens = x.dimensions()[0], inputs = x.dimensions()[1];
   const int64_t width = y->dimensions()[1], count = index.dimensions()[0];
   const int64_t across = transposed ? inputs : width, passes = divide_up(inputs, kInputs);
-  if (static_cast<int64_t>(sorted->element_count()) != 2 * count ||
+  if (values.dimensions()[0] != count ||
+      static_cast<int64_t>(sorted->element_count()) != 2 * count ||
       static_cast<int64_t>(starts->element_count()) != passes * width + 2)
     return unfit();
   const int32_t* at = index.typed_data();
@@ -376,7 +384,7 @@ ffi::Error EntrySpmm(ffi::ThreadPool pool, Floats x, Floats values, Ints index, 
       }
     });
   };
-  const int64_t share = divide_up(tokens, pool.num_threads());
+  const int64_t share = divide_up(tokens, threads(pool));
   if (share > 4 * kLanes) in_tiles(std::integral_constant<int, 8>{});
   else if (share > 2 * kLanes) in_tiles(std::integral_constant<int, 4>{});
   else if (share > kLanes) in_tiles(std::integral_constant<int, 2>{});
@@ -415,7 +423,8 @@ ffi::Error EntrySddmm(ffi::ThreadPool pool, Floats x, Floats dy, Ints index, int
   const int64_t tokens = x.dimensions()[0], k = x.dimensions()[1], n = dy.dimensions()[1];
   const int64_t count = index.dimensions()[0], tiles = divide_up(tokens, kTokens);
   const int64_t parts = divide_up(n, kColumns), runs = k * parts + 1;
-  if (static_cast<int64_t>(x_out->element_count()) != tiles * k * kTokens ||
+  if (forward < 0 || forward > count ||
+      static_cast<int64_t>(x_out->element_count()) != tiles * k * kTokens ||
       static_cast<int64_t>(dy_out->element_count()) != tiles * n * kTokens ||
       static_cast<int64_t>(starts->element_count()) != 2 * runs)
     return unfit();

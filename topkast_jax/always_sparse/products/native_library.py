@@ -2,8 +2,8 @@
 
 It is compiled for the processor at hand by a C++ compiler of the system, with the headers of the
 installed jaxlib, once: `python -m topkast_jax.always_sparse.build_native`. Its name has a hash of
-everything that it depends on, so that another version, or another machine that shares the folder,
-does not find it.
+the source, the flags, jaxlib's version, the processor's instructions and the C library, so that
+another version, or another machine that shares the folder, does not find it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TARGETS = (
 )
 COMMAND = "python -m topkast_jax.always_sparse.build_native"
 COMPILERS = ("c++", "g++", "clang++")
-_loaded: list[ctypes.CDLL] = []
+_registered: list[ctypes.CDLL] = []
 _lock = threading.Lock()
 
 
@@ -51,39 +51,47 @@ def path() -> Path:
 
 def unavailable() -> str | None:
     """Why the library cannot be used, or None; the first call that finds it loads it."""
-    if _loaded:
+    if _registered:
         return None
     with _lock:
-        if _loaded:
+        if _registered:
             return None
-        try:
-            if not path().exists():
-                return f"its kernels are not compiled yet ({COMMAND})"
-        except OSError as error:
-            return f"its source cannot be read: {error}"
-        try:
-            library = ctypes.CDLL(str(path()))
-            handlers = {name: jax.ffi.pycapsule(getattr(library, name)) for name in TARGETS}
-        except (OSError, AttributeError) as error:
-            return f"{path()} cannot be loaded: {error}"
-        for name, handler in handlers.items():
+        library = _load()
+        if isinstance(library, str):
+            return library
+        for name in TARGETS:
+            handler = jax.ffi.pycapsule(getattr(library, name))
             jax.ffi.register_ffi_target(name, handler, platform="cpu")
-        _loaded.append(library)
+        _registered.append(library)
     return None
 
 
+def _load() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    try:
+        if not path().exists():
+            return f"its kernels are not compiled yet ({COMMAND})"
+        library = ctypes.CDLL(str(path()))
+        for name in TARGETS:
+            getattr(library, name)
+    except (OSError, AttributeError) as error:
+        return f"its kernels cannot be loaded: {error}"
+    return library
+
+
 def build() -> Path:
-    """Compiles the library unless it is there; two processes may do so at once.
+    """Compiles the library unless it is there and loads; two processes may do so at once.
 
     Returns:
       `path()`.
 
     Raises:
-      SparsityError: there is no compiler, or it fails, or the folder cannot be written.
+      SparsityError: there is no compiler, or it fails, or the folder cannot be written, or what it
+        made cannot be loaded.
     """
+    if not isinstance(_load(), str):
+        return path()
     try:
-        if path().exists():
-            return path()
         compiler = _compiler()
         path().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path().parent) as folder:
@@ -98,6 +106,8 @@ def build() -> Path:
             os.replace(made, path())
     except OSError as error:
         raise SparsityError(f"the CPU kernels cannot be compiled: {error}") from error
+    if isinstance(reason := _load(), str):
+        raise SparsityError(f"{shlex.join(compiler)} made {path()}, and {reason}")
     return path()
 
 
@@ -105,7 +115,10 @@ def _compiler() -> list[str]:
     chosen = os.environ.get("CXX")
     names = [chosen] if chosen else list(COMPILERS)
     for name in names:
-        command = shlex.split(name)
+        try:
+            command = shlex.split(name)
+        except ValueError as error:
+            raise SparsityError(f"CXX: found {name!r}: {error}") from error
         if command and shutil.which(command[0]):
             return command
     where = "CXX" if chosen else "PATH"
@@ -126,4 +139,4 @@ def _processor() -> str:
         lines = []
     said = (line.partition(":") for line in lines)
     flags = next((value for key, _, value in said if key.strip() in ("flags", "Features")), "")
-    return f"{platform.system()} {platform.machine()} {flags}"
+    return f"{platform.system()} {platform.machine()} {platform.libc_ver()} {flags}"

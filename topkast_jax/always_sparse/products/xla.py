@@ -1,4 +1,4 @@
-"""Block products in plain XLA: the reference, and what the CPU runs.
+"""Block products in plain XLA: the reference, and what a CPU runs without its compiled products.
 
 A few blocks at a time: their panels are gathered, multiplied in one batched dot, and added in place
 into the output, which lies in panels (`[panel, token, feature of the panel]`) so that a block
