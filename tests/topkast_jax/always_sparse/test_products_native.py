@@ -7,8 +7,6 @@ import dataclasses
 import os
 import re
 import stat
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +64,12 @@ def entries_case(shape, forward, backward, seed=0, dtype=F32):
         ((300, 200), (130,)),  # Of dW two bands of rows, two parts of columns, three of tokens.
     ],
 )
-@pytest.mark.parametrize("dtype", [F32, BF16])
-def test_entries_match_numpy(shape, tokens, dtype):
-    check(entries_case(shape, 0.1, 0.2, dtype=dtype), tokens, dtype)
+def test_entries_match_numpy(shape, tokens):
+    check(entries_case(shape, 0.1, 0.2), tokens)
+
+
+def test_entries_in_bfloat16():
+    check(entries_case((64, 96), 0.1, 0.2, dtype=BF16), (3, 7), BF16)
 
 
 @settings(max_examples=10, deadline=None)
@@ -277,7 +278,7 @@ def test_entries_that_cannot_be_multiplied_one_by_one_are_told():
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """A process that has not loaded the library, with an empty folder for caches."""
+    """As in a process that has not loaded the library, with an empty folder for caches."""
     monkeypatch.setattr(native_library, "_registered", [])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     native_library.path.cache_clear()
@@ -360,16 +361,18 @@ def test_a_folder_that_cannot_be_made(fresh, capsys):
     assert "the CPU kernels cannot be compiled: " in capsys.readouterr().err
 
 
-def test_the_command_compiles_once_with_the_chosen_compiler(fresh, monkeypatch, capsys):
+@pytest.fixture
+def compiled():
+    """The library that the command made; named before `fresh` gives it another place."""
+    return native_library.path()
+
+
+def test_the_command_compiles_once_with_the_chosen_compiler(compiled, fresh, monkeypatch, capsys):
     log = fresh / "calls"
-    counting = compiler(fresh, f'echo called "$1" >> {log}; exec c++ "$@" -O0')
-    monkeypatch.setenv("CXX", f"{counting} -g0")
+    copy = f'echo called "$1" >> {log}; for last; do :; done; cp {compiled} "$last"'
+    monkeypatch.setenv("CXX", f"{compiler(fresh, copy)} -g0")
     for _ in range(2):
         assert build_native.main([]) == 0
     assert log.read_text() == "called -g0\n"
     assert capsys.readouterr().out.split() == [str(native_library.path())] * 2
     assert os.listdir(native_library.path().parent) == [native_library.path().name]
-    module = "topkast_jax.always_sparse.products.native_library"
-    code = f"import {module} as library; print(library.unavailable())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "None\n"
