@@ -219,7 +219,8 @@ def presents(params: Any, state: Any) -> Present:
                 f"{twice[0]} is sparse in two sparsity states: one method to a leaf, and one "
                 "wrapper in a chain"
             )
-        now = now._replace(flags=_reading(now.memory, now.flags, one.step))
+        if any(isinstance(flags, jax.core.Tracer) for flags in now.flags.values()):
+            now = now._replace(flags=_reading(now.memory, now.flags, one.step))
         for whole, part in zip(together, now, strict=True):
             whole.update(part if isinstance(part, dict) else {})
     return together
