@@ -39,11 +39,8 @@ LeafCounts = tk.statistics.LeafCounts
 Counting = Callable[[], dict[str, LeafCounts]]
 _statistics = jax.jit(tk.statistics.mask_statistics)
 _flags = jax.jit(lambda params, state: presents(params, state).flags)
-_DEVICES = {
-    "tpu": "tpu",
-    "cuda": "gpu",
-    "cpu": "cpu",
-}  # JAX names the platforms for lowering differently
+# JAX names the platforms for lowering differently.
+_DEVICES = {"tpu": "tpu", "cuda": "gpu", "cpu": "cpu"}
 
 
 class Representation(abc.ABC):

@@ -37,7 +37,7 @@ def _lower_only_on(ctx: Any, x: Any, *, backend: Any, platforms: tuple[str, ...]
     found = tuple(ctx.platforms or ctx.module_context.platforms)
     if not set(found) <= set(platforms):
         raise SparsityError(
-            f"backend {backend!r} with these blocks runs on {' and '.join(platforms) or 'nothing'} "
+            f"backend {backend!r} with such a kernel runs on {' and '.join(platforms) or 'nothing'} "
             f"and this is {'/'.join(found)}: use backend 'xla', or none"
         )
     return [x]
