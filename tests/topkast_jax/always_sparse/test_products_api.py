@@ -249,7 +249,7 @@ def test_mistakes_are_told_in_one_line():
             x, kernel, backend=["pallas_tpu", "mosaic"]
         ),
         r"backend \(\): must be": lambda: matmul(x, kernel, backend=()),
-        "with these blocks runs on nothing and this is cpu": lambda: matmul(
+        "with such a kernel runs on nothing and this is cpu": lambda: matmul(
             x, kernel, backend=("pallas_tpu", "pallas_gpu")
         ),
         "a stack of .2,. kernels": lambda: matmul(

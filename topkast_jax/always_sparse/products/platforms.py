@@ -36,8 +36,9 @@ def only_on(x: jax.Array, backend: str | Sequence[str] | None, platforms: Sequen
 def _lower_only_on(ctx: Any, x: Any, *, backend: Any, platforms: tuple[str, ...]) -> list[Any]:
     found = tuple(ctx.platforms or ctx.module_context.platforms)
     if not set(found) <= set(platforms):
+        allowed = " and ".join(platforms) or "nothing"
         raise SparsityError(
-            f"backend {backend!r} with such a kernel runs on {' and '.join(platforms) or 'nothing'} "
+            f"backend {backend!r} with such a kernel runs on {allowed} "
             f"and this is {'/'.join(found)}: use backend 'xla', or none"
         )
     return [x]
