@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.sparse import BCOO, BCSR
 
 from topkast_jax.always_sparse.kernel import (
     CompactKernel,
@@ -22,6 +21,9 @@ from topkast_jax.errors import SparsityError
 from topkast_jax.flags import unpack
 from topkast_jax.patterns import Unstructured
 from topkast_jax.sets import forward_params, is_dense, map_flags
+
+if TYPE_CHECKING:  # It imports SciPy, which takes a third of a second.
+    from jax.experimental.sparse import BCOO, BCSR
 
 Form = Literal["dense", "compact", "bcoo", "bsr"]
 FORMS: tuple[str, ...] = get_args(Form)
@@ -93,6 +95,8 @@ def to_bcoo(kernel: CompactKernel) -> BCOO:
       `[*S, entries]` and int32 indices `[*S, entries, len(kernel.shape)]` are in the order of the
       units.
     """
+    from jax.experimental.sparse import BCOO
+
     values, index = np.asarray(kernel.values), np.asarray(kernel.index)
     stack = index.shape[:-1]
     entries = _entries(kernel, index)
@@ -122,6 +126,8 @@ def to_bsr(kernel: CompactKernel) -> BCSR:
       block as dense axes; `[*S, R, C]` for single entries. C is the last axis of the grid of units,
       and R is the product of the others. The columns of a row are ascending.
     """
+    from jax.experimental.sparse import BCSR
+
     index = np.asarray(kernel.index)
     order = np.argsort(index, axis=-1, kind="stable")
     index = np.take_along_axis(index, order, axis=-1)

@@ -176,14 +176,26 @@ def _layers(config: TransformerXLConfig, rngs: nnx.Rngs) -> Layer | nnx.Dict:
 
     Both are initialised together, so that 24 layers compile as fast as one.
     """
-    stacked = jax.vmap(lambda key: nnx.state(Layer(config, nnx.Rngs(key))))(
-        jax.random.split(rngs.params(), config.n_layer)
-    )
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0))))
+    graphdefs = []
+
+    def one(key: jax.Array) -> Any:
+        graphdef, state = nnx.split(Layer(config, nnx.Rngs(key)))
+        graphdefs.append(graphdef)
+        return state
+
+    stacked = jax.vmap(one)(jax.random.split(rngs.params(), config.n_layer))
+    graphdef = graphdefs[0]
     if config.scan:
         return nnx.merge(graphdef, stacked)
     states = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(config.n_layer)]
     return nnx.Dict({str(i): nnx.merge(graphdef, state) for i, state in enumerate(states)})
+
+
+@functools.lru_cache
+def _abstract(config: TransformerXLConfig) -> tuple[nnx.GraphDef[TransformerXL], nnx.State]:
+    """The structure of the network, and the shapes and types of its parameters."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: TransformerXL(config, nnx.Rngs(0))))
+    return graphdef, state
 
 
 class LanguageModel:
@@ -201,16 +213,10 @@ class LanguageModel:
         self.config = config
         self.stacked = "layers/" if config.scan else ""
 
-    @functools.cached_property
-    def _abstract(self) -> tuple[nnx.GraphDef[TransformerXL], Params]:
-        model = nnx.eval_shape(lambda: TransformerXL(self.config, nnx.Rngs(0)))
-        graphdef, state = nnx.split(model)
-        return graphdef, nnx.to_pure_dict(state)
-
     @property
     def abstract_params(self) -> Params:
         """The shapes and types of the parameters, as `init` would return them."""
-        return self._abstract[1]
+        return nnx.to_pure_dict(_abstract(self.config)[1])
 
     def init(self, rng: jax.Array) -> Params:
         """Initial parameters, float32, with the same values whether they are stacked or not."""
@@ -288,7 +294,7 @@ class LanguageModel:
         return self.log_probs(params, hidden_BxTxD[:, -1]), memory
 
     def _model(self, params: Params) -> TransformerXL:
-        return nnx.merge(self._abstract[0], params)
+        return nnx.merge(_abstract(self.config)[0], params)
 
 
 def _remember(memory: Memory, inputs_LxBxTxD: jax.Array) -> Memory:
