@@ -33,6 +33,7 @@ class EndlessBatches:
         self.position = 0
         self._batches, self._read = batches, read
         self._iterator: grain.DatasetIterator | None = None
+        self._failed = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The iterator is the object itself."""
@@ -42,7 +43,11 @@ class EndlessBatches:
         """The next batch of this host."""
         if self._iterator is None:
             self._iterator = iter(self._read(self._batches[self.position :]))
-        batch = _next(self._iterator)
+        try:
+            batch = _next(self._iterator)
+        except Exception:
+            self._failed = True
+            raise
         self.position += 1
         return batch
 
@@ -56,6 +61,7 @@ class EndlessBatches:
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+        if self._failed:  # Collecting takes a tenth of a second or more.
             gc.collect()  # What an error left behind refers to itself, and to shared memory.
 
 
