@@ -48,13 +48,14 @@ def test_values_and_gradients_are_those_of_the_dense_kernel(shape, pattern, prod
     kernel, dense, backward = kernels(shape, pattern)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 5, 4)), jnp.float32)
     loss = lambda x, w: jnp.sum(jnp.sin(product(x, w)))  # noqa: E731
-    np.testing.assert_allclose(product(x, kernel), product(x, jnp.asarray(dense)), atol=1e-5)
-    dx, dkernel = jax.grad(loss, (0, 1), allow_int=True)(x, kernel)
-    expected_dx, dw = jax.grad(loss, (0, 1))(x, jnp.asarray(dense))
+    product_of, gradient = jax.jit(product), jax.jit(jax.grad(loss, (0, 1), allow_int=True))
+    np.testing.assert_allclose(product_of(x, kernel), product_of(x, dense), atol=1e-5)
+    dx, dkernel = gradient(x, kernel)
+    expected_dx, dw = gradient(x, dense)
     np.testing.assert_allclose(dx, expected_dx, atol=1e-5)
     found = to_dense(kernel.with_values(dkernel.values))
     np.testing.assert_allclose(found, np.where(backward, dw, 0), atol=1e-4)
-    half = product(x.astype(jnp.bfloat16), kernel)
+    half = jax.eval_shape(product, x.astype(jnp.bfloat16), kernel)
     assert half.dtype in (jnp.bfloat16, jnp.float32)
 
 

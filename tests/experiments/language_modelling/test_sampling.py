@@ -58,7 +58,7 @@ def model():
     sizes = {"n_layer": 2, "n_head": 2, "d_model": 8, "d_head": 4, "d_inner": 16}
     model = LanguageModel(TransformerXLConfig(n_token=23, cutoffs=(7, 15), **sizes))
     # Large weights: what comes next depends on all that came before.
-    return model, jax.tree.map(lambda x: 20 * x, model.init(jax.random.key(0)))
+    return model, jax.tree.map(lambda x: 20 * x, jax.jit(model.init)(jax.random.key(0)))
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,13 @@ def test_each_token_follows_from_all_before_it(model, lengths):
     assert len(found) == 12
     assert len(set(found)) > 3
     whole = jnp.array([[*prompt, *found]])
-    hidden, _ = model.hidden(params, model.init_memory(1, lengths), whole, lengths)
-    best = jnp.argmax(model.log_probs(params, hidden[0]), axis=-1)
+
+    @jax.jit
+    def log_probs(params):
+        hidden, _ = model.hidden(params, model.init_memory(1, lengths), whole, lengths)
+        return model.log_probs(params, hidden[0])
+
+    best = jnp.argmax(log_probs(params), axis=-1)
     assert best[2:-1].tolist() == found
 
 
@@ -103,9 +108,10 @@ def test_kernels_of_constant_fan_in_draw_the_same(model):
     assert sum(isinstance(kind, FanInKernel) for kind in kinds) == 2 * 7
     lengths = Lengths(target=5, memory=16)
     memories = [model.init_memory(1, lengths)] * 2
+    following = jax.jit(model.next_log_probs, static_argnums=3)
     for token in (3, 1, 4):
         found = [
-            model.next_log_probs(p, memory, jnp.array([[token]]), lengths)
+            following(p, memory, jnp.array([[token]]), lengths)
             for p, memory in zip((compact, ordered), memories, strict=True)
         ]
         one, other = (np.asarray(log_probs) for log_probs, _ in found)

@@ -51,7 +51,7 @@ def _small(**changed):
 
 
 def _params(model):
-    return model.init(jax.random.key(0))
+    return jax.jit(model.init)(jax.random.key(0))
 
 
 def _data(seed=1):
@@ -250,7 +250,8 @@ def test_dropout_in_training_alone(rate):
     plain, model = _small(n_layer=1), _small(n_layer=1, **rate)
     params, memory = _params(plain), _full_memory(plain)
     apply = jax.jit(lambda rng: model.apply(params, memory, *_data(), LENGTHS, rng=rng))
-    _close(apply(None)[0], plain.apply(params, memory, *_data(), LENGTHS)[0], rtol=1e-5)
+    without = jax.jit(lambda: plain.apply(params, memory, *_data(), LENGTHS))
+    _close(apply(None)[0], without()[0], rtol=1e-5)
     assert (apply(jax.random.key(1))[0] != apply(jax.random.key(2))[0]).any()
     assert (apply(jax.random.key(1))[0] == apply(jax.random.key(1))[0]).all()
 
@@ -258,13 +259,19 @@ def test_dropout_in_training_alone(rate):
 def test_likelihood_in_chunks_is_that_of_all_tokens(monkeypatch):
     model = _small(**CLUSTERS, n_layer=1)
     params, memory = _params(model), _full_memory(model)
-    hidden, _ = model.hidden(params, memory, _data()[0], LENGTHS)
-    log_probs = model.log_probs(params, hidden)
+
+    @jax.jit
+    def hidden_and_log_probs(params):
+        hidden, _ = model.hidden(params, memory, _data()[0], LENGTHS)
+        return hidden, model.log_probs(params, hidden)
+
+    hidden, log_probs = hidden_and_log_probs(params)
     _close(jnp.exp(log_probs).sum(-1), np.ones((LANES, 6)), rtol=1e-5)
     expected = -np.take_along_axis(log_probs, np.asarray(_data()[1])[..., None], -1)[..., 0]
     for tokens in (1, 4 * LANES, 1000):
         monkeypatch.setattr("experiments.language_modelling.models.adaptive.CHUNK_TOKENS", tokens)
-        _close(model.nll(params, hidden, _data()[1]), expected, rtol=1e-5)
+        nll = jax.jit(lambda params: model.nll(params, hidden, _data()[1]))
+        _close(nll(params), expected, rtol=1e-5)
 
 
 def test_kernels_are_used_through_one_product(monkeypatch):
