@@ -59,3 +59,9 @@ def assert_close(found, expected, tolerance):
     assert found.shape == expected.shape
     scale = max(1.0, np.abs(expected).max(initial=0))
     np.testing.assert_array_less(np.abs(found - expected).max(initial=0) / scale, tolerance)
+
+
+def for_a_gpu():
+    """What Triton's kernels are lowered for where no GPU is; JAX 0.12 and later ask for it."""
+    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from oracle import buffer_sizes
-from products_oracle import assert_close, products, random_case
+from products_oracle import assert_close, for_a_gpu, products, random_case
 
 from topkast_jax import Block, SparsityError, Unstructured
 from topkast_jax.always_sparse import (
@@ -306,7 +306,8 @@ KERNEL_OF = {"tpu": "tpu_custom_call", "cuda": "triton"}
 def test_the_first_of_several_backends_that_fits_is_used(backend, block, platforms):
     kernel = random_case((256, 256), Block(block, block), 1, 2).kernel
     x = jnp.ones((128, 256))
-    traced = jax.jit(functools.partial(matmul, backend=backend)).trace(x, kernel)
+    with for_a_gpu():
+        traced = jax.jit(functools.partial(matmul, backend=backend)).trace(x, kernel)
     for platform, name in KERNEL_OF.items():
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert (name in text) == (platform in platforms), platform
@@ -317,7 +318,8 @@ def test_a_named_backend_under_vmap():
     kernel = random_case((128, 256), Block(128, 128), 1, 2).kernel
     stack = jax.tree.map(lambda a: jnp.stack([a, a]), kernel)
     product = functools.partial(matmul, jnp.ones((3, 128)), backend="pallas_gpu")
-    traced = jax.jit(jax.vmap(product)).trace(stack)
+    with for_a_gpu():
+        traced = jax.jit(jax.vmap(product)).trace(stack)
     assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
     with pytest.raises(SparsityError, match="runs on cuda and this is cpu"):
         traced.lower(lowering_platforms=("cpu",))
@@ -326,7 +328,8 @@ def test_a_named_backend_under_vmap():
 def test_several_backends_of_which_none_fits_are_refused_where_the_step_is_lowered():
     kernel = random_case((256, 256), Block(64, 64), 1, 2).kernel
     product = functools.partial(matmul, backend=("pallas_tpu", "pallas_gpu"))
-    traced = jax.jit(product).trace(jnp.ones((128, 256)), kernel)
+    with for_a_gpu():
+        traced = jax.jit(product).trace(jnp.ones((128, 256)), kernel)
     assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
     with pytest.raises(SparsityError, match="runs on cuda and this is tpu"):
         traced.lower(lowering_platforms=("tpu",))

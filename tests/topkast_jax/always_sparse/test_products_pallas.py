@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import export
-from products_oracle import assert_close, make_case, products, random_case
+from products_oracle import assert_close, for_a_gpu, make_case, products, random_case
 
 from topkast_jax import Block
 from topkast_jax.always_sparse import CompactKernel, matmul, options
@@ -206,9 +206,7 @@ def test_lowers_for_cuda(backend, block):
 
     x = jnp.ones((100, shape[0]), jnp.bfloat16)
     allowed = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=gpu)  # what to compile for
-    with jax.sharding.use_abstract_mesh(mesh), options(backend):
+    with for_a_gpu(), options(backend):
         exported = export.export(
             jax.jit(jax.grad(loss, (0, 1))), platforms=["cuda"], disabled_checks=allowed
         )(kernel.values, x)
