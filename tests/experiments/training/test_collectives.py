@@ -47,9 +47,10 @@ def by_kind(collectives):
 
 
 def assert_stated(found, mesh, name):
-    expected = stated()["x".join(map(str, mesh)), name]
-    # Other versions of XLA merge and split collectives otherwise, and send no more.
-    for kind, size in by_kind(found).items():
+    expected, found = stated()["x".join(map(str, mesh)), name], by_kind(found)
+    if not jax.__version__.startswith("0.10."):  # Later versions of XLA take other kinds.
+        expected, found = {"all": sum(expected.values())}, {"all": sum(found.values())}
+    for kind, size in found.items():
         assert size <= 1.1 * expected.get(kind, 0), (kind, size)
 
 
