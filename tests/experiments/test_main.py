@@ -349,6 +349,23 @@ def test_the_real_command(tmp_path):
     assert records(tmp_path / "run")[-1]["step"] == 10
 
 
+def test_a_run_on_a_cpu_keeps_the_memory_that_it_frees(tmp_path):
+    """Before anything is computed, and in its own process alone."""
+    program = """
+import runpy, sys
+from topkast_jax import host_memory
+def keep_freed():
+    sys.exit(40)
+host_memory.keep_freed = keep_freed
+runpy.run_module("experiments.main", run_name=sys.argv.pop(1), alter_sys=True)
+"""
+    for name, status in (("__main__", 40), ("imported", 0)):
+        line = [sys.executable, "-c", program, name]
+        found = subprocess.run([*line, *command(tmp_path / "run")], capture_output=True, text=True)
+        assert found.returncode == status, found.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_devices_that_are_not_here(tmp_path):
     line = [sys.executable, "-m", "experiments.main", *command(tmp_path / "run")]
     environment = os.environ | {"JAX_PLATFORMS": "abacus"}
