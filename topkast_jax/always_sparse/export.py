@@ -22,7 +22,7 @@ from topkast_jax.flags import unpack
 from topkast_jax.patterns import Unstructured
 from topkast_jax.sets import forward_params, is_dense, map_flags
 
-if TYPE_CHECKING:  # It imports SciPy, which takes a third of a second.
+if TYPE_CHECKING:  # Importing it, and SciPy with it, takes a third of a second.
     from jax.experimental.sparse import BCOO, BCSR
 
 Form = Literal["dense", "compact", "bcoo", "bsr"]

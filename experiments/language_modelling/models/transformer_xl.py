@@ -176,7 +176,7 @@ def _layers(config: TransformerXLConfig, rngs: nnx.Rngs) -> Layer | nnx.Dict:
 
     Both are initialised together, so that 24 layers compile as fast as one.
     """
-    graphdefs = []
+    graphdefs = []  # One: `vmap` traces a single layer, and all have its structure.
 
     def one(key: jax.Array) -> Any:
         graphdef, state = nnx.split(Layer(config, nnx.Rngs(key)))
