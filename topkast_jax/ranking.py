@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -55,17 +56,19 @@ class TieOrder(NamedTuple):
         the integers of `bits` bits. All bits of the salt enter each of them, because a small leaf
         would otherwise have as many orders as entries. Indices beyond 2**30 keep their positions.
         """
-        if self.salt is None:
-            return index
-        mask = np.uint32(2**self.bits - 1)
-        shift = np.uint32((self.bits + 1) // 2)
-        mixed = index.astype(jnp.uint32)
-        for odd in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35):
-            key = self.salt * np.uint32(odd)
-            key = key ^ (key >> np.uint32(15))
-            mixed = ((mixed + key) * (np.uint32(odd) ^ (key << np.uint32(1)))) & mask
-            mixed = mixed ^ (mixed >> shift)
-        return jnp.where(index < 2**self.bits, mixed.astype(jnp.int32), index)
+        return index if self.salt is None else _salted(self.bits, index, self.salt)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # Traced once for all that ask for positions.
+def _salted(bits: int, index: jax.Array, salt: jax.Array) -> jax.Array:
+    mask, shift = np.uint32(2**bits - 1), np.uint32((bits + 1) // 2)
+    mixed = index.astype(jnp.uint32)
+    for odd in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35):
+        key = salt * np.uint32(odd)
+        key = key ^ (key >> np.uint32(15))
+        mixed = ((mixed + key) * (np.uint32(odd) ^ (key << np.uint32(1)))) & mask
+        mixed = mixed ^ (mixed >> shift)
+    return jnp.where(index < 2**bits, mixed.astype(jnp.int32), index)
 
 
 def row_major(shape: tuple[int, ...], origin: jax.Array | int = 0) -> jax.Array:

@@ -233,38 +233,29 @@ def _search_index(x: jax.Array, wanted: jax.Array, ties: _Bracket, order: TieOrd
 
 
 def _bisected(x: jax.Array, wanted: jax.Array, order: TieOrder) -> Thresholds:
-    """The thresholds of a small leaf: one bit a pass, first of the key, then of the position."""
-    axes = tuple(range(x.ndim))
-    keys = lax.expand_dims(keys_of(x), [x.ndim])
-    position = lax.expand_dims(order.position(row_major(x.shape)), [x.ndim])
+    """The thresholds of a small leaf, one bit a pass: first of the key, then of the rank in ties.
 
-    def cells(ends: jax.Array) -> jax.Array:
-        return lax.expand_dims(ends, axes)
-
-    def search(low: jax.Array, high: jax.Array, goes_up: Callable[..., Any]) -> jax.Array:
-        """The last value of the bracket from which to go up, which `low` is, and `high` not."""
-
-        def halve(_: Any, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            low, high = bracket
-            middle = low + ((high - low) >> 1)
-            up = goes_up(middle)
-            return jnp.where(up, middle, low), jnp.where(up, high, middle)
-
-        return lax.fori_loop(0, 8 * low.dtype.itemsize, halve, (low, high))[0]
-
-    def counted(cell: jax.Array) -> jax.Array:
-        return jnp.sum(cell, axis=axes, dtype=jnp.int32)
-
-    low = jnp.full_like(wanted, -1, dtype=key_dtype(x.dtype))
-    high = low + (largest_key(x.dtype) + low.dtype.type(3))
-    edge = search(low, high, lambda probe: counted(keys >= cells(probe)) >= wanted)
-    left = wanted - counted(keys > cells(edge))
-    tied = keys == cells(edge)
-    none = jnp.zeros_like(wanted)
-    before = search(
-        none, none + (order.end + 1), lambda end: counted(tied & (position < cells(end))) < left
+    Of the pairs (key, rank) that `wanted` entries reach, the largest is that of the last one kept.
+    """
+    axes, last = tuple(range(x.ndim)), np.int32(order.end - 1)
+    keys = lax.expand_dims(keys_of(x) + 1, [x.ndim])  # At least 0, so that bits only add to them.
+    ranks = lax.expand_dims(last - order.position(row_major(x.shape)), [x.ndim])
+    key_bits, rank_bits = 8 * keys.dtype.itemsize - 1, int(last).bit_length()
+    bits = (
+        np.array([1 << i for i in reversed(range(key_bits))] + [0] * rank_bits, keys.dtype),
+        np.array([0] * key_bits + [1 << i for i in reversed(range(rank_bits))], ranks.dtype),
     )
-    return Thresholds(edge, before + (left > 0).astype(jnp.int32))
+
+    def one_pass(found: Any, bits: Any) -> tuple[Any, None]:
+        key, rank = (end | bit for end, bit in zip(found, bits, strict=True))
+        probe = lax.expand_dims(key, axes), lax.expand_dims(rank, axes)
+        reached = (keys > probe[0]) | ((keys == probe[0]) & (ranks >= probe[1]))
+        enough = jnp.sum(reached, axis=axes, dtype=jnp.int32) >= wanted
+        return (jnp.where(enough, key, found[0]), jnp.where(enough, rank, found[1])), None
+
+    none = jnp.zeros_like(wanted)
+    (key, rank), _ = lax.scan(one_pass, (none.astype(keys.dtype), none), bits)
+    return Thresholds(key - 1, order.end - rank)
 
 
 def _check(x: jax.Array, counts: Sequence[Count]) -> None:
@@ -340,26 +331,25 @@ def _thresholds(
 def keep(
     x: jax.Array,
     thresholds: Thresholds,
-    i: int,
     *,
     among: jax.Array | None = None,
     salt: jax.Array | None = None,
-) -> jax.Array:
-    """The keep-mask of one count.
+) -> tuple[jax.Array, ...]:
+    """The keep-mask of each count.
 
     Args:
         x: The leaf that the thresholds were selected from.
         thresholds: What `thresholds` returned for it.
-        i: Which of the counts.
         among: As given to `thresholds`.
         salt: As given to `thresholds`.
 
     Returns:
-        Booleans of the leaf's shape, True for exactly that many entries.
+        Booleans of the leaf's shape, each True for exactly that many entries.
     """
-    key, edge = keys_of(_eligible(x, among)), thresholds.key[i]
+    keys = keys_of(_eligible(x, among))
     position = TieOrder(x.size, salt).position(row_major(x.shape))
-    return (key > edge) | ((key == edge) & (position < thresholds.index[i]))
+    ends = zip(*thresholds, strict=True)
+    return tuple((keys > key) | ((keys == key) & (position < edge)) for key, edge in ends)
 
 
 def top_k_masks(
@@ -391,8 +381,7 @@ def top_k_masks(
         )
     x = jnp.asarray(x)
     found = _thresholds(x, counts, start, among, salt, smallest=False)
-    masks = tuple(keep(x, found, i, among=among, salt=salt) for i in range(len(counts)))
-    return masks, found
+    return keep(x, found, among=among, salt=salt), found
 
 
 def counts_of_global_top_k(leaves: Mapping[str, jax.Array], count: Count) -> dict[str, jax.Array]:

@@ -64,7 +64,7 @@ def check(x, counts, start=None):
         expected = oracle(x, count)
         assert np.asarray(masks[i]).sum() == count
         np.testing.assert_array_equal(np.asarray(masks[i]), expected)
-        for kept in (keep(x, found, i), keep(x, separating, i)):
+        for kept in (keep(x, found)[i], keep(x, separating)[i]):
             np.testing.assert_array_equal(kept, expected)
         assert separating.key[i] <= found.key[i]
         assert int(found.key[i]) == smallest_kept(x, expected)
@@ -182,7 +182,7 @@ def test_vmap_scan_and_cond():
         return jax.lax.cond(now, lambda: thresholds(x, (9, 20), start), lambda: start)
 
     new = jax.jit(maybe)(True, stacked[1], start)
-    np.testing.assert_array_equal(np.asarray(keep(stacked[1], new, 0)), expected[1])
+    np.testing.assert_array_equal(np.asarray(keep(stacked[1], new)[0]), expected[1])
     assert jax.tree.map(jnp.array_equal, jax.jit(maybe)(False, stacked[1], start), start)
 
 
