@@ -128,6 +128,7 @@ class Chooser:
         flags: ByLeaf | None,
         memory: ByLeaf | None,
         step: Any,
+        keys: jax.Array | None = None,
     ) -> tuple[ByLeaf, ByLeaf]:
         """Flags and memory that the method chooses.
 
@@ -138,28 +139,35 @@ class Chooser:
           flags: present flags by leaf; passed over at the first choice.
           memory: present memory by leaf; passed over at the first choice.
           step: finished steps.
+          keys: the `keys` of this step, if they were computed before.
         """
         method, leaves = self.method, self.leaves
         if first:
             flags = memory = None
-        counts = allocated(method, leaves, theta, grads, flags, memory, self.seed, step)
+        by_leaf = dict(zip(leaves, self.keys(step) if keys is None else keys, strict=True))
+        counts = allocated(method, leaves, theta, grads, flags, memory, by_leaf, step)
         columns: list[Any] = [theta, grads, flags, memory, counts]
         chosen_flags: ByLeaf = {}
         chosen_memory: ByLeaf = {}
         for paths in _alike(leaves, theta, memory):
             leaf = leaves[paths[0]]
             choose = functools.partial(choose_leaf, self.frame, leaf, first)
-            keys = layer_keys(self.seed, paths, leaf, step)
             for part in _parts(len(paths), leaf):
                 rows = [[None if c is None else c[path] for c in columns] for path in paths[part]]
-                results = (
-                    [_partitioned(choose)(*rows[0], keys[part][0], step, self.numbers)]
-                    if len(rows) == 1
-                    else _together(choose, rows, keys[part], step, self.numbers)
-                )
+                own = [by_leaf[path] for path in paths[part]]
+                if len(rows) == 1:
+                    of_layers = layer_keys(own[0], leaf)
+                    results = [_partitioned(choose)(*rows[0], of_layers, step, self.numbers)]
+                else:
+                    of_layers = layer_keys(jnp.stack(own), leaf)
+                    results = _together(choose, rows, of_layers, step, self.numbers)
                 for path, (new, remembered) in zip(paths[part], results, strict=True):
                     chosen_flags[path], chosen_memory[path] = new, remembered
         return self.as_chosen(theta, chosen_flags, chosen_memory)
+
+    def keys(self, step: Any) -> jax.Array:
+        """The random key of each leaf, `[leaves]`, after so many finished steps."""
+        return leaf_keys(self.seed, [path for path, *_ in self.kinds.value], step)
 
     def as_chosen(self, theta: ByLeaf, flags: ByLeaf, memory: ByLeaf) -> tuple[ByLeaf, ByLeaf]:
         """The same, in the types in which `choose` returns them."""
@@ -226,7 +234,7 @@ def allocated(
     grads: ByLeaf | None,
     flags: ByLeaf | None,
     memory: ByLeaf | None,
-    seed: Any,
+    keys: ByLeaf,
     step: Any,
 ) -> dict[str, Counts]:
     """Counts of each leaf as the method allocates them, arrays of the stacked axes' shape."""
@@ -240,7 +248,7 @@ def allocated(
                     None if grads is None else grads[path],
                     None if flags is None else flags[path],
                     None if memory is None else memory[path],
-                    layer_keys(seed, [path], leaf, step)[0],
+                    layer_keys(keys[path], leaf),
                     step,
                 ),
             )
@@ -328,24 +336,33 @@ def seed_scalar(seed: Any) -> jax.Array:
     return jnp.array(seed).astype(jnp.uint32)
 
 
-def layer_keys(seed: Any, paths: Sequence[str], leaf: Leaf, step: Any) -> jax.Array:
-    """Random keys for the layers of leaves that are like `leaf`: `[paths, *stack]`.
+def leaf_keys(seed: Any, paths: Sequence[str], step: Any) -> jax.Array:
+    """Random keys of leaves, `[paths]`.
 
-    The key of a layer follows from the leaf's path, not from its position in the tree.
+    The key of a leaf follows from its path, not from its position in the tree.
     """
-    key = jax.random.key(seed)
     numbers: Any = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
     if jax.typeof(seed).mat.varying or jax.typeof(step).mat.varying:
         # An array would be an operand of the `cond` around a choice, which in `shard_map` under
         # vmap makes it varying, and `fold_in` would then mark it as varying once more.
         numbers = jnp.concatenate([jnp.full(1, number) for number in numbers])
+    return _leaf_keys(seed, numbers, step)
 
-    def of_leaf(number: Any) -> jax.Array:
-        own = jax.random.fold_in(jax.random.fold_in(key, number), step)
-        return jax.random.split(own, leaf.stack) if leaf.stack else own
 
-    keys: jax.Array = jax.vmap(of_leaf)(numbers)
+@jax.jit  # One program for all trees of so many leaves.
+def _leaf_keys(seed: Any, numbers: Any, step: Any) -> jax.Array:
+    key = jax.random.key(seed)
+    fold = jax.random.fold_in
+    keys: jax.Array = jax.vmap(lambda number: fold(fold(key, number), step))(numbers)
     return keys
+
+
+def layer_keys(keys: jax.Array, leaf: Leaf) -> jax.Array:
+    """Random keys of the layers of leaves that are like `leaf`, `[..., *stack]`, from theirs."""
+    split = functools.partial(jax.random.split, num=leaf.stack)
+    if not leaf.stack:
+        return keys
+    return jax.vmap(split)(keys) if keys.ndim else split(keys)
 
 
 def choose_leaf(

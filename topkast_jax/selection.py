@@ -11,7 +11,7 @@ a sharded leaf a pass all-reduces one small vector of counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import jax

@@ -236,7 +236,7 @@ def _first_state(plan: Plan, params: Any) -> SparsifyState:
         flags, memory = _everything(theta), chooser.first_memory(theta)
         due = jnp.asarray(DUE_WITH_GRADIENT, jnp.int8)
     else:
-        flags, memory = _first_choice(chooser, theta)
+        flags, memory = _first_choice(chooser, theta, chooser.keys(np.int32(0)))
     if plan.stop_exploring_at is not None and plan.method.first_choice == "init":
         at_once = jnp.asarray(plan.stop_exploring_at) == 0
         flags = {path: jnp.where(at_once, frozen_flags(f), f) for path, f in flags.items()}
@@ -250,8 +250,8 @@ def _first_state(plan: Plan, params: Any) -> SparsifyState:
 
 
 @jax.jit
-def _first_choice(chooser: Chooser, theta: dict[str, Any]) -> tuple[Any, Any]:
-    return chooser.choose(True, jax.lax.stop_gradient(theta), None, None, None, np.int32(0))
+def _first_choice(chooser: Chooser, theta: dict[str, Any], keys: Any) -> tuple[Any, Any]:
+    return chooser.choose(True, jax.lax.stop_gradient(theta), None, None, None, np.int32(0), keys)
 
 
 def _everything(theta: dict[str, Any]) -> dict[str, Any]:

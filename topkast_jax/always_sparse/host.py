@@ -26,6 +26,7 @@ from topkast_jax.choosing import (
     choose_leaf,
     kind_of,
     layer_keys,
+    leaf_keys,
     leaf_of,
     over_stack,
 )
@@ -317,7 +318,7 @@ class Choice:
     def first_memory(self, host: HostLeaf, theta: Any) -> Any:
         """Shapes and types of what the method remembers about a leaf."""
         one = functools.partial(_choose, self.chooser.frame, Static(kind_of(host.leaf)), True)
-        keys = jax.eval_shape(lambda: layer_keys(0, [host.path], host.leaf, 0)[0])
+        keys = jax.eval_shape(lambda: layer_keys(self.chooser.keys(0)[0], host.leaf))
         count: Any = jax.ShapeDtypeStruct(host.leaf.stack, np.int32)
         counts = Counts(count, count)
         return jax.eval_shape(one, self.chooser.numbers, theta, None, None, None, counts, keys, 0)[
@@ -380,7 +381,8 @@ class Choice:
             host = self._leaves[name]
             kind = Static(kind_of(dataclasses.replace(host.leaf, stack=(), axes=())))
             with jax.default_device(host_device()):
-                keys = layer_keys(self.chooser.seed, [name], host.leaf, step)[0].reshape(-1)
+                own = leaf_keys(self.chooser.seed, [name], step)[0]
+                keys = layer_keys(own, host.leaf).reshape(-1)
             rows = _by_layer(tuple(column[name] for column in columns), host)
             layers = zip(host.layers(flags[name]), keys, rows, strict=True)
             tasks[name] = [functools.partial(choose, kind, *layer) for layer in layers]
@@ -394,9 +396,8 @@ class Choice:
 
     def _counts(self, step: Any, theta: Any, sets: Any, memory: Any) -> dict[str, Counts]:
         chooser = self.chooser
-        counts = allocated(
-            chooser.method, chooser.leaves, theta, None, sets, memory, chooser.seed, step
-        )
+        keys = dict(zip(chooser.leaves, chooser.keys(step), strict=True))
+        counts = allocated(chooser.method, chooser.leaves, theta, None, sets, memory, keys, step)
         found: dict[str, Counts] = jax.device_get(counts)
         return found
 
