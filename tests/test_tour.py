@@ -1,7 +1,6 @@
 """docs/tour.ipynb runs, and what it says about the method holds in its own numbers."""
 
 import json
-import os
 import pathlib
 import pickle
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from processes import one_device
 
 NOTEBOOK = pathlib.Path(__file__).parent.parent / "docs" / "tour.ipynb"
 CELLS = [c for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]
@@ -35,10 +35,9 @@ pickle.dump(found, open(sys.argv[2], "wb"))
 def scope(tmp_path_factory):
     """Names that the cells leave, run in order by a process with one device."""
     path = tmp_path_factory.mktemp("tour") / "names"
-    one_device = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    settings = {"XLA_FLAGS": one_device, "JAX_NUMPY_RANK_PROMOTION": "allow"}
+    environment = one_device(optimization=1) | {"JAX_NUMPY_RANK_PROMOTION": "allow"}
     command = [sys.executable, "-c", PROGRAM, str(NOTEBOOK), str(path)]
-    subprocess.run(command, check=True, env=os.environ | settings, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     return pickle.loads(path.read_bytes())
 
 

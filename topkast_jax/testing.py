@@ -24,7 +24,7 @@ import optax
 
 from topkast_jax.description import decided_leaves
 from topkast_jax.method import Leaf, Method
-from topkast_jax.sets import NOT_DUE, find_states, forward_params, keep_masks
+from topkast_jax.sets import NOT_DUE, SparsifyState, find_states, forward_params, keep_masks
 from topkast_jax.sparsify import SparseTransform
 from topkast_jax.trees import flatten_with_names
 
@@ -140,9 +140,8 @@ def check_history(
     """
     leaves = leaves_of(tx, history[0][0])
     assert leaves, "no leaf is sparse"
-    masks = jax.jit(keep_masks)
     for t, ((old, state), (new, _)) in enumerate(itertools.pairwise(history)):
-        forward, backward = (_by_name(mask) for mask in masks(old, state))
+        forward, backward = (_by_name(mask) for mask in _masks(old, _alone(state)))
         before, after = _by_name(old), _by_name(new)
         settled = all(int(s.due) == NOT_DUE for s in find_states(state)) or t > 0
         for name, theta in before.items():
@@ -167,6 +166,14 @@ def check_history(
     for name in leaves:
         assert np.all(np.isfinite(np.asarray(last[name], np.float32))), f"{name} is not finite"
         assert np.any(np.asarray(first[name]) != np.asarray(last[name])), f"{name} does not train"
+
+
+_masks = jax.jit(keep_masks)
+
+
+def _alone(state: Any) -> list[SparsifyState]:
+    """The sparsity states in an optimizer's, without inner states: of equal types in all checks."""
+    return [found._replace(inner_state=()) for found in find_states(state)]
 
 
 def _check_units(leaf: Leaf, mask: np.ndarray, where: str) -> None:

@@ -9,6 +9,7 @@ import time
 
 import jax
 import pytest
+from processes import one_device
 from toy_runs import CACHE, CONFIG, last_state, records
 
 from experiments.config import resolve
@@ -329,7 +330,7 @@ def test_bugs_keep_their_traceback(tmp_path, monkeypatch):
 
 
 def test_the_real_command(tmp_path):
-    environment = os.environ | {k.upper(): str(v) for k, v in CACHE.items()} | {"XLA_FLAGS": ""}
+    environment = one_device() | {k.upper(): str(v) for k, v in CACHE.items()}
 
     def call(*args):
         line = [sys.executable, "-m", "experiments.main", *command(tmp_path / "run", *args)]

@@ -1,12 +1,12 @@
 """N steps equal k, a restart, and N - k, to the bit."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from processes import one_device
 from toy import TrainData
 from toy_runs import CACHE, CONFIG, assert_same, last_state, records, run
 
@@ -115,7 +115,7 @@ def test_signals(tmp_path, number, status):
     command = [sys.executable, "-m", "experiments.main", f"--config={CONFIG}:80/60"]
     command += [f"--workdir={tmp_path}/run", "--config.steps=1000000", "--config.log_every=100"]
     command += ["--config.checkpoint_every=100"]
-    environment = os.environ | {k.upper(): str(v) for k, v in CACHE.items()} | {"XLA_FLAGS": ""}
+    environment = one_device() | {k.upper(): str(v) for k, v in CACHE.items()}
     with open(tmp_path / "output", "w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     manifest = tmp_path / "run" / "checkpoints" / "100" / "MANIFEST.json"
@@ -134,8 +134,17 @@ def test_signals(tmp_path, number, status):
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["build", "_train_from", "Session.finish"])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        ("build", signal.SIGTERM),
+        ("_train_from", signal.SIGINT),
+        ("Session.finish", signal.SIGTERM),
+        pytest.param("build", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("_train_from", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("Session.finish", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_signals_without_a_step_under_way(tmp_path, whole, monkeypatch, number, moment):
     """They end the call at once, and the next one goes on."""
 
