@@ -29,7 +29,10 @@ def accuracy_by_hand(state):
     return np.mean(logits.argmax(1) == found["label"]), losses.mean()
 
 
-@pytest.mark.parametrize("batch_size", [8, 40, 72, 80])
+@pytest.mark.parametrize(
+    "batch_size",
+    [40, 72, pytest.param(8, marks=pytest.mark.slow), pytest.param(80, marks=pytest.mark.slow)],
+)
 def test_evaluation_is_exact_at_any_batch_size(tmp_path, batch_size):
     run(tmp_path / "run", "80/60", f"batch_size={batch_size}", "steps=6")
     final = json.loads((tmp_path / "run" / "final.json").read_text())

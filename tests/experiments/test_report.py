@@ -272,7 +272,15 @@ def test_final_that_holds_another_type(runs, tmp_path, capsys, key, value):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("value", ["x", [1], None, {}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x",
+        None,
+        pytest.param([1], marks=pytest.mark.slow),
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_record_that_holds_another_type_is_named_and_passed_over(runs, tmp_path, capsys, value):
     path = runs / "deep" / "er" / "kast-0" / "metrics.jsonl"
     lines = path.read_text().splitlines()

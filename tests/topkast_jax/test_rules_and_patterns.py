@@ -99,8 +99,18 @@ def test_a_backward_density_that_is_smaller_by_more_than_rounding():
         tx.init({"w": jnp.ones((8, 10))})
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("n", "m"), [(1, 3), (2, 4), (5, 6)])
+@pytest.mark.parametrize(
+    ("n", "m", "dtype"),
+    [
+        (1, 3, jnp.float32),
+        (2, 4, jnp.bfloat16),
+        (5, 6, jnp.float32),
+        *(
+            pytest.param(*numbers, marks=pytest.mark.slow)
+            for numbers in ((1, 3, jnp.bfloat16), (2, 4, jnp.float32), (5, 6, jnp.bfloat16))
+        ),
+    ],
+)
 def test_n_of_m_holds_to_its_n_whatever_the_hyperparameters(n, m, dtype):
     params = {"w": jnp.ones((2 * m, 8), dtype)}
 

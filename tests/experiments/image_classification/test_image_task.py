@@ -83,7 +83,7 @@ def test_images_are_normalised_on_the_device():
     np.testing.assert_allclose(task._normalise(images), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [64, 999, 1024])
+@pytest.mark.parametrize("batch_size", [64, 999, pytest.param(1024, marks=pytest.mark.slow)])
 def test_evaluation_is_the_same_at_any_batch_size(trained, batch_size):
     params, state = trained
     totals = {}

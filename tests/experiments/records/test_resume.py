@@ -35,7 +35,7 @@ def assert_equal_runs(one, other, *overrides):
         assert finals[0][key] == finals[1][key]
 
 
-@pytest.mark.parametrize("stop_at", [6, 7, 10])
+@pytest.mark.parametrize("stop_at", [6, 7, pytest.param(10, marks=pytest.mark.slow)])
 def test_stopped_and_continued(tmp_path, whole, stop_at):
     assert run(tmp_path / "run", "80/60", *EVERY, stop_at=stop_at) == "stopped"
     state, position = last_state(tmp_path / "run", "80/60", *EVERY)
