@@ -120,15 +120,18 @@ def test_a_convolution_and_its_gradients_are_those_of_the_definition(size, strid
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_only_a_cpu_has_a_product_for_the_gradient_of_a_1x1_kernel(platform):
+@pytest.mark.parametrize(
+    ("platform", "size", "convolutions", "products"),
+    [("cpu", 1, 0, 2), ("cpu", 3, 1, 3), ("tpu", 1, 2, 0), ("tpu", 3, 2, 0)],
+)
+def test_only_a_cpu_has_products_in_place_of_convolutions(platform, size, convolutions, products):
     def gradient(kernel, x):
         return jax.grad(lambda kernel: jnp.sum(layers.conv(x, kernel, (1, 1), NONE) ** 2))(kernel)
 
-    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 1, 4, 8), (2, 5, 5, 4)))
+    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((size, size, 4, 8), (2, 5, 5, 4)))
     text = jax.jit(gradient).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
-    assert text.count("stablehlo.convolution") == {"cpu": 1, "tpu": 2}[platform]
-    assert text.count("stablehlo.dot_general") == {"cpu": 1, "tpu": 0}[platform]
+    assert text.count("stablehlo.convolution") == convolutions
+    assert text.count("stablehlo.dot_general") == products
 
 
 @pytest.mark.parametrize("types", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
