@@ -346,12 +346,12 @@ def leaf_keys(seed: Any, paths: Sequence[str], step: Any) -> jax.Array:
         # An array would be an operand of the `cond` around a choice, which in `shard_map` under
         # vmap makes it varying, and `fold_in` would then mark it as varying once more.
         numbers = jnp.concatenate([jnp.full(1, number) for number in numbers])
-    return _leaf_keys(seed, numbers, step)
+    # Made outside, because jit does not see that `jax.default_prng_impl` has changed.
+    return _leaf_keys(jax.random.key(seed), numbers, step)
 
 
 @jax.jit  # One program for all trees of so many leaves.
-def _leaf_keys(seed: Any, numbers: Any, step: Any) -> jax.Array:
-    key = jax.random.key(seed)
+def _leaf_keys(key: jax.Array, numbers: Any, step: Any) -> jax.Array:
     fold = jax.random.fold_in
     keys: jax.Array = jax.vmap(lambda number: fold(fold(key, number), step))(numbers)
     return keys

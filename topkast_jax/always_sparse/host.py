@@ -396,8 +396,8 @@ class Choice:
 
     def _counts(self, step: Any, theta: Any, sets: Any, memory: Any) -> dict[str, Counts]:
         chooser = self.chooser
-        keys = dict(zip(chooser.leaves, chooser.keys(step), strict=True))
-        counts = allocated(chooser.method, chooser.leaves, theta, None, sets, memory, keys, step)
+        # A method that allocates, which alone would need keys, is refused by `check_plan`.
+        counts = allocated(chooser.method, chooser.leaves, theta, None, sets, memory, {}, step)
         found: dict[str, Counts] = jax.device_get(counts)
         return found
 

@@ -1017,3 +1017,20 @@ def test_a_thread_draws_the_random_numbers_of_its_caller():
         (found,) = hosts.in_threads([draw])
     np.testing.assert_array_equal(found, expected)
     assert not np.array_equal(draw(), expected)
+
+
+def test_sets_at_random_follow_the_generator_that_is_set():
+    """Also after those of another generator were drawn."""
+    params = {"w": jnp.zeros((16, 16))}
+
+    def drawn():
+        tx = tk.static_random(optax.sgd(0.1), 0.25, seed=0, rules=[(".*", tk.Sparse())])
+        sparse = AlwaysSparse(tx, params)
+        *_, reservoir = sparse.start(params)
+        return np.asarray(sparse.masks(reservoir)[1].sets["w"])
+
+    first = drawn()
+    with jax.default_prng_impl("rbg"):
+        other = drawn()
+    np.testing.assert_array_equal(drawn(), first)
+    assert not np.array_equal(other, first)
