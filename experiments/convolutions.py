@@ -20,7 +20,7 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
 
     On a CPU, a 1×1 kernel is applied by a matrix product, and the gradient by any kernel is one
     product for each row of the kernel. XLA writes that gradient as a convolution with the batch as
-    channels; on a CPU it takes up to ten times as long as the products.
+    channels, which on a CPU takes longer than the products.
 
     Args:
         strides: of the window, down and across.

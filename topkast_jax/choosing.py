@@ -339,18 +339,17 @@ def seed_scalar(seed: Any) -> jax.Array:
 def leaf_keys(seed: Any, paths: Sequence[str], step: Any) -> jax.Array:
     """Random keys of leaves, `[paths]`.
 
-    The key of a leaf follows from its path, not from its position in the tree.
+    The key of a leaf follows from its path, not from its position in the tree. Only under JAX's
+    "unsafe_rbg" it depends on both: there, a key of several made at once is not that made alone.
     """
-    numbers: Any = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
-    if jax.typeof(seed).mat.varying or jax.typeof(step).mat.varying:
-        # An array would be an operand of the `cond` around a choice, which in `shard_map` under
-        # vmap makes it varying, and `fold_in` would then mark it as varying once more.
-        numbers = jnp.concatenate([jnp.full(1, number) for number in numbers])
+    numbers = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
     # Made outside, because jit does not see that `jax.default_prng_impl` has changed.
     return _leaf_keys(jax.random.key(seed), numbers, step)
 
 
-@jax.jit  # One program for all trees of so many leaves.
+# One program for all trees of so many leaves. Without `jit`, vmap around or inside `shard_map`
+# would have `fold_in` mark the numbers as varying twice.
+@jax.jit
 def _leaf_keys(key: jax.Array, numbers: Any, step: Any) -> jax.Array:
     fold = jax.random.fold_in
     keys: jax.Array = jax.vmap(lambda number: fold(fold(key, number), step))(numbers)

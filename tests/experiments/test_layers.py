@@ -135,9 +135,11 @@ def test_only_a_cpu_has_products_in_place_of_convolutions(platform, size, convol
 
 
 @pytest.mark.parametrize("types", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
-def test_gradients_of_a_1x1_convolution_on_a_mesh(types):
+@pytest.mark.parametrize("size", [1, 3])
+def test_gradients_of_a_convolution_on_a_mesh(types, size):
     rng = np.random.default_rng(0)
-    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 5, 3), (1, 1, 3, 4)))
+    shapes = (2, 5, 5, 3), (size, size, 3, 4)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
     def gradients(x, kernel):
         loss = lambda x, kernel: jnp.sum(layers.conv(x, kernel, (2, 2), NONE) ** 2)  # noqa: E731

@@ -1,6 +1,7 @@
 """The method contract carries what the literature needs: each by a short method and by NumPy."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -428,3 +429,52 @@ def test_patterns_that_differ_are_not_equal():
     )
     assert one["a"].pattern == same["a"].pattern
     assert one["a"].pattern != other["a"].pattern
+
+
+@pytest.mark.parametrize("order", ["vmap of shard_map", "shard_map of vmap"])
+def test_each_member_of_an_ensemble_over_devices_draws_by_its_own_seed(order):
+    """Sets at random, chosen again in a later step, are those of members on one device."""
+    types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("member",), types, devices=jax.devices()[:2])
+    whole = jax.P("member")
+    over_devices = functools.partial(jax.shard_map, mesh=mesh, in_specs=whole, out_specs=whole)
+    params = {"w": jnp.ones((8, 8))}
+
+    def transform(seed):
+        return tk.methods.set_evolution(
+            optax.sgd(0.1), 0.25, refresh_every=1, rules=[(".*", tk.Sparse())], seed=seed
+        )
+
+    def start(seed):
+        own = jax.tree.map(lambda x: x + 0 * seed, params)
+        return own, transform(seed).init(own)
+
+    def step(run):
+        params, state = run
+        grads = tk.forward_params(params, state)
+        updates, state = transform(0).update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def one(function):
+        def of_one(x):
+            return jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda y: y[0], x)))
+
+        return of_one
+
+    def spread(function):
+        if order == "vmap of shard_map":
+            return jax.jit(jax.vmap(over_devices(one(function))))
+        return jax.jit(over_devices(jax.vmap(function)))
+
+    def sets(around, seeds):
+        run = around(start)(seeds)
+        for _ in range(2):
+            run = around(step)(run)
+        return around(lambda run: tk.keep_masks(*run)[0])(run)
+
+    seeds = jnp.arange(4)
+    shape = (2, 2) if order == "vmap of shard_map" else (4,)
+    found = sets(spread, seeds.reshape(shape))
+    alone = sets(lambda function: jax.jit(jax.vmap(function)), seeds)
+    np.testing.assert_array_equal(found["w"].reshape(alone["w"].shape), alone["w"])
+    assert len({mask.tobytes() for mask in np.asarray(alone["w"])}) == len(seeds)
