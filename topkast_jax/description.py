@@ -14,7 +14,7 @@ import optax
 from topkast_jax.errors import SparsityError
 from topkast_jax.method import Counts, Leaf
 from topkast_jax.rules import check_arrays
-from topkast_jax.sparsify import observing_leaves
+from topkast_jax.sparsify import check_transformation, observing_leaves
 from topkast_jax.trees import flatten_with_names
 
 
@@ -65,8 +65,10 @@ def decided_leaves(params: Any, tx: optax.GradientTransformation) -> list[dict[s
       those too that come from hyperparameters of `optax.inject_hyperparams`.
 
     Raises:
-      SparsityError: a leaf of `params` is no array, or the rules do not fit the parameters.
+      SparsityError: `tx` is no transformation, a leaf of `params` is no array, or the rules do not
+        fit the parameters.
     """
+    check_transformation("tx", tx)
     names, arrays, treedef = flatten_with_names(params)
     check_arrays(names, arrays)
     seen: list[dict[str, Leaf | None]] = []

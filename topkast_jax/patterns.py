@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from topkast_jax.errors import SparsityError
+from topkast_jax.errors import SparsityError, shown
 from topkast_jax.ranking import keys_of
 from topkast_jax.selection import SMALL, Thresholds, keep_count, top_k_masks
+from topkast_jax.values import is_whole
 
 Count = int | jax.Array
 
@@ -206,8 +207,9 @@ class Block(_Ranked):
 
     def __post_init__(self) -> None:
         for name, size in (("rows", self.rows), ("cols", self.cols)):
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise SparsityError(f"Block {name}={size!r}: must be an integer of at least 1")
+            if not is_whole(size, 1):
+                raise SparsityError(f"Block {name}={shown(size)}: must be an integer of at least 1")
+            object.__setattr__(self, name, int(size))
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
@@ -300,9 +302,11 @@ class NOfM(_Grouped):
     m: int
 
     def __post_init__(self) -> None:
-        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (self.n, self.m))
-        if not whole or not 1 <= self.n <= self.m:
-            raise SparsityError(f"NOfM({self.n!r}, {self.m!r}): must be integers with 1 ≤ n ≤ m")
+        if not is_whole(self.m, 1) or not is_whole(self.n, 1, int(self.m)):
+            found = f"NOfM({shown(self.n)}, {shown(self.m)})"
+            raise SparsityError(f"{found}: must be integers with 1 ≤ n ≤ m")
+        object.__setattr__(self, "n", int(self.n))
+        object.__setattr__(self, "m", int(self.m))
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The leaf's own shape."""

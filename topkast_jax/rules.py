@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import numbers
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from topkast_jax.method import Counts, Density, Leaf
 from topkast_jax.patterns import NEEDED, NOfM, Pattern, completed
 from topkast_jax.selection import DTYPES, MOST_ENTRIES
 from topkast_jax.trees import flatten_with_names
+from topkast_jax.values import is_integer, is_number
 
 logger = logging.getLogger("topkast_jax")
 
@@ -63,10 +63,13 @@ class Sparse:
             )
         if self.pattern is not None:
             check_pattern(self.pattern)
+        if self.stacked is None:
+            return
         axes = self.stacked if isinstance(self.stacked, tuple) else (self.stacked,)
-        whole = all(isinstance(a, int) and not isinstance(a, bool) for a in axes)
-        if self.stacked is not None and not whole:
+        if not all(map(is_integer, axes)):
             raise SparsityError(f"stacked={shown(self.stacked)}: must be an axis, several, or None")
+        axes = tuple(map(int, axes))
+        object.__setattr__(self, "stacked", axes if isinstance(self.stacked, tuple) else axes[0])
 
 
 Spec = Dense | Sparse
@@ -75,7 +78,7 @@ Rules = Sequence[tuple[str, Spec]]
 
 # How Flax, Haiku and Equinox name what is no matrix: biases and scales, and the layers that norm.
 _NO_MATRIX = re.compile(r"(\w+_)?(bias(es)?|scale|offset)|bias_\w+|gamma|beta|gain", re.IGNORECASE)
-_NORM = re.compile(r".*norm(_?\d+|s)?|(ln|bn)(_?\w{1,3})?", re.IGNORECASE)
+_NORM = re.compile(r".*norm(_?\d+|s)?|(ln|bn)(_\w+|\d+\w?|\w)?", re.IGNORECASE)
 
 _told: set[str] = set()
 
@@ -255,29 +258,12 @@ def _compile(expression: str) -> re.Pattern[str]:
         raise SparsityError(f"rule {expression!r} is no regular expression: {error}") from None
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is one real number: Python's, NumPy's or an array without axes."""
-    if isinstance(value, numbers.Real):
-        return not isinstance(value, bool)
-    dtype = getattr(value, "dtype", None)
-    if dtype is None or getattr(value, "ndim", None) != 0:
-        return False
-    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is one integer: Python's, NumPy's or an array without axes."""
-    if isinstance(value, numbers.Integral):
-        return not isinstance(value, bool)
-    return is_number(value) and jnp.issubdtype(jnp.result_type(value), jnp.integer)
-
-
 def check_densities(forward: Density, backward: Density, where: str = "") -> None:
     """Raises SparsityError unless 0 < forward ≤ backward ≤ 1; traced values pass unseen."""
     for name, density in (("forward_density", forward), ("backward_density", backward)):
         if isinstance(density, jax.core.Tracer):
             continue
-        if not is_number(density) or not 0.0 < float(density) <= 1.0:
+        if not is_number(density) or not 0 < density <= 1:
             raise SparsityError(f"{where}{name}={shown(density)}: must be a number in (0, 1]")
     if any(isinstance(density, jax.core.Tracer) for density in (forward, backward)):
         return

@@ -23,6 +23,7 @@ from jax.scipy.special import ndtri
 from topkast_jax.errors import SparsityError, shown
 from topkast_jax.ranking import TieOrder, key_dtype, keys_of, largest_key, row_major
 from topkast_jax.reductions import Of, few_probes, reduce_entries
+from topkast_jax.values import is_integer, is_whole
 from topkast_jax.varying import varying_like
 
 Count = int | jax.Array
@@ -263,9 +264,17 @@ def _check(x: jax.Array, counts: Sequence[Count]) -> None:
         raise SparsityError(f"selection: dtype {x.dtype}; allowed: {', '.join(DTYPES)}")
     if not 0 < x.size <= MOST_ENTRIES:
         raise SparsityError(f"selection: a leaf of {x.size} entries; allowed: 1 to {MOST_ENTRIES}")
+    if not len(counts):
+        raise SparsityError("selection: no counts; must be at least one")
     for count in counts:
-        if isinstance(count, int) and not 1 <= count <= x.size:
-            raise SparsityError(f"selection: count {count}; allowed: 1 to {x.size}")
+        _check_count(count, x.size)
+
+
+def _check_count(count: Any, size: int) -> None:
+    """Raises SparsityError unless a count, or the type of an array, is one of those allowed."""
+    fits = is_integer(count) if isinstance(count, jax.Array) else is_whole(count, 1, size)
+    if not fits:
+        raise SparsityError(f"selection: count {shown(count)}; allowed: integers, 1 to {size}")
 
 
 def _eligible(x: jax.Array, among: jax.Array | None) -> jax.Array:
@@ -398,7 +407,8 @@ def counts_of_global_top_k(leaves: Mapping[str, jax.Array], count: Count) -> dic
         int32 scalars, by leaf; their sum is `count`.
 
     Raises:
-        SparsityError: If the dtypes differ or the entries are too many.
+        SparsityError: If the dtypes differ, the entries are too many or the count is not one of
+            those allowed.
     """
     xs = [lax.stop_gradient(x) for x in leaves.values()]
     if len({x.dtype for x in xs}) != 1:
@@ -409,6 +419,7 @@ def counts_of_global_top_k(leaves: Mapping[str, jax.Array], count: Count) -> dic
         raise SparsityError(
             f"global selection: {total} entries in all; allowed: at most {MOST_ENTRIES}"
         )
+    _check_count(count, total)
     wanted = jnp.asarray(count, jnp.int32)[None]
 
     def reached(e: jax.Array, _: jax.Array, probe: jax.Array) -> jax.Array:

@@ -511,15 +511,25 @@ def observing_leaves(note: Callable[[dict[str, Leaf | None]], None]) -> Iterator
         _observers.reset(token)
 
 
+def check_transformation(name: str, tx: Any) -> None:
+    """Raises SparsityError unless an argument of this name is an optax optimizer."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        found = getattr(tx, "__name__", shown(tx))
+        called = f"; call it, as in optax.{found}(…)" if callable(tx) else ""
+        raise SparsityError(f"{name}={found}: must be an optax optimizer{called}")
+
+
 def _check(inner: Any, method: Any, inner_state: Any, pattern: Any, seed: Any) -> None:
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        name = getattr(inner, "__name__", shown(inner))
-        called = f"; call it, as in optax.{name}(…)" if callable(inner) else ""
-        raise SparsityError(f"inner={name}: must be an optax optimizer{called}")
+    check_transformation("inner", inner)
     if isinstance(inner, SparseTransform):
         raise SparsityError("inner is wrapped by a sparsity method already: wrap an optimizer once")
     if isinstance(method, type) or not isinstance(method, Method):
         raise SparsityError(f"method={shown(method)}: must be a topkast_jax.Method")
+    for name in ("needs_gradient", "observes_gradient", "explores", "skips_update"):
+        if not isinstance(flag := getattr(method, name), bool):
+            raise SparsityError(f"{name}={shown(flag)}: must be True or False")
+    if (first := method.first_choice) not in ("init", "first_update"):
+        raise SparsityError(f"first_choice={shown(first)}: must be 'init' or 'first_update'")
     if inner_state not in ("keep", "reset"):
         raise SparsityError(f"inner_state={shown(inner_state)}: must be 'keep' or 'reset'")
     check_pattern(pattern)

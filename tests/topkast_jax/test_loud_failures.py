@@ -13,6 +13,7 @@ import pytest
 import topkast_jax as tk
 from topkast_jax.always_sparse import AlwaysSparse
 from topkast_jax.inner_state import map_parameter_shaped
+from topkast_jax.methods.rigl import RigL
 from topkast_jax.ranking import TieOrder
 from topkast_jax.selection import MOST_ENTRIES
 
@@ -208,6 +209,32 @@ def test_stacked_must_be_whole_numbers(stacked):
         tk.Sparse(stacked=stacked)
 
 
+def test_whole_numbers_may_be_numpys():
+    spec = tk.Sparse(stacked=np.int64(0), pattern=tk.Block(np.int64(4), np.int8(2)))
+    assert spec == tk.Sparse(stacked=0, pattern=tk.Block(4, 2))
+    assert repr(spec) == repr(tk.Sparse(stacked=0, pattern=tk.Block(4, 2)))
+    assert repr(tk.NOfM(np.int32(1), np.int32(4))) == repr(tk.NOfM(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (tk.methods.pruning, {"begin_at": 1, "end_at": 5}),
+        (tk.methods.rigl, {"last_choice_at": 5, "refresh_every": 2}),
+    ],
+)
+def test_steps_that_are_hyperparameters(make, options):
+    params = {"w": normal()}
+    plain, injected = (
+        made(optax.sgd(0.1), forward_density=0.2, **options).init(params)
+        for made in (make, optax.inject_hyperparams(make))
+    )
+    wanted, found = (tk.keep_masks(params, state)[0] for state in (plain, injected))
+    np.testing.assert_array_equal(found["w"], wanted["w"])
+    name = next(iter(options))
+    refused(lambda: make(optax.sgd(0.1), 0.2, **options | {name: jnp.int32(-1)}), f"{name}=.*-1")
+
+
 # 7. Serialization, and seeds that are traced.
 
 
@@ -261,6 +288,10 @@ def refused(make, message):
     text = str(caught.value)
     assert "\n" not in text
     assert len(text) < 250, text
+
+
+class FirstChoice(RigL):
+    first_choice = "first"
 
 
 SGD = optax.sgd(0.1)
@@ -318,6 +349,15 @@ AT_THE_CALL = {
         lambda: tk.top_kast(SGD, np.complex64(0.1), 0.2), "forward_density=np.complex64.*a number"),
     "an array of text": (
         lambda: tk.top_kast(SGD, np.array("a"), 0.2), "forward_density=array.*must be a number"),
+    "a density beyond every float": (
+        lambda: tk.top_kast(SGD, 10**400, 1.0), r"forward_density=1000.*must be a number in \(0, 1\]"),
+    "a block of a fraction": (lambda: tk.Block(np.float32(4), 4), r"Block rows=np.*an integer of at"),
+    "a switch as text": (
+        lambda: tk.methods.rigl(SGD, 0.1, skips_update="no"), "skips_update='no': must be True or"),
+    "a first choice that is none": (
+        lambda: tk.sparsify(SGD, FirstChoice(), forward_density=0.1), "first_choice='first': must"),
+    "a table of an optimizer that is not called": (
+        lambda: tk.describe({"w": np.ones((8, 8))}, optax.adam), r"tx=adam: .*call it, as in optax"),
     "a seed that is a density": (
         lambda: tk.static_random(SGD, 0.1, 0.2), "seed=0.2: must be an integer"),
     "a method that is not made": (

@@ -20,7 +20,14 @@ from processes import one_device
 import topkast_jax as tk
 from topkast_jax import reductions, selection
 from topkast_jax.errors import SparsityError
-from topkast_jax.selection import Thresholds, keep, keep_count, thresholds, top_k_masks
+from topkast_jax.selection import (
+    Thresholds,
+    counts_of_global_top_k,
+    keep,
+    keep_count,
+    thresholds,
+    top_k_masks,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -366,12 +373,26 @@ def test_as_many_ties_as_there_can_be():
         (jnp.zeros(3, jnp.int32), 1, "dtype int32"),
         (jnp.zeros(3), 0, "count 0"),
         (jnp.zeros(3), 4, "count 4"),
+        (jnp.zeros(3), np.int64(4), "count np.int64.4.; allowed: integers, 1 to 3"),
+        (jnp.zeros(3), 1.5, "count 1.5"),
+        (jnp.zeros(3), jnp.float32(1), "count Array"),
         (jnp.zeros((0, 3)), 1, "0 entries"),
     ],
 )
 def test_mistakes_are_named(x, count, message):
     with pytest.raises(SparsityError, match=message):
         thresholds(x, (count,))
+
+
+def test_counts_that_are_none():
+    with pytest.raises(SparsityError, match="no counts; must be at least one"):
+        top_k_masks(jnp.zeros(3), ())
+
+
+@pytest.mark.parametrize("count", [0, 7, np.int64(7), 1.5])
+def test_a_count_over_all_leaves_is_checked(count):
+    with pytest.raises(SparsityError, match="count .*; allowed: integers, 1 to 6"):
+        counts_of_global_top_k({"a": jnp.ones(4), "b": jnp.ones(2)}, count)
 
 
 def test_a_leaf_too_large_for_its_indices_is_refused():

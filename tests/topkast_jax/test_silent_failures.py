@@ -235,6 +235,13 @@ def test_default_rules_on_haiku():
     assert taken(params) == matrices
 
 
+def test_default_rules_tell_norms_from_layers_whose_names_begin_alike():
+    norms = ("ln", "lnf", "ln_1", "ln_final", "bn2", "bn2a", "pre_norm", "norms", "LayerNorm_0")
+    layers = ("lnet", "bneck", "bnet_1", "lnproj", "normal_layer")
+    params = {name: {"w": abstract(8, 8)} for name in (*norms, *layers)}
+    assert taken(params) == {f"{name}/w" for name in layers}
+
+
 def test_the_default_is_told_once_on_stderr(monkeypatch, capsys):
     monkeypatch.setattr(logging.root, "handlers", [])  # as in a program that configures none
     monkeypatch.setattr(logging.getLogger("topkast_jax"), "handlers", [])

@@ -120,8 +120,12 @@ def from_masked(
 def _check(what: str, found: Any, inner: optax.GradientTransformation, params: Tree) -> None:
     """Raises SparsityError unless an inner state is one that these parameters could have."""
     expected = jax.tree_util.tree_leaves_with_path(jax.eval_shape(inner.init, params))
-    shapes = {path: np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(found)}
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    held = dict(jax.tree_util.tree_leaves_with_path(found, is_leaf=is_masked))
+    shapes = {path: np.shape(x) for path, x in held.items() if not is_masked(x)}
     for path, like in expected:
+        if path in held and is_masked(held[path]):
+            continue  # of a parameter that optax.partition or optax.masked gives to others
         if shapes.get(path) != like.shape:
             raise SparsityError(
                 f"{what}: the inner optimizer's state{jax.tree_util.keystr(path)} would have "

@@ -12,7 +12,7 @@ import numpy as np
 
 from topkast_jax.errors import SparsityError, shown
 from topkast_jax.method import Counts, Layer, Leaf, Method, Sets
-from topkast_jax.rules import is_number, is_whole
+from topkast_jax.values import is_number, is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +101,14 @@ def check_drop_and_grow(drop_fraction: Any, last_choice_at: Any, refresh_every: 
         raise SparsityError(f"drop_fraction={shown(drop_fraction)}: must be a number in (0, 1)")
     if last_choice_at is None or isinstance(last_choice_at, jax.core.Tracer):
         return
-    if not is_whole(last_choice_at) or not 1 <= last_choice_at < 2**31:
+    if not is_whole(last_choice_at, 1):
         raise SparsityError(
             f"last_choice_at={shown(last_choice_at)}: must be None or an integer of at least 1 "
             "and below 2**31"
         )
-    plain = is_whole(refresh_every) and not isinstance(refresh_every, jax.core.Tracer)
-    if plain and last_choice_at <= refresh_every:
+    if isinstance(refresh_every, jax.core.Tracer) or not is_whole(refresh_every, 1):
+        return
+    if int(last_choice_at) <= int(refresh_every):
         raise SparsityError(
             f"last_choice_at={last_choice_at} must be above refresh_every={refresh_every}, or no "
             "choice is made"

@@ -15,8 +15,9 @@ from topkast_jax.errors import SparsityError, shown
 from topkast_jax.method import Counts, Density, Layer, Leaf, Method, Sets
 from topkast_jax.methods.global_ranking import global_counts, refuse_groups
 from topkast_jax.patterns import Pattern
-from topkast_jax.rules import Rules, is_whole
+from topkast_jax.rules import Rules
 from topkast_jax.sparsify import SparseTransform, sparsify
+from topkast_jax.values import is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _check(begin_at: Any, end_at: Any, ranking: Any) -> None:
     for name, step in (("begin_at", begin_at), ("end_at", end_at)):
         if isinstance(step, jax.core.Tracer):
             continue
-        if not is_whole(step) or not 0 <= step < 2**31:
+        if not is_whole(step, 0):
             raise SparsityError(
                 f"{name}={shown(step)}: must be an integer of at least 0 and below 2**31"
             )

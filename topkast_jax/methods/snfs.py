@@ -17,8 +17,9 @@ from topkast_jax.method import Counts, Density, Layer, Leaf
 from topkast_jax.methods.drop_and_grow import DropAndGrow, check_drop_and_grow
 from topkast_jax.methods.global_ranking import refuse_groups
 from topkast_jax.patterns import Pattern
-from topkast_jax.rules import Rules, is_number
+from topkast_jax.rules import Rules
 from topkast_jax.sparsify import SparseTransform, sparsify
+from topkast_jax.values import is_number
 
 
 @dataclasses.dataclass(frozen=True)

@@ -989,6 +989,22 @@ def test_a_partition_around_the_transform_takes_labels_for_every_leaf():
     jax.tree.map(np.testing.assert_array_equal, parted, end(lambda t: t))
 
 
+def test_a_partition_around_an_optimizer_with_moments_goes_there_and_back():
+    params, labels = {"w": grid(16, 16), "bias": jnp.ones(16)}, {"w": "sparse", "bias": "dense"}
+    tx = tk.top_kast(optax.adam(0.1), 0.2, 0.4)
+    sparse = AlwaysSparse(tx, params)
+    masked, compact = (
+        optax.partition({"sparse": t, "dense": optax.sgd(0.1)}, labels)
+        for t in (tx, sparse.transform)
+    )
+    values, held, reservoir = sparse.start(params, compact)
+    dense, state = sparse.to_masked(values, held, reservoir)
+    wanted = masked.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, (dense, state), (params, wanted))
+    jax.tree.map(np.testing.assert_array_equal, sparse.from_masked(dense, state)[1], held)
+
+
 @pytest.mark.parametrize("delay", [0, 2])
 def test_an_abstract_reservoir_has_room_for_each_array(delay):
     tx = tk.top_kast(optax.sgd(0.1), 0.2, 0.4, refresh_every=4, rules=ALL)
