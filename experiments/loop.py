@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 from ml_collections import ConfigDict
 
 from experiments.errors import FULL, UserError
@@ -204,7 +205,8 @@ def _train_from(
         if "set_counts" not in meta:
             raise UserError(f"{directory}: its checkpoints are of an earlier version, without sums")
         data.set_state(meta["data"])
-    start = int(state.step)
+    # A program that ran out of memory raises here; to fetch one of its arrays may wait for ever.
+    start = int(jax.block_until_ready(state).step)
     first, last = profile or (0, 0)
     traced = range(max(first, start + 1), last + 1)
     metrics = Metrics(directory, start, program.config.steps, program.config.log_every)

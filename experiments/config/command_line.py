@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn, Protocol
 
 from experiments.errors import FULL, UserError
+from experiments.training.partition import all_devices
 from topkast_jax.errors import SparsityError
 
 _OVERRIDE = "--config."
@@ -22,6 +23,7 @@ _OVERRIDE = "--config."
 _ANYWHERE = (errno.ENAMETOOLONG, *FULL)
 INTERRUPTED = 130  # as a shell has it: 128 and the number of SIGINT
 UNREAD = 141  # 128 and the number of SIGPIPE
+_EXHAUSTED = "RESOURCE_EXHAUSTED: "  # as JAX names it
 _LONGEST = 2000  # characters of a refusal: it holds what was found, of whatever length
 
 
@@ -74,7 +76,8 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
     """Turns the body of a command into its `main(argv=None)`, which returns the exit status.
 
     The body may return a status of its own. Its UserError or SparsityError is printed by `fail`,
-    and so are a path that is too long and a full disk. An interrupt from the keyboard is one line
+    and so are a path that is too long, a full disk, memory that runs out, and devices that
+    JAX_PLATFORMS names and that are absent. An interrupt from the keyboard is one line
     and `INTERRUPTED`. A command whose output goes to one that has ended, such as `head`, ends with
     `UNREAD`. All other exceptions keep their traceback.
     """
@@ -96,11 +99,30 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
             if error.errno not in _ANYWHERE:
                 raise
             return fail(UserError(f"{error.filename or 'a file'}: {error.strerror}"))
+        except (MemoryError, RuntimeError, AssertionError) as error:
+            if (mistake := _told_of_machine(error)) is None:
+                raise
+            return fail(mistake)
         except KeyboardInterrupt:
             print("error: interrupted", file=sys.stderr)
             return INTERRUPTED
 
     return main
+
+
+def _told_of_machine(error: Exception) -> UserError | None:
+    """What JAX or NumPy says of memory or devices that the machine does not have."""
+    said = str(error).partition("\n")[0].rstrip(".")
+    if isinstance(error, MemoryError) or _EXHAUSTED in said:
+        said = said.rpartition(_EXHAUSTED)[2] or "Python says no more"
+        return UserError(
+            f"out of memory: {said}; needs a smaller model or batch, or more memory or devices"
+        )
+    try:
+        all_devices()
+    except UserError as absent:
+        return absent
+    return None
 
 
 def _nobody_reads() -> bool:

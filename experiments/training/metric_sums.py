@@ -58,7 +58,8 @@ class MetricSums:
         if self._pending is None:
             return
         (step, sums), self._pending = self._pending, None
-        host = jax.device_get(sums)
+        # To fetch an array of a program that ran out of memory may wait for ever; this raises.
+        host = jax.device_get(jax.block_until_ready(sums))
         if LOSS in host and not math.isfinite(host[LOSS]):
             raise NonFiniteError(step, f"the loss of step {step} is {host[LOSS]}")
         for name, (top, bottom) in ((k, v) for k, v in host.items() if k != LOSS):

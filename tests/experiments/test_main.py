@@ -367,8 +367,21 @@ runpy.run_module("experiments.main", run_name=sys.argv.pop(1), alter_sys=True)
     assert not (tmp_path / "run").exists()
 
 
-def test_devices_that_are_not_here(tmp_path):
+def test_a_model_beyond_the_memory_is_one_line(tmp_path):
+    """To fetch an array of an initialisation that failed would wait for ever."""
+    flags = command(tmp_path / "run", "--config.model.hidden=10000000000000", variant="dense")
+    line = [sys.executable, "-m", "experiments.main", *flags]
+    found = subprocess.run(line, capture_output=True, text=True, env=one_device(), timeout=100)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: out of memory: ")
+    assert len(found.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("describes", [False, True])
+def test_devices_that_are_not_here(tmp_path, describes):
     line = [sys.executable, "-m", "experiments.main", *command(tmp_path / "run")]
+    if describes:
+        line = [*line[:-1], "--describe"]
     environment = os.environ | {"JAX_PLATFORMS": "abacus"}
     found = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert (found.returncode, found.stdout) == (2, "")

@@ -350,14 +350,14 @@ AT_THE_CALL = {
     "an array of text": (
         lambda: tk.top_kast(SGD, np.array("a"), 0.2), "forward_density=array.*must be a number"),
     "a density beyond every float": (
-        lambda: tk.top_kast(SGD, 10**400, 1.0), r"forward_density=1000.*must be a number in \(0, 1\]"),
-    "a block of a fraction": (lambda: tk.Block(np.float32(4), 4), r"Block rows=np.*an integer of at"),
+        lambda: tk.top_kast(SGD, 10**400, 1.0), "forward_density=1000.*must be a number"),
+    "a block of a fraction": (lambda: tk.Block(np.float32(4), 4), "Block rows=np.*an integer"),
     "a switch as text": (
         lambda: tk.methods.rigl(SGD, 0.1, skips_update="no"), "skips_update='no': must be True or"),
     "a first choice that is none": (
         lambda: tk.sparsify(SGD, FirstChoice(), forward_density=0.1), "first_choice='first': must"),
     "a table of an optimizer that is not called": (
-        lambda: tk.describe({"w": np.ones((8, 8))}, optax.adam), r"tx=adam: .*call it, as in optax"),
+        lambda: tk.describe({"w": np.ones((8, 8))}, optax.adam), "tx=adam: .*call it"),
     "a seed that is a density": (
         lambda: tk.static_random(SGD, 0.1, 0.2), "seed=0.2: must be an integer"),
     "a method that is not made": (

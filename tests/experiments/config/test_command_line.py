@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
 from experiments import export, main, report, sweep
@@ -46,6 +47,12 @@ def test_a_name_that_is_too_long_is_one_line(command, flags, tmp_path, capsys):
             "error: /disk/run: No space",
         ),
         (KeyboardInterrupt(), 130, "error: interrupted"),
+        (MemoryError("Unable to allocate 2 TiB."), 2, "error: out of memory: Unable to allocate 2"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n…"),
+            2,
+            "error: out of memory: Out of memory allocating 9 bytes; needs a smaller model or",
+        ),
     ],
 )
 def test_what_can_happen_anywhere_is_one_line(error, status, told, capsys):
@@ -58,12 +65,13 @@ def test_what_can_happen_anywhere_is_one_line(error, status, told, capsys):
     assert line.startswith(told)
 
 
-def test_other_errors_keep_their_traceback():
+@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "a bug"), RuntimeError("one")])
+def test_other_errors_keep_their_traceback(error):
     @command_line.command
     def command(argv):
-        raise PermissionError(errno.EACCES, "a bug")
+        raise error
 
-    with pytest.raises(PermissionError):
+    with pytest.raises(type(error)):
         command([])
 
 
