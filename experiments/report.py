@@ -62,12 +62,13 @@ def report(dirs: Sequence[Path], out: Path) -> str:
         out.mkdir(parents=True, exist_ok=True)
         for table in listed:
             written += [out / f"{table.name}.md", out / f"{table.name}.csv"]
-            written[-2].write_text(table.markdown())
+            written[-2].write_text(table.markdown(), encoding="utf-8")
             table.write_csv(written[-1])
         drawn = figures.draw(groups, tables.metric_names(groups), out)
         written += [*drawn, out / "report.html"]
         title = f"Runs of {', '.join(map(str, dirs))}"
-        written[-1].write_text(page.page(title, [*listed[1:], listed[0]], drawn, left_out))
+        html = page.page(title, [*listed[1:], listed[0]], drawn, left_out)
+        written[-1].write_text(html, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from error
     return "\n".join([listed[0].markdown(), *left_out, *(f"wrote {path}" for path in written)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,19 +12,18 @@ from experiments.errors import UserError
 Check = tuple[Callable[[Any], bool], str]
 
 
-def number(
-    low: float, high: float = math.inf, *, above: bool = False, below: bool = False
-) -> Check:
-    """A finite number between two bounds; `above` and `below` leave out the bound itself."""
+def number(low: float, high: float = 1e38, *, above: bool = False, below: bool = False) -> Check:
+    """A number between two bounds; `above` and `below` leave out the bound itself.
+
+    Without another bound it is one that float32 holds.
+    """
 
     def fits(v: Any) -> bool:
-        real = isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v)
+        real = isinstance(v, numbers.Real) and not isinstance(v, bool)
         return real and (low < v if above else low <= v) and (v < high if below else v <= high)
 
     text = f"a number {'above' if above else 'of at least'} {low:g}"
-    if math.isfinite(high):
-        text += f" and {'below' if below else 'at most'} {high:g}"
-    return fits, text
+    return fits, f"{text} and {'below' if below else 'at most'} {high:g}"
 
 
 def integer(low: int, below: int = 2**31) -> Check:

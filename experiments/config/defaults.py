@@ -111,9 +111,9 @@ def apply_variant(
         if word in words:
             found.add(word)
             continue
+        _apply_method(config, word, words)
         if named:
             raise VariantError(f"variant {variant!r}: {named!r} and {word!r} both name a method")
-        _apply_method(config, word, words)
         named = word
     for both in ([word for word in group if word in found] for group in groups):
         if len(both) > 1:

@@ -110,6 +110,11 @@ def _check_together(config: ConfigDict) -> None:
     small = config.model.get("small_dense")
     if small is not None:
         methods.read_rules(small.rules, key="config.model.small_dense.rules")
+        if small.rules and small.get("forward_density") == 1:
+            raise UserError(
+                f"config.model.small_dense.rules: found {small.rules!r}; must be empty, because "
+                "only a config.model.small_dense.forward_density below 1 reads them"
+            )
     if method.get("backend") in INTERPRETED and not methods.has_blocks(method):
         raise UserError(
             f"config.method.backend: found {method.backend!r} and no pattern of blocks; "

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from experiments.errors import UserError, warn
-from experiments.records import files
+from experiments.records import files, workdir
 
 MANIFEST = "MANIFEST.json"
 ASIDE = "damaged"
@@ -268,7 +268,7 @@ def meta_of(hosts: list[dict[str, Any]], index: int, count: int) -> dict[str, An
 def damage(checkpoint: Path) -> str | None:
     """A description of what is wrong with a checkpoint; None if nothing is."""
     try:
-        listed = json.loads((checkpoint / MANIFEST).read_text())
+        listed = workdir.parsed((checkpoint / MANIFEST).read_text())
         listed = {
             str(name): (int(size), str(checksum)) for name, (size, checksum) in listed.items()
         }

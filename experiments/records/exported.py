@@ -80,7 +80,7 @@ def load(path: Path, at_most: int | None = None) -> tuple[Any, dict[str, Any]]:
         arrays, text = _read(path, math.inf if at_most is None else at_most)
         if text is None:
             raise ValueError(f"no {METADATA!r} in it")
-        metadata = json.loads(text)
+        metadata = workdir.parsed(text)
         read = _SPARSE[metadata["form"]]
         for name, about in metadata["leaves"].items():
             parts = {k: arrays.pop(f"{name}.{k}") for k in _PARTS[metadata["form"]]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from experiments.errors import warn
 from experiments.records import files
 from experiments.records.tensorboard import Board
-from experiments.records.workdir import METRICS, TENSORBOARD
+from experiments.records.workdir import METRICS, TENSORBOARD, parsed
 
 
 class Metrics:
@@ -118,14 +119,19 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 def _record(line: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(line)
+        found = parsed(line)
     except ValueError:
         return None
     if not isinstance(found, dict) or type(found.get("step")) is not int:
         return None
-    kinds = {"split": str, "context": dict, "timing": dict}
-    fits = all(isinstance(v, kinds.get(k, int | float)) for k, v in found.items())
+    kinds = {"split": str, "context": dict, "timing": dict, "final": bool}
+    fits = all(isinstance(v, kinds[k]) if k in kinds else is_value(v) for k, v in found.items())
     return found if fits and "split" in found else None
+
+
+def is_value(value: Any) -> bool:
+    """Whether a value is a number that a report can average: not finite, or at most 1e100."""
+    return type(value) in (int, float) and not 1e100 < abs(value) < math.inf
 
 
 def _drop_after(path: Path, step: int, every: int) -> None:

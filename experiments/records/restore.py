@@ -63,7 +63,12 @@ def _check(config: ConfigDict) -> None:
     saved = workdir.flat(config.to_dict())
     # A model or a data set from a user's own file reads keys of its own.
     own = [part for part in ("model", "data") if ":" in str(saved.get(f"{part}.name"))]
-    for key, like in workdir.flat(_needed(saved).to_dict()).items():
+    needed = _needed(saved)
+    sections = {key for key in needed if isinstance(needed[key], ConfigDict)}
+    for key in sections.intersection(config):
+        if not isinstance(config[key], ConfigDict):
+            raise UserError(f"config.{key}: found {config[key]!r}; must be a section with keys")
+    for key, like in workdir.flat(needed.to_dict()).items():
         if key.partition(".")[0] in own or (key not in saved and workdir.is_free(key)):
             continue
         kinds = {float: (int, float), tuple: (list,), type(None): (object,)}

@@ -42,9 +42,11 @@ class SetFiles:
             How the sets differ from those that were written before them: the mean, the least and
             the largest value over leaves of `differ`, the share of entries that are in one forward
             set alone, and of `woken`, the share of entries outside the last backward set that are
-            in this forward set. Empty for the first sets, and, with a warning, where those before
-            them cannot be read.
+            in this forward set. Empty for the first sets, without any (nothing is written then),
+            and, with a warning, where those before them cannot be read.
         """
+        if not flags:
+            return {}  # of a dense run
         now = {
             f"{name}.{kind}": np.packbits(leaf & bit != 0)
             for name, leaf in flags.items()
@@ -56,7 +58,7 @@ class SetFiles:
             np.savez_compressed(file, **now)  # type: ignore[arg-type]
             files.replace(self._directory / f"{step}.npz", file.getvalue())
         before = self._directory / f"{(step - 1) // self._every * self._every}.npz"
-        if step == 0 or jax.process_index() or not flags:
+        if step == 0 or jax.process_index():
             return {}
         try:
             with np.load(io.BytesIO(before.read_bytes())) as arrays:

@@ -147,12 +147,34 @@ def finished(workdir: Path) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON file that holds an object."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        found = parsed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__}; must hold a JSON object")
     return found
+
+
+def parsed(text: str) -> Any:
+    """A value of JSON.
+
+    Raises:
+        ValueError: it is no JSON, or it holds what no run writes and what nobody can use: an
+            integer beyond every float, half of a surrogate pair, or too many objects in each other.
+    """
+    try:
+        found = json.loads(text, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("objects or arrays in too many others") from None
+    if "\\ud" in text.lower():
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
 
 
 def write_json(path: Path, value: dict[str, Any], shared: bool = False) -> None:

@@ -13,25 +13,24 @@ from typing import Any
 
 from experiments.errors import UserError, warn
 from experiments.records import files
-from experiments.records.metrics import read_records
+from experiments.records.metrics import is_value, read_records
 from experiments.records.workdir import CONFIG, FINAL, METRICS, flat, holds_run, is_free, read_json
 
 Summary = dict[str, Any]
 VARIANT = "variant"  # the key of a variant's flags among the settings
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
 _TEXT = lambda v: isinstance(v, str), "a text"
-_AMOUNT = lambda v: _number(v) and 0 <= v < math.inf, "a finite number of at least 0"
+_AMOUNT = lambda v: is_value(v) and 0 <= v < math.inf, "a number of at least 0 and at most 1e100"
 _PLAIN = lambda v: v is None or isinstance(v, str | bool | int | float)  # noqa: E731
 _CONTEXT = (
     lambda v: isinstance(v, dict) and all(map(_PLAIN, v.values())),
     "an object without others in it",
 )
-_METRICS = lambda v: isinstance(v, dict) and all(map(_number, v.values())), "an object of numbers"
+_METRICS = (
+    lambda v: isinstance(v, dict) and all(map(is_value, v.values())),
+    "an object of numbers, at most 1e100 or not finite",
+)
 # What a report reads of every `final.json`, and what it must be.
 NEEDED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": _TEXT,

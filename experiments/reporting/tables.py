@@ -66,7 +66,7 @@ class Table:
     def write_csv(self, path: Path) -> None:
         """Writes the table, with means and standard deviations in columns of their own."""
         spread = [isinstance(cell, Number) for cell in self.rows[0]]
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             pairs = zip(self.heads, spread, strict=True)
             writer.writerow([h for head, two in pairs for h in [head, f"{head} spread"][: 1 + two]])

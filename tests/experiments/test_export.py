@@ -222,8 +222,8 @@ OTHER_CONFIGS = {
     "method.name": ("config.method.name: ", "x", 3, None),
     "method.always_sparse": ("config.method.", "x", 3, None),
     "method.refresh_every": ("config.method.refresh_every", "x", 0, -3),
-    "data": ("config.data.", 3),
-    "derived": ("config.derived.", 3, {}),
+    "data": ("config.data", 3),
+    "derived": ("config.derived", 3, {}),
     "task": ("config.task: found", "x", 3, ["toy"]),
 }
 
@@ -235,6 +235,21 @@ def test_a_run_from_before_a_key_that_changes_no_number_is_exported(runs, tmp_pa
     (run / workdir.CONFIG).write_text(json.dumps(config))
     assert export.main([f"--workdir={run}", f"--out={tmp_path}/o.npz"]) == 0
     assert convert.main([f"--workdir={run}", f"--out={tmp_path}/masked", "--to=masked"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("mesh", 7, ": config.mesh: found 7; must be a section with keys"),
+        ("seed", 10**400, ": cannot be read as JSON: an integer of 401 digits"),
+    ],
+)
+def test_a_config_with_what_no_run_writes_is_one_line(runs, tmp_path, capsys, key, value, told):
+    config = json.loads((runs / "compact" / workdir.CONFIG).read_text()) | {key: value}
+    (tmp_path / workdir.CONFIG).write_text(json.dumps(config))
+    assert export.main([f"--workdir={tmp_path}", f"--out={tmp_path}/out.npz"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {tmp_path / workdir.CONFIG}{told}"
 
 
 @pytest.mark.parametrize("tool", ["export", "convert"])

@@ -248,7 +248,14 @@ def test_final_that_lacks_something_the_report_reads(runs, tmp_path, capsys, key
 WRONG = {
     "name": (3, [], {}),
     "config.method.name": (3, True),
-    "test": ("x", [1], {"accuracy": "x"}, {"accuracy": None}, {"accuracy": [1]}),
+    "test": (
+        "x",
+        [1],
+        {"accuracy": "x"},
+        {"accuracy": None},
+        {"accuracy": [1]},
+        {"accuracy": 1e308},
+    ),
     "test_context": ("x", [1], {"x": [1]}),
     "parameters": ("x", [1], {}, True, -1, float("nan"), float("inf")),
     "densities_over_run.backward": ("x", {}, -0.5),
@@ -291,7 +298,21 @@ def test_a_record_that_holds_another_type_is_named_and_passed_over(runs, tmp_pat
     assert line.startswith(f"warning: {path}, line 2: not used, because it is no record")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"name": "x"}'])
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("line", [DEEP, '{"step": 1, "split": "test", "accuracy": 1e308}'])
+def test_a_line_that_nobody_can_use_is_passed_over(runs, tmp_path, capsys, line):
+    path = runs / "deep" / "er" / "kast-0" / "metrics.jsonl"
+    path.write_text(f"{line}\n{path.read_text()}")
+    assert main([str(runs), f"--out={tmp_path}/out"]) == 0
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"warning: {path}, line 1: not used, because it is no record")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"name": "x"}', DEEP, f'{{"seed": 1{"0" * 400}}}', r'{"name": "\ud800"}']
+)
 def test_unreadable_final(runs, tmp_path, capsys, text):
     spoil(runs, text)
     assert main([str(runs), f"--out={tmp_path}/out"]) == 2

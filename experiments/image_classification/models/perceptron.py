@@ -23,7 +23,7 @@ HIDDEN = (300, 100)
 
 def lenet_300_100(model: ConfigDict) -> Callable[..., Any]:
     """The factory, which reads `width` and `dtype` from the config."""
-    checks = {"width": number(0, above=True), "dtype": one_of("float32", "bfloat16")}
+    checks = {"width": number(0, 1e6, above=True), "dtype": one_of("float32", "bfloat16")}
     check_values(model, checks, "config.model")
     return functools.partial(Perceptron, width=model.width, dtype=model.dtype)
 

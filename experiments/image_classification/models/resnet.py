@@ -76,7 +76,7 @@ def residual_network(architecture: Architecture) -> Callable[[ConfigDict], Calla
     """The factory of an architecture, which reads `width` and `dtype` from the config."""
 
     def factory(model: ConfigDict) -> Callable[..., ResNet]:
-        checks = {"width": number(0, above=True), "dtype": one_of("float32", "bfloat16")}
+        checks = {"width": number(0, 1e6, above=True), "dtype": one_of("float32", "bfloat16")}
         check_values(model, checks, "config.model")
         return functools.partial(ResNet, architecture, width=model.width, dtype=model.dtype)
 

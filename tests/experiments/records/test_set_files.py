@@ -85,4 +85,5 @@ def test_a_run_may_begin_to_write_sets_later(tmp_path, capsys):
 
 def test_a_dense_run_has_no_sets_to_write(tmp_path):
     toy_runs.run(tmp_path, "dense", "write_sets_every=3", "steps=6")
+    assert not (tmp_path / "sets").exists()
     assert not [r for r in toy_runs.records(tmp_path) if r["split"] == "sets"]
