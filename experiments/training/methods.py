@@ -314,7 +314,7 @@ def _check_patterns(tx: SparseTransform, params: Tree) -> None:
 def read_pattern(text: str) -> tk.Pattern:
     """The pattern of a text: `unstructured`, `block:RxC`, `N:M`, `channel` or `fan_in`."""
     for expression, make in _PATTERNS.items():
-        if match := re.fullmatch(expression, str(text)):
+        if match := re.fullmatch(expression, str(text), re.ASCII):
             try:
                 return make(*map(int, match.groups()))
             except tk.SparsityError as error:

@@ -91,6 +91,8 @@ def text_file(file: str, level: str, min_count: int) -> Corpus:
         changed = path.stat().st_mtime_ns
     except OSError as error:
         raise UserError(f"config.data.file: cannot read {file}: {error.strerror}") from None
+    if not path.is_file():
+        raise UserError(f"config.data.file: cannot read {file}: is no file")
     return _text_file(path, changed, level, min_count)
 
 

@@ -74,6 +74,7 @@ HUGE = "1" + 30 * "0"
             "config.optimizer.learning_rate: found 1e+300; must be a number above 0 and at most 1e",
         ),
         (DIGITS, [f"optimizer.l2=1{'0' * 400}"], "config.optimizer.l2"),
+        (DIGITS, [f"method.pattern=block:{NINE}x{NINE}"], "config.method.pattern: found 'block:"),
         (DIGITS, ["model.width=1e308"], "must be a number above 0 and at most 1e+06"),
         (TEXT, [f"model.div_val={HUGE}"], "config.model: div_val="),
         (TEXT, [f"model.train.clamp={HUGE}"], "config.model.train.clamp="),

@@ -215,6 +215,7 @@ def test_what_the_data_decides_is_in_the_config(text):
         ),
         (["data.name=text_file"], "config.data.file is empty"),
         (["data.name=text_file", "data.file=/no/such"], "config.data.file: cannot read /no/such"),
+        (["data.name=text_file", "data.file=/"], "config.data.file: cannot read /: is no file"),
         (
             ["data.eval_batch_size=0"],
             "data.eval_batch_size: found 0; must be an integer of at least 1",
