@@ -102,11 +102,24 @@ class Plan:
 
     def needs_dense_gradient(self, step: int) -> bool:
         """Whether choosing sets takes the gradient of whole leaves in a step; the first is 1."""
+        return self.dense_gradients(step, step) > 0
+
+    def dense_gradients(self, first: int, last: int) -> int:
+        """In how many steps, from one to another, choosing sets takes the gradient of whole leaves.
+
+        Args:
+          first: the first of these steps; the first of all is 1.
+          last: the last of them, not below `first`.
+        """
         if self.method.observes_gradient:
-            return True
-        if step == 1 and self.method.first_choice == "first_update":
-            return True
-        return self.method.needs_gradient and self.chooses_after(step)
+            return last + 1 - first
+        begins = first == 1 and self.method.first_choice == "first_update"
+        if not self.method.needs_gradient or self.refresh_every is None:
+            return int(begins)
+        every, stop = int(self.refresh_every), self.stop_exploring_at
+        end = last if stop is None else min(last, int(stop) - 1)
+        refreshes = max(0, end // every - (first - 1) // every)
+        return refreshes + (begins and not self.chooses_after(1))
 
 
 class SparseTransform(optax.GradientTransformationExtraArgs):

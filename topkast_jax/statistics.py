@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -258,7 +257,7 @@ class CountsOverSteps:
           counts: by leaf, the same in each of these steps.
           steps: how many there are.
           dense_gradients: in how many of them the method needs the gradient of whole leaves; see
-            `topkast_jax.sparsify.Plan.needs_dense_gradient`.
+            `topkast_jax.sparsify.Plan.dense_gradients`.
         """
         self.steps += steps
         for name, leaf in counts.items():
@@ -322,17 +321,14 @@ def planned_counts(
     if plan is None:
         sums.add(whole, steps)
         return whole, sums.mean()
-    choices = range(every, steps + 1, every)
-    changes = {1, steps, *(choices if type(plan.method).scheduled is not Method.scheduled else ())}
+    changes = {1, steps}
+    if type(plan.method).scheduled is not Method.scheduled:
+        changes.update(range(every, steps + 1, every))
     if plan.stop_exploring_at is not None:
         changes.add(min(steps, max(1, int(plan.stop_exploring_at))))
     first, counts = 1, after(0)
     for step in sorted(changes):
-        taken = step + 1 - first
-        low, high = bisect.bisect_left(choices, first), bisect.bisect_right(choices, step)
-        asked = {1, *choices[low:high]} if first == 1 else choices[low:high]
-        dense = sum(map(plan.needs_dense_gradient, asked))
-        sums.add(counts, taken, taken if plan.method.observes_gradient else dense)
+        sums.add(counts, step + 1 - first, plan.dense_gradients(first, step))
         if step < steps:
             first, counts = step + 1, after(step)
     return counts, sums.mean()

@@ -1,5 +1,6 @@
 """Densities, churn and FLOPs, against counts made by hand."""
 
+import itertools
 import json
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 import topkast_jax as tk
+from topkast_jax.methods.rigl import RigL
 from topkast_jax.sets import SparsifyState
 from topkast_jax.statistics import LeafCounts
 
@@ -134,6 +136,22 @@ def test_which_steps_need_the_dense_gradient(name):
     options, expected = METHODS[name]
     plan = tk.methods.get(name)(optax.sgd(0.1), 0.2, **options).plan
     assert [step for step in range(1, 11) if plan.needs_dense_gradient(step)] == expected
+    for first, last in itertools.combinations_with_replacement(range(1, 11), 2):
+        within = [step for step in expected if first <= step <= last]
+        assert plan.dense_gradients(first, last) == len(within)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4]), (3, [1, 3]), (7, [1])])
+def test_which_steps_need_it_with_a_stop_and_a_first_choice_by_the_gradient(every, expected):
+    class ByGradient(RigL):
+        first_choice = "first_update"
+        explores = True
+
+    tx = tk.sparsify(
+        optax.sgd(0.1), ByGradient(), forward_density=0.2, refresh_every=every, stop_exploring_at=5
+    )
+    assert [step for step in range(1, 11) if tx.plan.needs_dense_gradient(step)] == expected
+    assert tx.plan.dense_gradients(1, 2**31) == len(expected)
 
 
 def test_counts_of_the_last_step_and_of_the_next():
