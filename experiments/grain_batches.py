@@ -63,6 +63,7 @@ class EndlessBatches:
             self._iterator = None
         if self._failed:  # Collecting takes a tenth of a second or more.
             gc.collect()  # What an error left behind refers to itself, and to shared memory.
+            self._failed = False
 
 
 def _next(iterator: grain.DatasetIterator) -> dict[str, Any]:

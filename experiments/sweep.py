@@ -177,11 +177,12 @@ def _one_by_one(runs: Sequence[Planned], directory: Path) -> Outcomes:
         try:
             yield run, train(resolve(run.config, run.overrides), directory / run.name)
             continue
-        except (UserError, SparsityError) as error:
-            command_line.fail(UserError(f"{run.name}: {error}"))
-        except Exception:
-            print(f"error: {run.name}:", file=sys.stderr)
-            traceback.print_exc()
+        except Exception as error:
+            if (mistake := command_line.in_one_line(error)) is not None:
+                command_line.fail(UserError(f"{run.name}: {mistake}"))
+            else:
+                print(f"error: {run.name}:", file=sys.stderr)
+                traceback.print_exc()
         yield run, None
 
 

@@ -76,10 +76,10 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
     """Turns the body of a command into its `main(argv=None)`, which returns the exit status.
 
     The body may return a status of its own. Its UserError or SparsityError is printed by `fail`,
-    and so are a path that is too long, a full disk, memory that runs out, and devices that
-    JAX_PLATFORMS names and that are absent. An interrupt from the keyboard is one line
-    and `INTERRUPTED`. A command whose output goes to one that has ended, such as `head`, ends with
-    `UNREAD`. All other exceptions keep their traceback.
+    and so is what can happen anywhere: a path that is too long, a full disk, memory that runs out,
+    and devices that JAX_PLATFORMS names and that are absent. An interrupt from the keyboard is one
+    line and `INTERRUPTED`. A command whose output goes to one that has ended, such as `head`, ends
+    with `UNREAD`. All other exceptions keep their traceback.
     """
 
     @functools.wraps(body)
@@ -91,16 +91,10 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
             status = body(list(sys.argv[1:] if argv is None else argv)) or 0
             sys.stdout.flush()
             return status
-        except (UserError, SparsityError) as error:
-            return fail(error)
-        except OSError as error:
+        except Exception as error:
             if isinstance(error, BrokenPipeError) and _nobody_reads():
                 return UNREAD
-            if error.errno not in _ANYWHERE:
-                raise
-            return fail(UserError(f"{error.filename or 'a file'}: {error.strerror}"))
-        except (MemoryError, RuntimeError, AssertionError) as error:
-            if (mistake := _told_of_machine(error)) is None:
+            if (mistake := in_one_line(error)) is None:
                 raise
             return fail(mistake)
         except KeyboardInterrupt:
@@ -110,18 +104,24 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
     return main
 
 
-def _told_of_machine(error: Exception) -> UserError | None:
-    """What JAX or NumPy says of memory or devices that the machine does not have."""
+def in_one_line(error: Exception) -> UserError | SparsityError | None:
+    """What a user is told of an error: in one line, or None where its traceback is kept."""
+    if isinstance(error, UserError | SparsityError):
+        return error
+    if isinstance(error, OSError):
+        known = error.errno in _ANYWHERE
+        return UserError(f"{error.filename or 'a file'}: {error.strerror}") if known else None
     said = str(error).partition("\n")[0].rstrip(".")
-    if isinstance(error, MemoryError) or _EXHAUSTED in said:
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _EXHAUSTED in said):
         said = said.rpartition(_EXHAUSTED)[2] or "Python says no more"
         return UserError(
             f"out of memory: {said}; needs a smaller model or batch, or more memory or devices"
         )
-    try:
-        all_devices()
-    except UserError as absent:
-        return absent
+    if isinstance(error, RuntimeError | AssertionError):  # as of JAX where there is no such device
+        try:
+            all_devices()
+        except UserError as absent:
+            return absent
     return None
 
 

@@ -66,12 +66,17 @@ def test_bugs_are_told_and_the_rest_goes_on(tmp_path, capsys, monkeypatch):
         calls.append(directory.relative_to(tmp_path))
         if len(calls) == 1:
             raise ZeroDivisionError("a bug")
+        if len(calls) == 2:
+            raise MemoryError("too little")
         return "finished"
 
     monkeypatch.setattr("experiments.sweep.train", train)
     assert sweep(tmp_path, "--only=0,1,2") == 1
     assert [str(c) for c in calls] == ["dense/seed-0", "80-60/seed-0", "50-50/seed-0"]
-    assert "ZeroDivisionError: a bug" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "ZeroDivisionError: a bug" in err
+    assert "\nerror: 80-60/seed-0: out of memory: too little; needs a smaller model" in err
+    assert err.count("Traceback") == 1
 
 
 def test_stopping_ends_the_sweep(tmp_path, monkeypatch):
