@@ -5,7 +5,7 @@ section 4.2: 64,000 steps at batch 128, learning rate 0.1 divided by 10 at 32,00
 momentum 0.9, L2 1e-4, crops after 4 pixels of padding, and mirrored images, with a warm-up of 400
 steps. On sparse leaves, the exploration loss of Top-KAST replaces L2.
 
-Expected: about 91 % for the dense network; there is no reference for the sparse ones.
+Expected: about 91 % for the dense network (He et al.); there is no reference for the sparse ones.
 Data: tensorflow_datasets' cifar10, prepared once by `scripts/prepare_tfds cifar10`, or a folder of
 class folders: --config.data.name=image_folder --config.data.dir=DIR.
 Hardware: one GPU. Two CPU cores take about 280 s an epoch (391 steps).

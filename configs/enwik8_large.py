@@ -17,7 +17,7 @@ Expected test bits per character (the paper's table 2 and figure 3c):
     dense,reference  0.99 (Transformer-XL's published result, at its own lengths)
 Data: enwik8, prepared once by `scripts/prepare_text enwik8`. Each of its 205 bytes is a symbol. The
 preparation of the reference loses the line feeds and has 204 symbols.
-Hardware: 64 TPU v3 cores, or 8 GPUs of 80 GB; docs/reproducing.md has the device-hours.
+Hardware: not tried on any; docs/reproducing.md has an estimate of the device-hours.
 
 Command:
     python -m experiments.main --config=configs/enwik8_large.py:90/80 --workdir=DIR

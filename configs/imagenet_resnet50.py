@@ -16,8 +16,8 @@ Expected top-1 accuracy in percent, from the paper's figure 2 and tables 1 and 6
 `configs/sweeps/` has a file for each figure and table, with the number of each run.
 Data: tensorflow_datasets' imagenet2012, prepared once by `scripts/prepare_tfds imagenet2012`, or a
 folder of class folders: --config.data.name=image_folder --config.data.dir=DIR.
-Hardware: a TPU slice or a machine of 8 GPUs; its time was not measured. For a smaller batch_size
-raise steps in proportion: the learning rate follows the batch size, warm-up and boundaries follow
+Hardware: a TPU slice or a machine of 8 GPUs, not tried on any. For a smaller batch_size raise steps
+in proportion: the learning rate follows the batch size, warm-up and boundaries follow
 the steps. The schedules of the other methods are those of the RigL paper's runs of 32,000 steps,
 sets until step 25,000 and pruning from 10,000 to 25,000, times 2x, 5x or 10x. With other steps, set
 `method.last_choice_at`, or `method.begin_at` and `method.end_at`, in proportion too.

@@ -15,7 +15,7 @@ Expected test perplexity (the paper's table 3):
     dense,reference  18.3 (Transformer-XL's published result, at its own lengths)
     the dense model of 94 M (configs/wikitext103_94m.py)  21.5
 Data: WikiText-103, prepared once by `scripts/prepare_text wikitext103`; 267,735 words.
-Hardware: 64 TPU v3 cores, or 8 GPUs of 80 GB; docs/reproducing.md has the device-hours.
+Hardware: not tried on any; docs/reproducing.md has an estimate of the device-hours.
 
 Command:
     python -m experiments.main --config=configs/wikitext103_large.py:90/80 --workdir=DIR

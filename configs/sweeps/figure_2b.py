@@ -4,8 +4,8 @@ The numbers are top-1 % on ImageNet, read in tables [V] or off the vector figure
 RigL paper's table [V], where the last layer is sparse, and with ERK all layers. `:small` is
 CIFAR-10 with the small ResNet, where each method has the first and the last layer dense.
 
-Hardware: a TPU slice or a machine of 8 GPUs for each run; `:small` one CPU core, 4 to 13 minutes
-for 5,000 steps (two at a time).
+Hardware: a TPU slice or a machine of 8 GPUs for each run, not tried on any; `:small` one CPU core,
+4 to 13 minutes for 5,000 steps, more with other work on the machine.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/figure_2b.py:small --workdir=runs/images

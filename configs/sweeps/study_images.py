@@ -1,10 +1,11 @@
-"""The images' half of the study: the runs that a claim of the paper is held against on CIFAR-10.
+"""The images' half of the study: the runs that test the paper's claims on CIFAR-10.
 
 docs/results.md has the claims and the results. The rows are those of the other sweeps with `:small`
 where they share them. `study_options.py` has the rows on which no claim rests.
 
-Data: a folder of class folders, or `--config.data.name=cifar10` (tensorflow_datasets').
-Hardware: one CPU core, 4 to 13 minutes a run (two at a time).
+Data: tensorflow_datasets' cifar10 (`scripts/prepare_tfds cifar10`), or a folder of class folders:
+`--config.data.name=image_folder --config.data.dir=DIR`, which docs/results.md used.
+Hardware: one CPU core, 4 to 13 minutes a run, more with other work on the machine.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/study_images.py --workdir=runs/images \

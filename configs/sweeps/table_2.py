@@ -4,7 +4,7 @@ The numbers are read off the vector figure [F]; the table [V] rounds those of 0/
 90/60. In addition it has Transformer-XL of 44 M parameters (1.06) and All-Attention of 39 M (1.01).
 `:small` is the Transformer-XL of 2.9 M parameters.
 
-Hardware: 64 TPU v3 cores, or 8 GPUs of 80 GB for each run; `:small` one CPU core.
+Hardware: not tried on any at the paper's scale; `:small` one CPU core.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/table_2.py:small --workdir=runs/texts \

@@ -3,7 +3,7 @@
 The numbers are [V]. `:small` is the Transformer-XL of 2.9 M parameters on enwik8, whose metric is
 bits per character, with a dense model of a third of the parameters in the place of that of 94 M.
 
-Hardware: 64 TPU v3 cores, or 8 GPUs of 80 GB for each run; `:small` one CPU core.
+Hardware: not tried on any at the paper's scale; `:small` one CPU core.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/table_3.py:small --workdir=runs/texts \
