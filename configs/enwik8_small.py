@@ -89,4 +89,5 @@ def _make_study(config: ConfigDict) -> None:
     # Which rates were tried, and with which results, is in docs/results.md.
     wide = config.method.name == "dense" and config.model.small_dense.forward_density == 1
     config.optimizer.learning_rate = 2e-3 if wide else 4e-3
-    config.method.refresh_every = 100
+    if config.method.name != "dnw":  # which refreshes in every step
+        config.method.refresh_every = 100

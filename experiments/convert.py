@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from experiments.config import command_line
 from experiments.errors import UserError
 from experiments.records import files, restore, workdir
-from experiments.records.checkpoints import Checkpoints, Kept
+from experiments.records.checkpoints import Checkpoints, Kept, meta_of
 from experiments.training.methods import representation
 from experiments.training.partition import all_devices
 from experiments.training.program import build
@@ -62,12 +62,13 @@ def convert(directory: Path, out: Path, to: str) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out}: exists; must be a new or an empty folder")
     found = restore.read(directory)
+    meta = meta_of(found.hosts, 0, 1)
     twin = build(restore.on_one_device(twin_config), all_devices()[:1]).representation
     state = twin.from_masked(found.program.representation.to_masked(found.state))
     _check_shapes(twin.abstract(int(state.step)), state)
     with workdir.whole(out) as unfinished:
         unfinished.mkdir(parents=True)
-        _write(unfinished, twin_config, state, found.meta)
+        _write(unfinished, twin_config, state, meta)
         if (directory / workdir.METRICS).exists():
             records = (directory / workdir.METRICS).read_bytes()
             (unfinished / workdir.METRICS).write_bytes(records)

@@ -31,7 +31,6 @@ from experiments.config import command_line
 from experiments.errors import UserError
 from experiments.records import checkpoints, files, workdir
 from experiments.signals import ASK, RESUMABLE
-from topkast_jax.errors import SparsityError
 
 LOST = 76  # the exit status when another process is missing or was lost
 HEARTBEAT = 30  # seconds without a sign of life after which a process is lost
@@ -89,15 +88,14 @@ def watched() -> bool:
     return _WATCHED in os.environ
 
 
-def watch(module: str, argv: Sequence[str], args: argparse.Namespace) -> int:
-    """Runs a command in a child process.
+def watch(argv: Sequence[str], args: argparse.Namespace) -> int:
+    """Runs `experiments.main` in a child process.
 
     SIGTERM, SIGINT and SIGHUP are passed on to the child. The child ends when this process is
     killed.
 
     Args:
-        module: the module of the command.
-        argv: its arguments.
+        argv: the command's arguments.
         args: the parsed arguments: the flags of `add_flags`, and `workdir`, whose last step is
             named when a process was lost.
 
@@ -105,7 +103,7 @@ def watch(module: str, argv: Sequence[str], args: argparse.Namespace) -> int:
         The exit status of the child; RESUMABLE if a signal ended it before it could answer; or LOST
         if another process of the run is missing or was lost.
     """
-    command = [sys.executable, "-m", module, *argv]
+    command = [sys.executable, "-m", "experiments.main", *argv]
     # Only the message with which the service ends the process is wanted of what C++ logs.
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", _WATCHED: "1"}
     child = subprocess.Popen(
@@ -179,8 +177,9 @@ def member(args: argparse.Namespace) -> Iterator[None]:
         yield
     except BaseException as error:
         # When leaving as usual, a process waits for the others, which may wait for this one.
-        if isinstance(error, UserError | SparsityError):
-            status = command_line.fail(error)
+        mistake = command_line.in_one_line(error) if isinstance(error, Exception) else None
+        if mistake is not None:
+            status = command_line.fail(mistake)
         else:
             if isinstance(error, jax.errors.JaxRuntimeError):
                 # Of a peer that was lost, this is the first sign; the service knows which.

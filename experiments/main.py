@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         return 0
     directory = files.path(args.workdir)
     if args.distributed and not hosts.watched():
-        return hosts.watch("experiments.main", argv, args)
+        return hosts.watch(argv, args)
     with hosts.member(args) if args.distributed else contextlib.nullcontext():
         config = resolve(args.config, overrides)
         if __name__ == "__main__" and all_devices()[0].platform == "cpu":

@@ -42,8 +42,6 @@ from queue import SimpleQueue
 from types import FrameType
 from typing import Any, BinaryIO
 
-import jax
-
 from experiments.config import command_line, resolve
 from experiments.config.planned import Planned, plan
 from experiments.errors import UserError
@@ -54,7 +52,7 @@ from experiments.records.plans import Plan
 from experiments.report import report
 from experiments.signals import ASK, RESUMABLE
 from experiments.task import make_task
-from experiments.training import optimizers, partition
+from experiments.training import methods, optimizers, partition
 from experiments.training.evaluation import check_data, metric_names
 from experiments.training.program import build
 from experiments.training.state import abstract_params
@@ -77,8 +75,12 @@ def main(argv: list[str]) -> int:
         lines = [f"{i}  {_listed(runs[i])}" for i in chosen]
         print("\n".join(lines) if args.list else _slurm(args, overrides, chosen))
         return 0
-    if args.jobs > 1:
-        jax.config.update("jax_platforms", "cpu")  # The devices are for the runs' own processes.
+    platform = partition.all_devices()[0].platform
+    if args.jobs > 1 and platform != "cpu":
+        raise UserError(
+            f"--jobs={args.jobs}: must be 1 on devices of {platform}, all of which each run takes "
+            "(JAX_PLATFORMS=cpu leaves them alone, and --slurm prints a job for each run)"
+        )
     check(todo, directory)
     rows = [_row(run) for run in runs if run.seed == 0]
     plans.record(directory, Plan(args.config, args.seeds, rows), {run.row for run in todo})
@@ -119,7 +121,7 @@ def _check_configs(runs: Sequence[Planned]) -> None:
 
 
 # The keys of a config on which it depends what data a run reads.
-_DATA = ("task", "data", "batch_size", "eval_every", "eval_at_end")
+_DATA = ("task", "data", "model", "batch_size", "eval_every", "eval_at_end")
 
 
 def _check_row(runs: Sequence[Planned], directory: Path, read: set[str]) -> None:
@@ -132,8 +134,12 @@ def _check_row(runs: Sequence[Planned], directory: Path, read: set[str]) -> None
     if all(workdir.finished(folder) for folder in folders):
         return
     task = make_task(config)
-    optimizers.check(config, abstract_params(task))
-    partition.check_devices(config)
+    params, mesh = abstract_params(task), partition.check_devices(config)
+    partition.splits(params, task.tensor_axes, mesh)
+    if methods.representation(config.method) == "always_sparse":
+        build(config)  # It checks the backend too.
+    else:
+        optimizers.check(config, params)
     Kept.of(config, lambda: metric_names(build(config)))
     values = workdir.as_json(config)
     data = json.dumps([values[key] for key in _DATA])

@@ -76,10 +76,11 @@ def command(body: Callable[[list[str]], int | None]) -> Main:
     """Turns the body of a command into its `main(argv=None)`, which returns the exit status.
 
     The body may return a status of its own. Its UserError or SparsityError is printed by `fail`,
-    and so is what can happen anywhere: a path that is too long, a full disk, memory that runs out,
-    and devices that JAX_PLATFORMS names and that are absent. An interrupt from the keyboard is one
-    line and `INTERRUPTED`. A command whose output goes to one that has ended, such as `head`, ends
-    with `UNREAD`. All other exceptions keep their traceback.
+    and so is what can happen anywhere: a path that is too long or that the user has no permission
+    for, a full disk, memory that runs out, and devices that JAX_PLATFORMS names and that are
+    absent. An interrupt from the keyboard is one line and `INTERRUPTED`. A command whose output
+    goes to one that has ended, such as `head`, ends with `UNREAD`. All other exceptions keep their
+    traceback.
     """
 
     @functools.wraps(body)
@@ -109,7 +110,8 @@ def in_one_line(error: Exception) -> UserError | SparsityError | None:
     if isinstance(error, UserError | SparsityError):
         return error
     if isinstance(error, OSError):
-        known = error.errno in _ANYWHERE
+        forbidden = error.errno in (errno.EACCES, errno.EPERM) and error.filename is not None
+        known = forbidden or error.errno in _ANYWHERE
         return UserError(f"{error.filename or 'a file'}: {error.strerror}") if known else None
     said = str(error).partition("\n")[0].rstrip(".")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _EXHAUSTED in said):

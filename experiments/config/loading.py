@@ -6,6 +6,7 @@ import ast
 import contextlib
 import difflib
 import inspect
+import os
 import runpy
 import sys
 from collections.abc import Iterable, Iterator
@@ -115,7 +116,7 @@ def _allowed(section: Any, key: str) -> str:
 
 def _parse(flag: str, old: Any, text: str) -> Any:
     if isinstance(old, str):
-        return text
+        return os.path.expanduser(text)  # of a path; a shell leaves the ~ of --flag=~/folder
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -110,6 +110,11 @@ def _check_together(config: ConfigDict) -> None:
     small = config.model.get("small_dense")
     if small is not None:
         methods.read_rules(small.rules, key="config.model.small_dense.rules")
+        if small.get("forward_density") != 1 and method.name != "dense":
+            raise UserError(
+                f"config.model.small_dense.forward_density: found {small.forward_density!r}; must "
+                f"be 1 with config.method.name={method.name}, because a narrow network is dense"
+            )
         if small.rules and small.get("forward_density") == 1:
             raise UserError(
                 f"config.model.small_dense.rules: found {small.rules!r}; must be empty, because "

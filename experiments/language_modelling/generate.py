@@ -74,7 +74,7 @@ def continuation(
         alpha = program.view(state.params, state.opt_state)
     else:
         alpha = read_params(params, found.config, program.task.model.abstract_params)
-    vocabulary = _vocabulary(found.config, found.meta["data"]["text"])
+    vocabulary = _vocabulary(found.config, found.hosts[0]["data"]["text"])
     numbers = encode_prompt(vocabulary, prompt)
     reach = lengths(found.config, "evaluation")
     model = program.task.model

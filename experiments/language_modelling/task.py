@@ -107,7 +107,8 @@ class LanguageModelling:
         top, bottom = totals["loss"]
         loss = top / bottom if bottom else math.nan
         if self._config.data.level == "word":
-            return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+            # At most 8e99, so that the loss of a model that diverges has one that can be averaged.
+            return {"loss": loss, "perplexity": math.exp(min(loss, 230.0))}
         return {"loss": loss, "bpc": loss / math.log(2)}
 
     def example_batch(self) -> Batch:

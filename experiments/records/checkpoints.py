@@ -220,8 +220,8 @@ class Checkpoints:
             _delete(self.directory / str(old))
 
 
-def load(directory: Path, abstract: Callable[[int], Tree]) -> tuple[Tree, dict[str, Any]]:
-    """Reads the newest undamaged checkpoint of a run, and the meta of its first host.
+def load(directory: Path, abstract: Callable[[int], Tree]) -> tuple[Tree, list[dict[str, Any]]]:
+    """Reads the newest undamaged checkpoint of a run, and the meta of its hosts.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -231,8 +231,7 @@ def load(directory: Path, abstract: Callable[[int], Tree]) -> tuple[Tree, dict[s
     for step in reversed(steps):
         checkpoint = directory / str(step)
         if (why := damage(checkpoint)) is None:
-            state, hosts = _restore(checkpoint, abstract(step))
-            return state, hosts[0]
+            return _restore(checkpoint, abstract(step))
         warn(f"checkpoint {directory / str(step)} is damaged: {why}")
     raise UserError(f"{directory}: no whole checkpoint; found steps {steps}")
 
@@ -366,8 +365,11 @@ def _write_manifest(checkpoint: Path) -> None:
 
 
 def _checksum(path: Path) -> str:
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(2**20):  # hashlib.file_digest refuses the files of some buckets.
+            found.update(part)
+    return found.hexdigest()
 
 
 def _reason(error: Exception) -> str:

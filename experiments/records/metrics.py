@@ -21,9 +21,9 @@ from experiments.records.workdir import METRICS, TENSORBOARD, parsed
 class Metrics:
     """Writes records, on the first host only.
 
-    A record is `{"step", "split", values…}`, where `split` is "train", "masks" or a split of the
-    data. Records of evaluations contain their `context`. Values that depend on the machine are
-    under `timing`.
+    A record is `{"step", "split", values…}`, where `split` is "train", "masks", "sets" or a split
+    of the data. Records of evaluations contain their `context`. Values that depend on the machine
+    are under `timing`.
     """
 
     def __init__(self, workdir: Path, start: int, steps: int, every: int):

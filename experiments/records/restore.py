@@ -28,13 +28,13 @@ class Saved:
         config: the config as resolved when the run was made, mesh included.
         program: what the run compiles.
         state: the state of its newest undamaged checkpoint.
-        meta: what is stored next to the state.
+        hosts: what is stored next to the state, by host.
     """
 
     config: ConfigDict
     program: Program
     state: TrainState
-    meta: dict[str, Any]
+    hosts: list[dict[str, Any]]
 
 
 def read_config(directory: Path, task: str | None = None) -> ConfigDict:
@@ -102,8 +102,7 @@ def read(directory: Path, task: str | None = None) -> Saved:
     config = read_config(directory, task)
     program = build(on_one_device(config), all_devices()[:1])
     abstract = program.representation.abstract
-    state, meta = checkpoints.load(directory / workdir.CHECKPOINTS, abstract)
-    return Saved(config, program, state, meta)
+    return Saved(config, program, *checkpoints.load(directory / workdir.CHECKPOINTS, abstract))
 
 
 def on_one_device(config: ConfigDict) -> ConfigDict:

@@ -39,11 +39,11 @@ class SetFiles:
             flags: of each sparse leaf, as `topkast_jax.flags` says.
 
         Returns:
-            How the sets differ from those that were written before them: the mean, the least and
-            the largest value over leaves of `differ`, the share of entries that are in one forward
-            set alone, and of `woken`, the share of entries outside the last backward set that are
-            in this forward set. Empty for the first sets, without any (nothing is written then),
-            and, with a warning, where those before them cannot be read.
+            How the sets differ from those that were written before them, after the step `since`:
+            the mean, the least and the largest value over leaves of `differ`, the share of entries
+            that are in one forward set alone, and of `woken`, the share of entries outside the last
+            backward set that are in this forward set. Empty for the first sets, without any
+            (nothing is written then), and, with a warning, where those before them cannot be read.
         """
         if not flags:
             return {}  # of a dense run
@@ -57,7 +57,8 @@ class SetFiles:
             file = io.BytesIO()
             np.savez_compressed(file, **now)  # type: ignore[arg-type]
             files.replace(self._directory / f"{step}.npz", file.getvalue())
-        before = self._directory / f"{(step - 1) // self._every * self._every}.npz"
+        since = (step - 1) // self._every * self._every
+        before = self._directory / f"{since}.npz"
         if step == 0 or jax.process_index():
             return {}
         try:
@@ -66,7 +67,8 @@ class SetFiles:
         except (OSError, ValueError, KeyError, BadZipFile) as error:
             warn(f"{before}: cannot be read, so the sets of step {step} are not compared: {error}")
             return {}
-        return _moved(then, now, {name: leaf.size for name, leaf in flags.items()})
+        moved = _moved(then, now, {name: leaf.size for name, leaf in flags.items()})
+        return {"since": since} | moved
 
 
 def _moved(then: Flags, now: Flags, sizes: dict[str, int]) -> dict[str, float]:

@@ -164,7 +164,7 @@ def _against(
     xlabel: str,
     ylabel: str,
     logarithmic: bool,
-    better: Callable[[float, float], float] = max,
+    better: Callable[[float, float], float],
 ) -> Any:
     figure, axes = plt.subplots(figsize=(7, 4.5))
     labels = list(dict.fromkeys(line.label for line in lines))

@@ -127,8 +127,8 @@ def sets(groups: Sequence[Group]) -> list[Table]:
     table = Table("sets", "The sets between two steps", heads, [])
     for group in groups:
         pairs: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        for run, records in zip(group.runs, group.records, strict=True):
-            for pair, record in _moved(run, records).items():
+        for records in group.records:
+            for pair, record in _moved(records).items():
                 pairs.setdefault(pair, []).append(record)
         for pair, found in sorted(pairs.items(), key=lambda item: item[0][::-1]):
             numbers = [_over([each.get(key) for each in found]) for key in (*MOVED, EVER_ACTIVE)]
@@ -136,18 +136,15 @@ def sets(groups: Sequence[Group]) -> list[Table]:
     return [table] if table.rows else []
 
 
-def _moved(
-    run: Summary, records: Sequence[dict[str, Any]]
-) -> dict[tuple[int, int], dict[str, Any]]:
+def _moved(records: Sequence[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
     """What a run recorded of its sets at pairs of steps, and its reservoir up to the second."""
-    every = run["config"].get("write_sets_every")
     found = {}
     for record in records:
-        if record["split"] == "sets" and type(every) is int and every > 0:
+        if record["split"] == "sets" and "since" in record:
             step = record["step"]
             ever = [r for r in records if r["step"] <= step and EVER_ACTIVE in r]
             last = {EVER_ACTIVE: max(ever, key=lambda r: r["step"])[EVER_ACTIVE]} if ever else {}
-            found[(step - 1) // every * every, step] = record | last
+            found[record["since"], step] = record | last
     return found
 
 

@@ -35,7 +35,8 @@ class StopRequest:
     Elsewhere it is raised at once, for there is nothing to save.
 
     On many hosts the SIGTERM of any of them reaches all through JAX's preemption service, which
-    has a handler of its own; the run then stops after a step that is the same on all.
+    has a handler of its own; the run then stops after a step that is the same on all, and without a
+    step under way only when the next one is done.
     """
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ import toy_runs
 import topkast_jax as tk
 from experiments import convert, export
 from experiments.errors import UserError
-from experiments.records import exported, restore, workdir
+from experiments.records import checkpoints, exported, restore, workdir
 from experiments.records.checkpoints import Checkpoints
 from experiments.training.program import build
 from topkast_jax.always_sparse import FORMS, to_dense
@@ -250,6 +250,23 @@ def test_a_config_with_what_no_run_writes_is_one_line(runs, tmp_path, capsys, ke
     assert export.main([f"--workdir={tmp_path}", f"--out={tmp_path}/out.npz"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"error: {tmp_path / workdir.CONFIG}{told}"
+
+
+def test_positions_of_several_hosts_are_not_dropped(runs, tmp_path, capsys, monkeypatch):
+    """Two hosts of a task whose iterators have positions of their own, in one process."""
+    read = checkpoints._restore
+
+    def of_two_hosts(checkpoint, abstract):
+        state, (meta,) = read(checkpoint, abstract)
+        return state, [meta, {**meta, "data": "elsewhere"}]
+
+    monkeypatch.setattr(checkpoints, "_restore", of_two_hosts)
+    flags = [f"--workdir={runs / 'compact'}", f"--out={tmp_path}/out.npz"]
+    assert convert.main([*flags, "--to=masked"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: saved by 2 hosts, each with a position of its own in the data")
+    assert not (tmp_path / "out.npz").exists()
+    assert export.main(flags) == 0
 
 
 @pytest.mark.parametrize("tool", ["export", "convert"])

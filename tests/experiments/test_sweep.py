@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -411,12 +412,26 @@ def test_each_variant_has_a_plan_of_its_own(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+def test_runs_that_take_all_devices_are_done_one_by_one(tmp_path, capsys, monkeypatch):
+    gpus = [types.SimpleNamespace(platform="gpu")] * 4
+    monkeypatch.setattr("experiments.training.partition.all_devices", lambda: gpus)
+    assert sweep(tmp_path / "s", "--jobs=2") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --jobs=2: must be 1 on devices of gpu, all of which each run")
+    assert not (tmp_path / "s").exists()
+
+
 WRONG = {
     "pattern": (["method.pattern=block:3x3"], "Block(3, 3) does not divide"),
     "data": (["data.name=image_folder", "data.dir=nowhere"], "no folder train"),
     "batch": (["batch_size=4008"], "must be at most the 4000 images"),
     "mesh": (["mesh.data=3"], "must multiply to the"),
     "kept": (["keep_checkpoints_every=3"], "must be a multiple of checkpoint_every"),
+    "backend": (
+        ["method.always_sparse=True", "method.pattern=block:2x2", "method.backend=pallas_tpu"],
+        "method.backend: found 'pallas_tpu'; must be None or 'xla' or 'native_cpu' on devices of",
+    ),
+    "tensor": (["mesh.tensor=8"], "mesh.tensor: found 8; must be 1"),
     "best": (
         ["keep_best_checkpoint=max skill", "checkpoint_every=1", "eval_every=1"],
         "must name one of accuracy, loss",

@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import math
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,11 +108,24 @@ def _prefetch(batches: grain.MapDataset, options: Options) -> grain.IterDataset:
             not flags.FLAGS.is_parsed()
         ):  # The processes of Grain read its flags, which a test does not parse.
             flags.FLAGS.mark_as_parsed()
-        made = made.mp_prefetch(grain.MultiprocessingOptions(num_workers=options.workers))
+        workers = grain.MultiprocessingOptions(num_workers=options.workers)
+        made = made.mp_prefetch(workers, _end_with_parent)
         # Batches come in shared memory, which Grain frees in a thread when they are dropped. Those
         # that an error keeps until the process ends would never be freed, and be complained of.
         made = made.map(_copied)
     return made
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Ends a process of Grain when the one that started it is killed, which Grain does not see."""
+    del worker, workers
+
+    def end() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def _copied(batch: Batch) -> Batch:

@@ -1,5 +1,6 @@
 """What every command does with the mistakes and interrupts that its body raises."""
 
+import argparse
 import errno
 import os
 import subprocess
@@ -9,8 +10,9 @@ import types
 import jax
 import pytest
 
-from experiments import export, main, report, sweep
+from experiments import export, hosts, main, report, sweep
 from experiments.config import command_line
+from experiments.errors import UserError
 
 LONG = "x" * 300
 COMMANDS = {
@@ -47,6 +49,11 @@ def test_a_name_that_is_too_long_is_one_line(command, flags, tmp_path, capsys):
             "error: /disk/run: No space",
         ),
         (KeyboardInterrupt(), 130, "error: interrupted"),
+        (
+            PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/root/run"),
+            2,
+            "error: /root/run: Permission denied",
+        ),
         (MemoryError("Unable to allocate 2 TiB."), 2, "error: out of memory: Unable to allocate 2"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n…"),
@@ -106,3 +113,22 @@ def test_a_closed_pipe_ends_a_command_without_a_traceback(tmp_path):
         command.stdout.close()
         assert command.stderr.read() == b""
     assert command.returncode == 141
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UserError("a mistake"), "error: a mistake"),
+        (MemoryError("2 TiB"), "error: out of memory: 2"),
+    ],
+)
+def test_what_ends_one_process_of_several_is_one_line(error, told, capsys, monkeypatch):
+    ended = []
+    monkeypatch.setattr(hosts, "_join", lambda args: None)
+    monkeypatch.setattr(hosts, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with hosts.member(argparse.Namespace()):
+        raise error
+    assert ended == [2]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(told)

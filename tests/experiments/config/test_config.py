@@ -78,6 +78,13 @@ def test_bad_override(text):
     assert "\n" not in str(error.value)
 
 
+def test_a_path_may_be_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    changed = base_config("image_classification")
+    override(changed, "data.dir=~/images")
+    assert changed.data.dir == "/somewhere/images"
+
+
 @pytest.mark.parametrize(
     ("text", "key", "expected"),
     [

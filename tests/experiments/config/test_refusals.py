@@ -75,6 +75,11 @@ HUGE = "1" + 30 * "0"
         ),
         (DIGITS, [f"optimizer.l2=1{'0' * 400}"], "config.optimizer.l2"),
         (DIGITS, [f"method.pattern=block:{NINE}x{NINE}"], "config.method.pattern: found 'block:"),
+        (
+            "configs/quickstart.py:small-dense-90,smoke",
+            ["method.name=set"],
+            "config.model.small_dense.forward_density: found 0.1; must be 1 with config.",
+        ),
         (DIGITS, ["model.width=1e308"], "must be a number above 0 and at most 1e+06"),
         (TEXT, [f"model.div_val={HUGE}"], "config.model: div_val="),
         (TEXT, [f"model.train.clamp={HUGE}"], "config.model.train.clamp="),

@@ -130,7 +130,7 @@ def test_a_continued_run_equals_the_uninterrupted_one(tmp_path, stop_at):
     assert train(config(), tmp_path / "parts", stop_at) == "stopped"
     assert train(config(), tmp_path / "parts") == "finished"
     abstract = build(config()).representation.abstract
-    (whole, meta), (parts, other) = (
+    (whole, (meta,)), (parts, (other,)) = (
         load(tmp_path / name / workdir.CHECKPOINTS, abstract) for name in ("whole", "parts")
     )
     assert meta["data"] == other["data"] == {"batches": 9}

@@ -21,7 +21,7 @@ from experiments.language_modelling.models import narrow
 from experiments.records import workdir
 from experiments.records.checkpoints import load
 from experiments.records.exported import METADATA
-from experiments.records.metrics import read_records
+from experiments.records.metrics import is_value, read_records
 from experiments.records.summary import description
 from experiments.task import make_task
 from experiments.training.evaluation import evaluate
@@ -101,7 +101,7 @@ def config_of(text):
 
 
 def last_state(config, directory):
-    state, meta = load(directory / workdir.CHECKPOINTS, build(config).representation.abstract)
+    state, (meta,) = load(directory / workdir.CHECKPOINTS, build(config).representation.abstract)
     return jax.tree.map(np.asarray, state), meta["data"]
 
 
@@ -238,6 +238,15 @@ def test_words_are_reported_as_perplexity():
     assert task.final_metrics({"loss": (20.0, 10.0)}) == {
         "loss": 2.0, "perplexity": pytest.approx(np.exp(2)),
     }  # fmt: skip
+    diverged = task.final_metrics({"loss": (3000.0, 10.0)})
+    assert diverged["perplexity"] > 1e99
+    assert all(map(is_value, diverged.values()))  # What is written can be reported.
+
+
+def test_a_method_that_refreshes_in_every_step_does_so_in_the_study():
+    for variant in ("dnw-90,study", "set-90,study"):
+        every = resolve(spec("enwik8_small", variant)).method.refresh_every
+        assert every == (1 if "dnw" in variant else 100)
 
 
 @pytest.mark.slow

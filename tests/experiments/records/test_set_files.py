@@ -42,7 +42,7 @@ def test_files_hold_the_sets_and_records_say_how_they_moved(tmp_path, own):
         )
         differ = [np.mean(then[0] ^ now[0]) for then, now in pairs]
         woken = [np.mean(now[0][~then[1]]) for then, now in pairs]
-        expected = {"step": record["step"], "split": "sets"}
+        expected = {"step": record["step"], "split": "sets", "since": record["step"] - 3}
         for name, values in (("differ", differ), ("woken", woken)):
             expected[f"{name}_mean"] = pytest.approx(np.mean(values))
             expected[f"{name}_least"] = pytest.approx(min(values))

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -237,6 +238,33 @@ def test_a_damaged_image_among_processes_leaves_nothing_behind(root, tmp_path):
     assert found.stderr == ""
     (told,) = found.stdout.splitlines()
     assert str(path) in told
+
+
+FIRST_BATCH = (
+    READ_ALL.partition("    with Prefetcher")[0]
+    + """
+    import multiprocessing, time
+    next(pipeline.TrainBatches(source, options))
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(300)
+"""
+)
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_is_killed(root, tmp_path):
+    (tmp_path / "first_batch.py").write_text(FIRST_BATCH)
+    repository = str(pathlib.Path(__file__).parents[4])
+    line = [sys.executable, str(tmp_path / "first_batch.py"), str(root)]
+    environment = os.environ | {"PYTHONPATH": repository}
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        process.kill()
+    deadline = time.monotonic() + 60
+    while any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "processes of Grain are left"
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
