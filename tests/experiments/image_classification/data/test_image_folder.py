@@ -244,7 +244,8 @@ FIRST_BATCH = (
     READ_ALL.partition("    with Prefetcher")[0]
     + """
     import multiprocessing, time
-    next(pipeline.TrainBatches(source, options))
+    batches = pipeline.TrainBatches(source, options)
+    next(batches)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     time.sleep(300)
 """
@@ -259,8 +260,8 @@ def test_processes_end_with_the_one_that_is_killed(root, tmp_path):
     environment = os.environ | {"PYTHONPATH": repository}
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env=environment) as process:
         workers = [int(pid) for pid in process.stdout.readline().split()]
-        assert len(workers) == 2
         process.kill()
+    assert len(workers) == 2
     deadline = time.monotonic() + 60
     while any(pathlib.Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "processes of Grain are left"
