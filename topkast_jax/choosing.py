@@ -84,7 +84,14 @@ class Chooser:
         `refreshes`: whether sets are chosen again after the first choice.
         """
         attributes = _attributes(method)
-        numbers = {k: _as_scalar(v) for k, v in attributes.items() if _is_number(v)}
+        numbers = {}
+        for name, value in attributes.items():
+            if isinstance(value, int) and not -(2**31) <= value < 2**31:
+                raise SparsityError(
+                    f"{type(method).__name__}.{name}={value}: must be an int32, as a state holds it"
+                )
+            if _is_number(value):
+                numbers[name] = _as_scalar(value)
         others = {k: v for k, v in attributes.items() if k not in numbers}
         places: dict[Any, int] = {}
         counts: list[Counts] = []

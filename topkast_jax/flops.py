@@ -17,8 +17,8 @@ OTHER = "other"
 # What moves or retypes a parameter without mixing it with anything else.
 _LAYOUT = frozenset({
     "broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "expand_dims", "pad",
-    "reduce_precision", "reshape", "rev", "sharding_constraint", "slice", "squeeze",
-    "stop_gradient", "transpose", "name", "optimization_barrier", "copy_p",
+    "reduce_precision", "reshape", "reshard", "rev", "sharding_constraint", "slice", "split",
+    "squeeze", "stop_gradient", "transpose", "name", "unstack",
 })  # fmt: skip
 
 
@@ -30,7 +30,8 @@ def leaf_flops(function: Callable[..., Any], params: Any, *args: Any) -> dict[st
     activations with each other belong to "other". The body of `lax.scan` counts once for each
     iteration and the body of `lax.while_loop` once. Of the branches of `lax.cond`, only the one
     with the most FLOPs counts. A lookup in an embedding table counts 0; where the table is also the
-    kernel of the softmax, that product counts.
+    kernel of the softmax, that product counts. Inside `jax.shard_map`, the FLOPs are those of one
+    device.
 
     Args:
       function: called as `function(params, *args)`.
@@ -63,7 +64,9 @@ def _walk(jaxpr: Any, labels: Sequence[str | None], times: int, total: dict[str,
             owner = next((o for o in operands if o is not None), OTHER)
             total[owner] += times * _product_flops(eqn)
         elif name in _LAYOUT:
-            known[eqn.outvars[0]] = operands[0]
+            known.update(dict.fromkeys(eqn.outvars, operands[0]))
+        elif name == "optimization_barrier":
+            known.update(zip(eqn.outvars, operands, strict=True))
         else:
             inner = _inner(eqn, operands)
             if inner is not None:
@@ -80,7 +83,7 @@ def _inner(eqn: Any, operands: list[str | None]) -> tuple[list[Any], list[str | 
     if eqn.primitive.name == "while":
         skipped = params["cond_nconsts"]
         return [params["body_jaxpr"].jaxpr], operands[skipped:], 1
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         if key in params:
             jaxpr = getattr(params[key], "jaxpr", params[key])
             return [jaxpr], operands, int(params.get("length", 1))

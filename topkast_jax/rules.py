@@ -378,12 +378,13 @@ def _share_out(leaves: list[Leaf | None], specs: Sequence[Spec]) -> list[Leaf | 
     groups: dict[tuple[float, float], list[int]] = {}
     for i, (leaf, spec) in enumerate(zip(leaves, specs, strict=True)):
         if leaf and isinstance(spec, Sparse) and spec.distribution == "erk":
-            if isinstance(leaf.forward_density, jax.Array):
+            densities = (leaf.forward_density, leaf.backward_density)
+            if any(isinstance(density, jax.Array) for density in densities):
                 raise SparsityError(
                     "distribution='erk' needs plain numbers as densities; under "
                     "inject_hyperparams name them in static_args"
                 )
-            key = (float(leaf.forward_density), float(leaf.backward_density))
+            key = (float(densities[0]), float(densities[1]))
             groups.setdefault(key, []).append(i)
     shared = list(leaves)
     for (forward, backward), members in groups.items():

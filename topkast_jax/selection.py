@@ -260,8 +260,7 @@ def _bisected(x: jax.Array, wanted: jax.Array, order: TieOrder) -> Thresholds:
 
 
 def _check(x: jax.Array, counts: Sequence[Count]) -> None:
-    if x.dtype.name not in DTYPES:
-        raise SparsityError(f"selection: dtype {x.dtype}; allowed: {', '.join(DTYPES)}")
+    _check_dtype(x)
     if not 0 < x.size <= MOST_ENTRIES:
         raise SparsityError(f"selection: a leaf of {x.size} entries; allowed: 1 to {MOST_ENTRIES}")
     if not len(counts):
@@ -270,10 +269,15 @@ def _check(x: jax.Array, counts: Sequence[Count]) -> None:
         _check_count(count, x.size)
 
 
+def _check_dtype(x: jax.Array) -> None:
+    if x.dtype.name not in DTYPES:
+        raise SparsityError(f"selection: dtype {x.dtype}; allowed: {', '.join(DTYPES)}")
+
+
 def _check_count(count: Any, size: int) -> None:
-    """Raises SparsityError unless a count, or the type of an array, is one of those allowed."""
-    fits = is_integer(count) if isinstance(count, jax.Array) else is_whole(count, 1, size)
-    if not fits:
+    """Raises SparsityError unless a count is one of those allowed; an array may be 0."""
+    traced, least = isinstance(count, jax.core.Tracer), int(not isinstance(count, jax.Array))
+    if not (is_integer(count) if traced else is_whole(count, least, size)):
         raise SparsityError(f"selection: count {shown(count)}; allowed: integers, 1 to {size}")
 
 
@@ -407,10 +411,12 @@ def counts_of_global_top_k(leaves: Mapping[str, jax.Array], count: Count) -> dic
         int32 scalars, by leaf; their sum is `count`.
 
     Raises:
-        SparsityError: If the dtypes differ, the entries are too many or the count is not one of
-            those allowed.
+        SparsityError: If the dtypes differ, or a dtype, the number of entries or the count is not
+            one of those allowed.
     """
     xs = [lax.stop_gradient(x) for x in leaves.values()]
+    for x in xs:
+        _check_dtype(x)
     if len({x.dtype for x in xs}) != 1:
         found = sorted({x.dtype.name for x in xs})
         raise SparsityError(f"global selection: leaves of {', '.join(found)}; allowed: one dtype")

@@ -33,6 +33,7 @@ from topkast_jax.sets import (
     present,
 )
 from topkast_jax.trees import columns_of, flatten_with_names
+from topkast_jax.values import is_number
 
 # Extra arguments of `update` with which an inner optimizer evaluates the loss at other parameters.
 _LOSS_ARGUMENTS = ("value_fn", "obj_fn", "grad_fn")
@@ -187,12 +188,17 @@ def sparsify(
     check_rules(rules)
     if not method.explores:
         _check_no_exploration(method, forward_density, backward_density, rules)
+        backward_density = None  # A leaf's own forward density may be below it.
     plan = Plan(
         optax.with_extra_args_support(inner), method, forward_density, backward_density,
         _whole_number("refresh_every", refresh_every, 1),
         _whole_number("stop_exploring_at", stop_exploring_at, 0),
         inner_state, rules, shape, seed,
     )  # fmt: skip
+    if method.skips_update and isinstance(plan.refresh_every, int) and plan.refresh_every == 1:
+        raise SparsityError(
+            "refresh_every=1: must be at least 2 with skips_update, or no step moves a parameter"
+        )
     return _transform(plan)
 
 
@@ -452,15 +458,21 @@ def _after(
 ) -> tuple[dict[str, Any], jax.Array, Any]:
     """Flags, what is due and inner state after `step` finished steps."""
     due, stop = _chooses_after(plan, step), _stop_of(plan)
-    if stop is not None:
+
+    def keep(flags: Any, inner: Any, theta: Any) -> Any:
+        del theta
+        return flags, inner
+
+    def freeze(flags: Any, inner: Any, theta: Any) -> Any:
         frozen = {path: frozen_flags(f) for path, f in flags.items()}
         resets = plan.inner_state == "reset"
-        flags, inner_state = jax.lax.cond(
-            (step >= stop) & _explores(flags),  # The stop may be one that was set after it passed.
-            lambda inner, *rest: (rest[2], _reset_moved(plan, inner, *rest) if resets else inner),
-            lambda inner, _, flags, __: (flags, inner),
-            inner_state, theta, flags, frozen,
-        )  # fmt: skip
+        return frozen, _reset_moved(plan, inner, theta, flags, frozen) if resets else inner
+
+    def stopped(*operands: Any) -> Any:  # The stop may be one that was set after it passed.
+        return jax.lax.cond(_explores(operands[0]), freeze, keep, *operands)
+
+    if stop is not None:  # No flag is read before the stop.
+        flags, inner_state = jax.lax.cond(step >= stop, stopped, keep, flags, inner_state, theta)
     return flags, jnp.where(due, DUE, NOT_DUE).astype(jnp.int8), inner_state
 
 
@@ -565,8 +577,8 @@ def _check_no_exploration(
         for path, spec in rules or () if isinstance(spec, Sparse)
     ]  # fmt: skip
     for where, of_a, of_b in named:
-        numbers = not isinstance(of_a, jax.Array) and not isinstance(of_b, jax.Array)
-        if of_b is not None and numbers and float(of_b) != float(of_a):
+        plain = all(is_number(x) and not isinstance(x, jax.Array) for x in (of_a, of_b))
+        if plain and of_b != of_a:
             raise SparsityError(
                 f"{where}backward_density={shown(of_b)}: the backward set of "
                 f"{type(method).__name__} is its forward set; leave it out"

@@ -7,6 +7,7 @@ import pytest
 
 import topkast_jax as tk
 from topkast_jax import testing
+from topkast_jax.methods.pruning import Pruning
 
 METHODS = {
     "top_kast": functools.partial(tk.top_kast, forward_density=0.1, backward_density=0.2,
@@ -54,6 +55,23 @@ def test_hyperparameters_have_numbers():
     assert list(injected) == list(plain) == ["in/kernel", "out/kernel"]
     for path, leaf in injected.items():
         assert tuple(map(int, leaf.counts)) == plain[path].counts
+
+
+class Scheduled(Pruning):
+    allocate = tk.Method.allocate  # `scheduled` alone changes the counts.
+
+
+@pytest.mark.parametrize(
+    ("factory", "fixed"),
+    [
+        (METHODS["top_kast"], True),
+        (METHODS["injected"], True),
+        (lambda inner: tk.sparsify(inner, Scheduled(1, 9), forward_density=0.1), False),
+        (lambda inner: optax.inject_hyperparams(tk.methods.pruning)(inner, 0.1, 1, 9), False),
+    ],
+)
+def test_the_suite_knows_which_counts_change(factory, fixed):
+    assert testing._has_fixed_counts(factory(optax.sgd(0.1)), testing.example()) is fixed
 
 
 PATTERNS = (tk.Unstructured(), tk.Block(4, 2), tk.Channel(), tk.NOfM(2, 4), tk.FanIn())

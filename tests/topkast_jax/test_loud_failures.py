@@ -110,7 +110,7 @@ STRICT = {
     "injected": lambda inner: optax.inject_hyperparams(tk.top_kast)(inner, 0.1, 0.2),
     "static_random": lambda inner: tk.static_random(inner, 0.1, 3),
     "set": lambda inner: tk.methods.set_evolution(inner, 0.1, 1, last_choice_at=9),
-    "rigl": lambda inner: tk.methods.rigl(inner, 0.1, 1, last_choice_at=9, skips_update=True),
+    "rigl": lambda inner: tk.methods.rigl(inner, 0.1, 2, last_choice_at=9, skips_update=True),
     "snfs": lambda inner: tk.methods.snfs(inner, 0.1, 1, last_choice_at=9),
     "srigl": lambda inner: tk.methods.srigl(inner, 0.1, 1, last_choice_at=9),
     "snip": lambda inner: tk.methods.snip(inner, 0.1),
@@ -354,6 +354,14 @@ AT_THE_CALL = {
     "a block of a fraction": (lambda: tk.Block(np.float32(4), 4), "Block rows=np.*an integer"),
     "a switch as text": (
         lambda: tk.methods.rigl(SGD, 0.1, skips_update="no"), "skips_update='no': must be True or"),
+    "steps that are all skipped": (
+        lambda: tk.methods.rigl(SGD, 0.1, 1, skips_update=True), "refresh_every=1: .*at least 2"),
+    "a backward density as text, in a rule of a method without one": (
+        lambda: tk.static_random(SGD, 0.1, 0, rules=[(".*", tk.Sparse(backward_density="20%"))])
+        .init({"w": np.ones((8, 8))}), "w: backward_density='20%': must be a number"),
+    "a number of a method beyond what a state holds": (
+        lambda: tk.sparsify(SGD, RigL(last_choice_at=2**40), forward_density=0.1)
+        .init({"w": np.ones((8, 8))}), "RigL.last_choice_at=1099511627776: must be an int32"),
     "a first choice that is none": (
         lambda: tk.sparsify(SGD, FirstChoice(), forward_density=0.1), "first_choice='first': must"),
     "a table of an optimizer that is not called": (

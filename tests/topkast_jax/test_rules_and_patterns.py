@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import topkast_jax as tk
+from topkast_jax.methods.rigl import RigL
 from topkast_jax.rules import erk_densities, resolve
 from topkast_jax.selection import keep_count
 
@@ -127,6 +128,32 @@ def test_n_of_m_holds_to_its_n_whatever_the_hyperparameters(n, m, dtype):
     # A schedule's value inside a compiled function cannot be checked.
     state = jax.jit(factory(0.26).init)(params)
     assert tk.keep_masks(params, state)[0]["w"].sum() == 2 * n * 8
+
+
+@pytest.mark.parametrize("traced", ["forward_density", "backward_density"])
+def test_erk_needs_plain_densities(traced):
+    plain = {"forward_density", "backward_density"} - {traced}
+    tx = injected(tk.top_kast, static_args=plain)(
+        optax.sgd(0.1), 0.1, 0.2, rules=[(".*", tk.Sparse(distribution="erk"))]
+    )
+    with pytest.raises(tk.SparsityError, match="'erk' needs plain numbers as densities"):
+        tx.init({"w": jnp.ones((8, 8))})
+
+
+def test_a_method_without_exploration_updates_what_it_keeps():
+    """Also a leaf whose own density is below that of the transform."""
+    rules = [("v", tk.Sparse(forward_density=0.05)), ("w", tk.Sparse())]
+    tx = tk.sparsify(optax.sgd(0.1), RigL(), forward_density=0.1, backward_density=0.1, rules=rules)
+    params = {"v": jnp.ones((10, 10)), "w": jnp.ones((10, 10))}
+    assert {n: x.counts for n, x in tx.plan.leaves(params).items()} == {"v": (5, 5), "w": (10, 10)}
+
+
+def test_pruning_keeps_all_of_a_large_leaf_before_it_begins():
+    leaf = {"w": jax.ShapeDtypeStruct((50257, 768), jnp.float32)}
+    plan = tk.methods.pruning(optax.sgd(0.1), 0.2, begin_at=5, end_at=9).plan
+    (large,) = plan.sparse_leaves(leaf).values()
+    for step, kept in ((0, 50257 * 768), (5, 50257 * 768), (9, large.counts.forward)):
+        assert plan.method.scheduled(large, step).forward == kept
 
 
 def test_erk_does_not_share_out_what_n_of_m_fixes():

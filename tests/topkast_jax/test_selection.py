@@ -389,6 +389,18 @@ def test_counts_that_are_none():
         top_k_masks(jnp.zeros(3), ())
 
 
+@pytest.mark.parametrize("count", [7, -1])
+def test_a_concrete_array_is_a_count_within_the_leaf(count):
+    with pytest.raises(SparsityError, match=f"count Array.{count}.*integers, 1 to 6"):
+        top_k_masks(jnp.ones(6), (jnp.int32(count),))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.float8_e4m3fn])
+def test_leaves_that_no_ranking_takes(dtype):
+    with pytest.raises(SparsityError, match="selection: dtype .*; allowed: float32, bfloat16"):
+        counts_of_global_top_k({"a": jnp.ones(4, dtype), "b": jnp.ones(2, dtype)}, 1)
+
+
 @pytest.mark.parametrize("count", [0, 7, np.int64(7), 1.5])
 def test_a_count_over_all_leaves_is_checked(count):
     with pytest.raises(SparsityError, match="count .*; allowed: integers, 1 to 6"):

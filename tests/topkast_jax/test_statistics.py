@@ -86,6 +86,24 @@ def test_flops_by_leaf_by_hand():
     }
 
 
+def test_flops_of_parts_belong_to_the_leaf():
+    params = {"qkv": jnp.ones((4, 12)), "stack": jnp.ones((3, 4, 4)), "both": jnp.ones((4, 4))}
+
+    @jax.custom_batching.sequential_vmap
+    def product(x, w):
+        return x @ w
+
+    def net(p, x):
+        query, key, value = jnp.split(p["qkv"], 3, axis=1)
+        first, second, _ = jnp.unstack(p["stack"])
+        both, first = jax.lax.optimization_barrier((p["both"], first))
+        return product(x @ query + x @ key + x @ value, both) @ first @ second
+
+    found = tk.statistics.leaf_flops(net, params, jnp.ones((5, 4)))
+    one = 2 * 5 * 4 * 4
+    assert found == {"qkv": 3 * one, "stack": 2 * one, "both": one, "other": 0}
+
+
 def test_fractions_follow_the_paper():
     params = {"a": jnp.ones((10, 10)), "b": jnp.ones((10, 10))}
     rules = [("a", tk.Dense()), ("b", tk.Sparse())]

@@ -583,7 +583,9 @@ class AlwaysSparse:
         )
         state = self._with_first_moments(state, values, was, reservoir)
         compact: Any = find_compact(state)
-        self._follow(reservoir, int(compact.step))
+        step = int(compact.step)
+        if not (self.frozen(step) and any(map(explores, reservoir.sets.values()))):
+            self._follow(reservoir, step)  # Otherwise the next refresh ends the exploration.
         return values, state, reservoir
 
     def _check_alone(self, params: Tree, state: Any) -> None:

@@ -55,6 +55,8 @@ class Pruning(Method):
         above = jnp.asarray(units - final).astype(jnp.float32) * (1 - passed) ** 3
         groups = leaf.pattern.groups(leaf.shape)  # Each keeps the same number of units.
         count = final + groups * jnp.round(above / groups).astype(jnp.int32)
+        # A float32 holds whole numbers up to 2**24 alone.
+        count = jnp.where(passed > 0, jnp.minimum(count, units), units)
         return Counts(count, count)
 
     def choose(self, layer: Layer, leaf: Leaf, counts: Counts) -> tuple[Sets, Any]:

@@ -374,6 +374,28 @@ def test_a_stop_that_has_passed_already_ends_exploration():
     np.testing.assert_array_equal(forward["w"], backward["w"])
 
 
+def test_a_stop_that_passed_in_a_masked_run_ends_exploration():
+    params = {"w": grid(16, 16)}
+    explores, stops = (
+        tk.top_kast(optax.adam(0.1), 0.2, 0.4, refresh_every=2, **more)
+        for more in ({}, {"stop_exploring_at": 2})
+    )
+    state, grads = explores.init(params), {"w": jnp.ones((16, 16))}
+    for _ in range(5):
+        updates, state = jax.jit(explores.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    sparse = AlwaysSparse(stops, params)
+    values, held, reservoir = sparse.from_masked(params, state)
+    updates, held = sparse.transform.update({"w": jnp.ones_like(values["w"])}, held, values)
+    values = optax.apply_updates(values, updates)
+    values, held, reservoir = sparse.refresh(6, values, held, reservoir)
+    updates, state = stops.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    assert values["w"].size == 51
+    wanted = tk.keep_masks(params, state)[1]
+    np.testing.assert_array_equal(tk.keep_masks(*sparse.masks(reservoir))[1]["w"], wanted["w"])
+
+
 def test_optax_maps_over_what_a_state_holds_of_the_values():
     params = {"w": grid(16, 16), "bias": jnp.ones(16)}
     sparse = AlwaysSparse(tk.top_kast(optax.adam(0.1), 0.2, 0.4), params)
