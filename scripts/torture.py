@@ -328,7 +328,7 @@ def evidence(directory: Path) -> dict[str, Any]:
     lines = (directory / workdir.METRICS).read_text().splitlines()
     return {
         "state": state.hexdigest(),
-        "data position": {k: v for k, v in saved.meta.items() if k != "seconds"},
+        "data position": {k: v for k, v in saved.hosts[0].items() if k != "seconds"},
         "metrics.jsonl": [
             {k: v for k, v in json.loads(line).items() if k != "timing"} for line in lines
         ],

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from topkast_jax.patterns import Pattern
+from topkast_jax.selection import Count
 
-Count = int | jax.Array
 Density = float | jax.Array
 
 

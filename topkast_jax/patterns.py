@@ -14,10 +14,8 @@ import numpy as np
 
 from topkast_jax.errors import SparsityError, shown
 from topkast_jax.ranking import keys_of
-from topkast_jax.selection import SMALL, Thresholds, keep_count, top_k_masks
+from topkast_jax.selection import SMALL, Count, Thresholds, keep_count, top_k_masks
 from topkast_jax.values import is_whole
-
-Count = int | jax.Array
 
 
 class Pattern(Protocol):

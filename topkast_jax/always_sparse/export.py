@@ -20,7 +20,7 @@ from topkast_jax.always_sparse.kernel import (
 from topkast_jax.errors import SparsityError
 from topkast_jax.flags import unpack
 from topkast_jax.patterns import Unstructured
-from topkast_jax.sets import forward_params, is_dense, map_flags
+from topkast_jax.sets import forward_params, map_flags
 
 if TYPE_CHECKING:  # Importing it, and SciPy with it, takes a third of a second.
     from jax.experimental.sparse import BCOO, BCSR
@@ -68,7 +68,7 @@ def forward_set(params: Any, state: Any) -> Any:
         return jax.tree.map(lambda x: _trim(x) if is_compact(x) else x, view, is_leaf=is_compact)
 
     def kernel(flags: Any, theta: jax.Array) -> Any:
-        if flags is None or is_dense(flags):
+        if flags is None:
             return theta
         kept = np.asarray(unpack(flags).forward)
         return from_masks(np.asarray(theta), kept, kept, Unstructured())

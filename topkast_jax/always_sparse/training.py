@@ -525,8 +525,9 @@ class AlwaysSparse:
     def to_masked(self, params: Tree, state: T, reservoir: Reservoir) -> tuple[Tree, T]:
         """Dense parameters, and the optimizer state as a masked run would hold it.
 
-        Moments are zero outside B, as with `inner_state="reset"` there. Call it after the `refresh`
-        of the step; a choice that waits for its delay to pass is dropped.
+        Moments are zero outside B. A masked run that goes on needs `inner_state="reset"`, which
+        gives an entry that enters B what `init` makes of it. Call it after the `refresh` of the
+        step; a choice that waits for its delay to pass is dropped.
 
         Args:
           params: the tree of values.
