@@ -20,8 +20,8 @@ TOP_KAST = (
     "99/95",
 )  # fmt: skip
 METHODS = (
-    "small-dense-90", "pruning-90", "static-90", "set-90", "rigl-90", "static-95", "set-95", "rigl-95", "static-98",
-    "rigl-98", "static-99", "rigl-99",
+    "small-dense-90", "pruning-90", "static-90", "set-90", "rigl-90", "static-95", "set-95",
+    "rigl-95", "static-98", "rigl-98", "static-99", "rigl-99",
 )  # fmt: skip
 OWN: dict[str, tuple[Mapping[str, object], ...]] = {
     "90/80": (
