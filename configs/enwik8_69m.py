@@ -1,8 +1,8 @@
 """Transformer-XL of 69 M parameters on enwik8: the small model of the paper's table 5.
 
 24 layers of width 512 (8 heads, 1536 inside the feed-forward block); all else is as in
-`configs/enwik8_large.py`, and so is what the paper does not state. It is the language row of the
-paper that one GPU reaches. Every matrix is sparse: 14 M parameters are active at 80 %, 7 M at 90 %.
+`configs/enwik8_large.py`, and so is what the paper does not state. It is the smallest language
+model of the paper. Every matrix is sparse: 14 M parameters are active at 80 %, 7 M at 90 %.
 
 Expected test bits per character (the paper's table 5), magnitude pruning and Top-KAST:
     dense  1.00

@@ -1,8 +1,8 @@
 """ResNet-50 on ImageNet: the paper's setting.
 
 Batch 4096, 32,000 steps (102 epochs), learning rate 1.6 after a linear warm-up of 5 epochs, divided
-by 10 at epochs 30, 70 and 90, weight decay 1e-4, as a gradient of dense leaves and as the weight of
-the exploration loss of sparse ones (the paper's appendix B). Every sparse layer has the same
+by 10 at epochs 30, 70 and 90, weight decay 1e-4: an L2 gradient on dense leaves, and the weight of
+the exploration loss on sparse ones (the paper's appendix B). Every sparse layer has the same
 sparsity; the first and the last layer, batch normalisation and biases are dense. Sets are refreshed
 every 100 steps. The paper's main runs refresh them in every step, with almost the same accuracy
 (table 6). The paper does not state momentum (Nesterov 0.9), label smoothing (0.1) and augmentation

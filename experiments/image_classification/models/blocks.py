@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments import layers
+from experiments.config.checks import Check, number, one_of
 
 
 class Conv(nnx.Module):
@@ -22,6 +23,13 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolves `x`."""
         return layers.conv(x, self.kernel.get_value(), self.strides, self.padding)
+
+
+# Of the keys that all models here read.
+CHECKS: dict[str, Check] = {
+    "width": number(0, 1e6, above=True),
+    "dtype": one_of("float32", "bfloat16"),
+}
 
 
 class Dense(nnx.Module):

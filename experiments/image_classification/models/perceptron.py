@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from experiments.config.checks import check_values, number, one_of
-from experiments.image_classification.models.blocks import Dense
+from experiments.config.checks import check_values
+from experiments.image_classification.models.blocks import CHECKS, Dense
 
 SIDE = 28
 HIDDEN = (300, 100)
@@ -23,8 +23,7 @@ HIDDEN = (300, 100)
 
 def lenet_300_100(model: ConfigDict) -> Callable[..., Any]:
     """The factory, which reads `width` and `dtype` from the config."""
-    checks = {"width": number(0, 1e6, above=True), "dtype": one_of("float32", "bfloat16")}
-    check_values(model, checks, "config.model")
+    check_values(model, CHECKS, "config.model")
     return functools.partial(Perceptron, width=model.width, dtype=model.dtype)
 
 

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from experiments.config.checks import check_values, number, one_of
+from experiments.config.checks import check_values
 from experiments.image_classification.models.blocks import (
+    CHECKS,
     Basic,
     BatchNorm,
     Block,
@@ -76,8 +77,7 @@ def residual_network(architecture: Architecture) -> Callable[[ConfigDict], Calla
     """The factory of an architecture, which reads `width` and `dtype` from the config."""
 
     def factory(model: ConfigDict) -> Callable[..., ResNet]:
-        checks = {"width": number(0, 1e6, above=True), "dtype": one_of("float32", "bfloat16")}
-        check_values(model, checks, "config.model")
+        check_values(model, CHECKS, "config.model")
         return functools.partial(ResNet, architecture, width=model.width, dtype=model.dtype)
 
     return factory
