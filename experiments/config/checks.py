@@ -12,7 +12,7 @@ from experiments.errors import UserError
 Check = tuple[Callable[[Any], bool], str]
 
 
-def number(low: float, high: float = 1e38, *, above: bool = False, below: bool = False) -> Check:
+def number(low: float, high: float = 3.4e38, *, above: bool = False, below: bool = False) -> Check:
     """A number between two bounds; `above` and `below` leave out the bound itself.
 
     Without another bound it is one that float32 holds.

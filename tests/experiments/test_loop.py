@@ -3,8 +3,10 @@
 import json
 import math
 import signal
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
@@ -14,6 +16,7 @@ from toy_runs import config, last_state, records, run, sets
 import topkast_jax as tk
 from experiments.errors import UserError
 from experiments.training.prefetch import Prefetcher
+from experiments.training.program import Step
 from experiments.training.stopping import StopRequest
 
 
@@ -215,3 +218,19 @@ def test_learning_rate_schedules():
         )
     expected = [0.25, 0.5, 0.75] + [1.0] * 7 + [0.1] * 10 + [0.01] * 4
     np.testing.assert_allclose([float(step(i)) for i in range(24)], expected, rtol=1e-6)
+
+
+def test_the_recorded_learning_rate_is_that_of_the_step(tmp_path):
+    own = ("steps=4", "log_every=1", "eval_at_end=False", "optimizer.learning_rate=0.1")
+    run(tmp_path / "run", "dense", *own, "optimizer.schedule.warmup_steps=2")
+    rates = [r["learning_rate"] for r in records(tmp_path / "run") if r["split"] == "train"]
+    assert rates == pytest.approx([0.05, 0.1, 0.1, 0.1])
+
+
+def test_each_step_and_each_seed_has_a_key_of_its_own():
+    task = types.SimpleNamespace(loss=lambda alpha, state, batch, rng: rng)
+    keys = [
+        Step(task, None, seed, None)._loss({}, {}, {}, jnp.int32(step))
+        for seed in (0, 1) for step in range(3)
+    ]  # fmt: skip
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 6

@@ -29,6 +29,21 @@ def test_multi_steps_equals_the_mean_gradient():
     )  # fmt: skip
 
 
+def test_reset_gives_what_init_gives_to_what_left_and_what_entered():
+    params = {"w": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
+    push = {"w": jnp.array([[0.5, 2.5, 0.0, 0.0]])}
+    tx = tk.top_kast(
+        optax.rmsprop(1.5, decay=0.5, initial_scale=1.0), 0.25, 0.5, refresh_every=1,
+        exploration_weight=0.0, inner_state="reset", rules=[(".*", tk.Sparse())],
+    )  # fmt: skip
+    updates, state = tx.update(push, tx.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(tk.keep_masks(moved, state)[1]["w"], [[True, False, True, False]])
+    _, state = tx.update(jax.tree.map(jnp.zeros_like, push), state, moved)
+    found = state.inner_state[0].nu["w"]
+    np.testing.assert_allclose(found, [[0.3125, 0.5, 0.5, 0.5]], rtol=1e-5)
+
+
 @pytest.mark.parametrize("static", [(), ("forward_density", "backward_density", "refresh_every")])
 def test_inject_hyperparams_counts_exactly(static):
     options = {"forward_density": 0.1, "backward_density": 0.35, "refresh_every": 1}

@@ -90,6 +90,34 @@ def test_rigl_as_published_skips_the_step_whose_gradient_it_reads():
     )  # fmt: skip
 
 
+def test_a_skipped_step_moves_no_inner_state():
+    tx, params = rigl(optax.adam(0.1), 0.25, 2, skips_update=True), {"a": start()["a"]}
+    state, update, seen = tx.init(params), jax.jit(tx.update), []
+    for g in recorded_gradients()[:2]:
+        updates, state = update({"a": g["a"]}, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(state.inner_state)
+    jax.tree.map(np.testing.assert_array_equal, *seen)
+    assert np.any(seen[0][0].mu["a"])
+
+
+@pytest.mark.parametrize("make", [set_evolution, snfs])
+def test_what_grows_again_starts_with_new_moments(make):
+    tx, params = make(optax.sgd(0.1, 0.9), 0.3, 1, 0.5), {"a": start()["a"]}
+    state, update = tx.init(params), jax.jit(tx.update)
+    was = np.zeros((10, *SHAPES["a"]), bool)
+    again = 0
+    for step, g in enumerate(recorded_gradients()[:10]):
+        now = was[step] = np.asarray(tk.keep_masks(params, state)[1]["a"])
+        updates, state = update({"a": g["a"]}, state, params)
+        params = optax.apply_updates(params, updates)
+        grown = now & ~was[max(0, step - 1)] & was[:step].any(0)
+        trace = np.asarray(state.inner_state[0].trace["a"])
+        np.testing.assert_allclose(trace[grown], np.asarray(g["a"])[grown], rtol=1e-6)
+        again += grown.sum()
+    assert again > 10
+
+
 def test_srigl_keeps_the_fan_in_of_every_output():
     gradients = recorded_gradients()
     records = follow(srigl(optax.sgd(0.1), 0.25, 2, 0.5), gradients)

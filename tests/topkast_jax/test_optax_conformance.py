@@ -195,18 +195,18 @@ def test_init_takes_shapes_in_place_of_arrays(factory):
 
 @pytest.mark.parametrize("factory", ["top_kast", "static_random"])
 def test_a_schedule_is_a_learning_rate(factory):
-    def trained(learning_rate):
-        tx = FACTORIES[factory](optax.sgd(learning_rate))
-        params, state = example(), tx.init(example())
-        update = jax.jit(tx.update)
-        for _ in range(3):
+    def trained(*rates):
+        txs = [FACTORIES[factory](optax.sgd(rate)) for rate in rates]
+        params, state = example(), txs[0].init(example())
+        for step in range(3):
+            update = jax.jit(txs[step % len(txs)].update)
             updates, state = update(jax.tree.map(jnp.cos, params), state, params)
             params = optax.apply_updates(params, updates)
         return params
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
-        trained(optax.constant_schedule(1e-2)), trained(1e-2),
+        trained(optax.piecewise_constant_schedule(1e-2, {2: 0.1})), trained(1e-2, 1e-2, 1e-3),
     )  # fmt: skip
 
 

@@ -345,7 +345,9 @@ def test_few_passes_whatever_the_data(monkeypatch):
         passes.clear()
         jax.block_until_ready(select(x))
         jax.effects_barrier()
-        assert 0 < len(passes) <= 32 + 13, kind  # one halving a pass of the keys, then of the indices
+        assert 0 < len(passes) <= 32 + 13, (
+            kind
+        )  # one halving a pass of the keys, then of the indices
 
 
 @settings(max_examples=30, deadline=None)

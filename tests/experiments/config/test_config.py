@@ -215,6 +215,27 @@ def test_l2_is_on_dense_matrices_where_the_method_has_its_own_penalty():
     np.testing.assert_array_equal(u["c"], 0)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("name=sgd", "momentum=0.8", "nesterov=True"), optax.sgd(0.1, 0.8, nesterov=True)),
+        (("name=adam", "b1=0.8", "b2=0.95", "eps=1e-3"), optax.adam(0.1, 0.8, 0.95, 1e-3)),
+        (("name=rmsprop", "b2=0.95", "eps=1e-3", "momentum=0.8", "nesterov=True"),
+         optax.rmsprop(0.1, 0.95, 1e-3, momentum=0.8, nesterov=True)),
+    ],
+    ids=["sgd", "adam", "rmsprop"],
+)  # fmt: skip
+def test_an_optimizer_has_the_settings_of_the_config(options, expected):
+    made = config("dense", "optimizer.learning_rate=0.1", *(f"optimizer.{o}" for o in options))
+    tx = make_optimizer(made, jax.eval_shape(lambda: PARAMS))
+    state, other = tx.init(PARAMS), expected.init(PARAMS)
+    for scale in (1.0, -0.3):
+        grads = jax.tree.map(lambda x, s=scale: s * x, PARAMS)
+        found, state = tx.update(grads, state, PARAMS)
+        wanted, other = expected.update(grads, other, PARAMS)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)
+
+
 def test_l2_is_on_what_a_static_mask_keeps():
     u = moved("optimizer.l2=0.01", RULES, variant="static-75")
     np.testing.assert_allclose(np.sort(u["a"].ravel()), [0] * 24 + [0.01] * 8, rtol=1e-6)

@@ -71,7 +71,7 @@ HUGE = "1" + 30 * "0"
         (
             DIGITS,
             ["optimizer.learning_rate=1e300"],
-            "config.optimizer.learning_rate: found 1e+300; must be a number above 0 and at most 1e",
+            "config.optimizer.learning_rate: found 1e+300; must be a number above 0 and at most 3",
         ),
         (DIGITS, [f"optimizer.l2=1{'0' * 400}"], "config.optimizer.l2"),
         (DIGITS, [f"method.pattern=block:{NINE}x{NINE}"], "config.method.pattern: found 'block:"),

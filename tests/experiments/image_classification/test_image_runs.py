@@ -133,7 +133,7 @@ def test_a_continued_run_equals_the_uninterrupted_one(tmp_path, stop_at):
     (whole, (meta,)), (parts, (other,)) = (
         load(tmp_path / name / workdir.CHECKPOINTS, abstract) for name in ("whole", "parts")
     )
-    assert meta["data"] == other["data"] == {"batches": 9}
+    assert meta["data"] == other["data"] == {"batches": 9, "images": 4000}
     assert jax.tree.leaves(whole.model_state)
     assert_same(whole, parts)
     finals = [json.loads((tmp_path / n / "final.json").read_text()) for n in ("whole", "parts")]

@@ -233,6 +233,25 @@ def test_evaluation_is_exact_at_any_number_of_lanes(tmp_path, same_length):
         }  # fmt: skip
 
 
+def test_training_and_evaluation_have_their_own_lengths_and_only_training_has_dropout(monkeypatch):
+    own = ("model.train.clamp=5", "model.evaluation.clamp=7", "model.evaluation.same_length=True")
+    config, calls = resolve(spec("enwik8_small", "dense,smoke"), own), []
+    task = make_task(config)
+
+    def apply(params, memory, tokens, targets, lengths, *, rng=None):
+        calls.append((lengths, rng))
+        return np.zeros(tokens.shape, np.float32), memory
+
+    monkeypatch.setattr(task.model, "apply", apply)
+    batch = {key: np.zeros((2, 4), np.int32) for key in ("tokens", "targets")}
+    task.loss({}, None, batch, "key")
+    task.eval_step({}, None, batch | {"weights": np.ones((2, 4), np.float32)})
+    assert calls == [
+        (config_lengths(config, "train"), "key"), (config_lengths(config, "evaluation"), None)
+    ]  # fmt: skip
+    assert calls[0][0] != calls[1][0]
+
+
 def test_words_are_reported_as_perplexity():
     task = build_task(spec("wikitext103_large", "dense,smoke"))
     assert task.final_metrics({"loss": (20.0, 10.0)}) == {

@@ -548,6 +548,18 @@ def refreshed(tx, params, move=1.0, **options):
     return sparse, index, scaled, state, reservoir
 
 
+def test_units_that_enter_have_what_init_gives():
+    inner = optax.adagrad(0.1, initial_accumulator_value=0.5)
+    tx = tk.top_kast(inner, 0.2, 0.4, refresh_every=1, exploration_weight=0.0)
+    sparse, index, values, state, reservoir = refreshed(tx, {"w": grid(16, 16)})
+    _, state = sparse.transform.update({"w": jnp.ones_like(values["w"])}, state, values)
+    _, state, _ = sparse.refresh(1, values, state, reservoir)
+    entered = ~np.isin(find_compact(state).kernels["w"].index, index["w"].index)
+    assert entered.any()
+    sums = state.inner_state[0].sum_of_squares["w"]
+    np.testing.assert_allclose(sums, np.where(entered, 0.5, 1.5), rtol=1e-6)
+
+
 def test_accumulators_that_lie_below_a_parameter_s_path_move_too():
     """SM3 keeps one accumulator an axis, in a list: that of the units moves, others stay."""
     tx = tk.top_kast(optax.sm3(0.1), 0.25, 0.5, pattern=tk.Block(2, 3), refresh_every=1)

@@ -81,6 +81,18 @@ def test_the_seed_decides_order_and_augmentation():
     assert not np.array_equal(first["label"], other["label"])
 
 
+def test_the_augmentation_differs_between_batches_and_seeds():
+    image = np.random.default_rng(0).integers(1, 256, (8, 8, 1), np.uint8)
+    source = sources.ArraySource(np.stack([image] * 20), np.arange(20))
+    recipe = preprocessing.Recipe(mean=(0.0,), std=(1.0,), padding=2)
+    one, other = (
+        [b["image"] for b in take(pipeline.TrainBatches(source, options(20, recipe, seed=s)), 2)]
+        for s in (1, 2)
+    )
+    assert not np.array_equal(one[0], one[1])
+    assert not np.array_equal(one[0], other[0])
+
+
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_restored_iterator_goes_on_with_the_same_batches(threads):
     source = sources.embedded_mnist("test", 1)
@@ -172,6 +184,40 @@ def test_resized_crops_have_the_size_and_lie_inside():
         widths.append(int(view[0, -1, 0]) - int(view[0, 0, 0]))
     assert 20 < min(widths) < 60
     assert 120 < max(widths) <= 160  # at most 4/3 of the height
+
+
+def test_resized_crops_come_from_everywhere():
+    ramp = np.repeat(np.arange(200, dtype=np.uint8)[None, :, None], 120, axis=0).repeat(3, axis=2)
+    for axis in (0, 1):
+        rng, image = np.random.default_rng(0), ramp if axis else ramp.transpose(1, 0, 2)
+        draws = [rng.random(4 * preprocessing.CROP_ATTEMPTS) for _ in range(200)]
+        views = [preprocessing.random_resized_crop(image, each, 32) for each in draws]
+        corners = [int(view[0, 0, 0]) for view in views]
+        assert min(corners) < 10
+        assert max(corners) > 60
+
+
+@pytest.mark.parametrize(("name", "padding"), [("mnist", 2), ("cifar", 4)])
+def test_a_recipe_moves_the_image_by_up_to_its_padding(name, padding):
+    recipe = RECIPES.get(name)
+    image = np.random.default_rng(0).integers(1, 256, (32, 32, len(recipe.mean)), np.uint8)
+    draws = np.zeros((1, recipe.draws))
+    draws[0, 0] = 0.9  # not mirrored
+    (view,) = recipe.augment([image], 32, draws)
+    np.testing.assert_array_equal(view[padding:, padding:], image[:-padding, :-padding])
+    assert not view[:padding].any()
+    assert not view[:, :padding].any()
+
+
+@pytest.mark.parametrize("name", ["cifar", "imagenet"])
+def test_a_recipe_mirrors_half_of_the_images(name):
+    recipe = RECIPES.get(name)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    draws = np.full((2, recipe.draws), 0.5)
+    draws[:, 0] = 0.4, 0.6
+    one, other = recipe.augment([image] * 2, 32, draws)
+    np.testing.assert_array_equal(one, other[:, ::-1])
+    assert not np.array_equal(one, other)
 
 
 def test_evaluation_takes_the_centre_of_the_resized_image():

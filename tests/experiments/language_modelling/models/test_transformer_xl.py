@@ -1,6 +1,7 @@
 """What must hold for any Transformer-XL: size, causality, one result however it is computed."""
 
 import functools
+import importlib
 import math
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import topkast_jax as tk
 from experiments.errors import UserError
+from experiments.language_modelling.models import layers
 from experiments.language_modelling.models.settings import Lengths, TransformerXLConfig
 from experiments.language_modelling.models.transformer_xl import LanguageModel, Memory
 from topkast_jax.always_sparse import from_masks, is_compact, values_of, with_values
@@ -204,6 +206,25 @@ def test_scan_and_remat_change_no_number(with_dropout, changed):
     _close(loss, loss_2, rtol=1e-6)
     _close(memory, memory_2, atol=1e-5)
     _close(gradient, gradient_2, rtol=1e-4, atol=1e-7)
+
+
+def test_dropout_is_where_the_reference_has_it_and_keeps_the_mean(monkeypatch):
+    y = np.asarray(layers.dropout(jnp.ones(4000), 0.2, jax.random.key(0)))
+    np.testing.assert_allclose(np.unique(y), [0, 1.25], rtol=1e-6)
+    assert abs((y == 0).mean() - 0.2) < 0.04
+    seen = []
+    for module in ("transformer_xl", "attention"):
+        monkeypatch.setattr(
+            importlib.import_module(f"experiments.language_modelling.models.{module}"),
+            "dropout",
+            lambda x, rate, rng: seen.append((rate, x.shape, rng is None)) or x,
+        )
+    model = _small(n_layer=1, dropout=0.2, dropatt=0.1)
+    memory = model.init_memory(LANES, LENGTHS)
+    run = lambda p, key: model.apply(p, memory, *_data(), LENGTHS, rng=key)  # noqa: E731
+    jax.eval_shape(run, model.abstract_params, jax.random.key(0))
+    shapes = [(8, 6, 8), (10, 8), (2, 8, 6, 10), (8, 6, 8), (8, 6, 10), (8, 6, 8), (8, 6, 8)]
+    assert seen == [(0.1 if len(s) == 4 else 0.2, s, False) for s in shapes]
 
 
 def _stacked(params):
