@@ -245,3 +245,43 @@ def test_the_guide_shows_what_is_run():
             ]
             verbs.append(words[1])
     assert verbs == ["create", "setup", "run", "run", "resume", "delete"]
+
+
+def test_what_has_ended_is_watched_and_not_started_again(cloud):
+    cloud.setup()
+    assert cloud("run", command=("bash", "-c", "echo begun; exit 3"))[0] == 3
+    cloud.calls()
+    status, out, _ = cloud("watch")
+    assert (status, out) == (3, ["begun", "detached: ended with status 3"])
+    assert cloud.calls() == ["ssh detached watch"]
+    cloud("run", command=("echo", "second"))
+    log = cloud.folder / "host0" / "topkast_jax" / "launch.log.1"
+    assert log.read_text() == "begun\n"  # That of the last command stays beside the new one.
+
+
+def test_a_request_that_was_deleted_ends_the_watching(cloud):
+    cloud.setup()
+    cloud.lose_after(1)
+    cloud.states("MISSING")
+    slow = ("bash", "-c", "echo begun; sleep 0.5; echo ended")
+    assert cloud("run", command=slow)[0] == 75
+
+
+def test_a_state_that_is_not_told_once_is_asked_for_again(cloud):
+    gcloud = cloud.folder / "bin" / "gcloud"
+    unknown = '[ "$state" != UNKNOWN ] || { echo "try again" >&2; exit 1; }\n    [ "$state" != MISS'
+    gcloud.write_text(gcloud.read_text().replace('[ "$state" != MISS', unknown))
+    cloud.states("UNKNOWN", "UNKNOWN", "ACTIVE")
+    assert cloud.setup()[0] == 0
+    cloud.states("UNKNOWN")
+    status, _, err = cloud.setup()
+    assert (status, err.count("try again")) == (1, 5)
+
+
+def test_a_line_is_what_a_line_feed_ends(cloud):
+    """A progress bar returns to the beginning of its line, which the host counts once."""
+    cloud.setup()
+    cloud.lose_after(1)
+    bar = "printf 'a\\rb\\rc\\n'; echo second; sleep 0.5; echo third"
+    _, out, _ = cloud("run", command=("bash", "-c", bar))
+    assert [line for line in out if line][-3:-1] == ["second", "third"]

@@ -66,8 +66,9 @@ def test_the_number_of_a_process_that_is_another_now_holds_nothing_up(detached, 
     assert detached("start", "sleep", "100") == (0, "", "")
 
 
-def test_two_setups_take_turns_and_the_interpreter_may_have_a_space_in_its_path(tmp_path):
-    """The stand-in for Python notes when an environment is made, which takes half a second."""
+@pytest.fixture
+def project(tmp_path):
+    """`scripts/setup` with a stand-in for Python that notes when an environment is made."""
     products = "topkast_jax/always_sparse/products"
     sources = [f"{products}/{name}" for name in ("native_cpu.cc", "native_library.py")]
     for name in ("scripts/setup", "requirements.lock", *sources):
@@ -78,19 +79,69 @@ def test_two_setups_take_turns_and_the_interpreter_may_have_a_space_in_its_path(
     python.write_text(
         "#!/bin/bash\n"
         'case "$*" in\n'
-        '  *venv\\ --clear*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python";'
+        '  -m\\ venv*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python";'
         ' echo made >>"$NOTES"; sleep 0.5 ;;\n'
+        '  -m\\ pip*) [ ! -e "$NOTES.fail" ] || exit 1 ;;\n'
         "esac\n"
     )
     python.chmod(0o755)
     environment = os.environ | {"PYTHON": str(python), "NOTES": str(tmp_path / "notes")}
     environment = {k: v for k, v in environment.items() if not k.startswith("TOPKAST_")}
-    line = [tmp_path / "scripts" / "setup"]
-    both = [subprocess.Popen(line, env=environment, stderr=subprocess.PIPE) for _ in range(2)]
+
+    def start(**more):
+        line = [tmp_path / "scripts" / "setup"]
+        return subprocess.Popen(line, env=environment | more, stderr=subprocess.PIPE)
+
+    return start
+
+
+def test_two_setups_take_turns_and_the_interpreter_may_have_a_space_in_its_path(project, tmp_path):
+    both = [project() for _ in range(2)]
     told = [process.communicate(timeout=60)[1].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], told
     assert (tmp_path / "notes").read_text() == "made\n"
     assert sum("waiting for another scripts/setup" in text for text in told) == 1
+
+
+def test_an_environment_stays_until_the_new_one_is_made(project, tmp_path):
+    assert project().wait(60) == 0
+    (tmp_path / ".venv" / "own").touch()
+    with (tmp_path / "requirements.lock").open("a") as lock:
+        lock.write("# changed\n")
+    (tmp_path / "notes.fail").touch()
+    assert project().wait(60) == 1
+    assert (tmp_path / ".venv" / "own").exists()
+    (tmp_path / "notes.fail").unlink()
+    assert project().wait(60) == 0
+    assert not (tmp_path / ".venv" / "own").exists()
+    assert not (tmp_path / ".venv.old").exists()
+    assert (tmp_path / "notes").read_text() == "made\n" * 3
+
+
+def test_the_environment_of_another_folder_is_made_anew(project, tmp_path):
+    assert project().wait(60) == 0
+    packages = tmp_path / ".venv" / "lib" / "python3.11" / "site-packages"
+    packages.mkdir(parents=True)
+    for folder, times in ((tmp_path, 1), ("/elsewhere", 2)):
+        (packages / "topkast-experiments.pth").write_text(f"{folder}\n")
+        assert project().wait(60) == 0
+        assert (tmp_path / "notes").read_text() == "made\n" * times
+
+
+def test_setup_touches_no_folder_of_others_and_knows_its_extras(project, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    for more, told in (
+        ({"TOPKAST_VENV": "mine"}, "scripts/setup: mine is no environment that"),
+        ({"TOPKAST_EXTRAS": "cuda,gpu"}, "found 'gpu'; allowed: cuda, tpu, aot, tensorflow"),
+        ({"PYTHON": "/no/such"}, "no CPython >= 3.11"),
+    ):
+        process = project(**more)
+        err = process.communicate(timeout=60)[1].decode()
+        assert (process.returncode, err.count("\n")) == (2, 1), err
+        assert told in err
+    assert (tmp_path / "mine" / "file").exists()
+    assert not (tmp_path / "notes").exists()
 
 
 @pytest.mark.parametrize(
@@ -99,6 +150,7 @@ def test_two_setups_take_turns_and_the_interpreter_may_have_a_space_in_its_path(
         (["--workdir=out"], ["--workdir={}/out"]),
         (["--workdir", "out"], ["--workdir", "{}/out"]),
         (["--workdir=/out"], ["--workdir=/out"]),
+        (["--workdir=~/out"], ["--workdir=~/out"]),  # The command expands it.
         ([], ["--workdir=quickstart"]),
         (["--slurm=x"], ["--workdir=quickstart", "--slurm=x"]),
     ],
