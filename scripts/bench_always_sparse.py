@@ -37,6 +37,7 @@ from experiments.benchmarks.stack import Sizes, limit
 from experiments.config import command_line
 from experiments.training.partition import all_devices
 from topkast_jax import Block, Unstructured, host_memory
+from topkast_jax.always_sparse.host import cores
 from topkast_jax.always_sparse.products import native_library
 
 DENSITIES = {name: random_blocks.DENSITIES[name] for name in ("90/80", "95/90")}
@@ -57,6 +58,14 @@ def jax_step(kernels: tuple[Any, ...], x: jax.Array) -> Step:
     values = [stack.values_of(kernel) for kernel in kernels]
     run = stack.training(jax.jit(stack.step, donate_argnums=0), values, x, kernels)
     return lambda: jax.block_until_ready(run())
+
+
+def use_all_cores() -> None:
+    """Gives PyTorch as many threads as XLA has: one for each core that this process may use."""
+    if importlib.util.find_spec("torch"):
+        import torch  # type: ignore[import-not-found, unused-ignore]
+
+        torch.set_num_threads(cores())
 
 
 def sparselab_step(sizes: Sizes, sparsity: float | None, rng: np.random.Generator) -> Step:
@@ -184,6 +193,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     on_cpu = all_devices()[0].platform == "cpu"  # UserError if JAX_PLATFORMS names absent devices
     keeps = on_cpu and not args.return_freed and host_memory.keep_freed()
+    use_all_cores()
     record = bench(args.patterns, args.densities, args.repeats)
     missing = native_library.unavailable()
     record |= {"keeps_freed": keeps, "native_cpu": missing or "used on a CPU"}

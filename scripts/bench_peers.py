@@ -18,7 +18,8 @@ A peer that is not installed is named under "not_installed", with what installs 
 compute in float32 with all cores that this process may use, and run in turn. A `ratio` is the
 median over repeats of the time of ours over that of the peer in the same repeat: at 1.0 or below,
 ours is as fast or faster. `quartiles` are those of the same ratios. PyTorch runs eagerly, without
-torch.compile, with its fused optimizers. The last line is JSON.
+torch.compile, with its fused optimizers. The process keeps freed memory, as that of
+experiments.main does, for both sides. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -54,8 +55,15 @@ from experiments.training.metric_sums import LOSS
 from experiments.training.partition import all_devices
 from experiments.training.program import Program, build
 from scripts import bench_always_sparse
-from scripts.bench_always_sparse import Step, instruction_set, median_ratio, seconds_in_turn
+from scripts.bench_always_sparse import (
+    Step,
+    instruction_set,
+    median_ratio,
+    seconds_in_turn,
+    use_all_cores,
+)
 from scripts.bench_step import with_choice
+from topkast_jax import host_memory
 from topkast_jax.always_sparse.host import cores
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -402,14 +410,6 @@ ROWS = {
 }
 
 
-def use_all_cores() -> None:
-    """Gives PyTorch as many threads as XLA has: one for each core that this process may use."""
-    if importlib.util.find_spec("torch"):
-        import torch
-
-        torch.set_num_threads(cores())
-
-
 def machine() -> dict[str, Any]:
     """The CPU, the threads of both sides after they have run, and the versions that are installed.
 
@@ -464,11 +464,12 @@ def main(argv: list[str]) -> None:
         told = "; ".join(f"{name}: {install}" for name, install in missing.items())
         raise UserError(f"--rows={','.join(chosen)}: no peer is installed ({told})")
     use_all_cores()
+    keeps = host_memory.keep_freed()  # as experiments.main; PyTorch's memory is malloc's too
     rows = {}
     for name, row in here.items():
         rows[name] = row.measure(args)
         print(f"{name}: {rows[name]}", flush=True)
-    print(json.dumps({"rows": rows, "not_installed": missing, **machine()}))
+    print(json.dumps({"rows": rows, "not_installed": missing, "keeps_freed": keeps, **machine()}))
 
 
 if __name__ == "__main__":

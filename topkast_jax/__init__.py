@@ -15,7 +15,10 @@ from topkast_jax.sets import SparsifyState, forward_params, keep_masks, value_an
 from topkast_jax.sparsify import sparsify
 from topkast_jax.top_kast import top_kast
 
-__version__ = importlib.metadata.version("topkast-jax")
+try:
+    __version__ = importlib.metadata.version("topkast-jax")
+except importlib.metadata.PackageNotFoundError:  # found on the PYTHONPATH alone
+    __version__ = "0+source"
 
 __all__ = [
     "Block",

@@ -1,6 +1,8 @@
 """What once stopped with a raw error, and what a mistake is told in one line."""
 
 import functools
+import importlib.metadata
+import inspect
 
 import flax.serialization
 import jax
@@ -449,5 +451,14 @@ def test_the_hyperparameters_at_the_first_step_are_described():
     assert "stack  (3, 8, 10)      Unstructured()      0.1       0.5         24" in plain
 
 
-def test_the_version():
+def test_the_version(monkeypatch):
     assert tk.__version__.split(".")[0].isdigit()
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    # As where the project's folder is on the PYTHONPATH and nothing is installed.
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    source = inspect.getsource(tk)
+    exec(compile(source, "topkast_jax", "exec"), found := {})
+    assert found["__version__"] == "0+source"
