@@ -66,6 +66,12 @@ def runs(tmp_path):
     return root
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Of the report, the tables alone."""
+    monkeypatch.setattr("experiments.report.figures.draw", lambda *args: [])
+
+
 def test_an_address_is_no_folder(tmp_path, capsys):
     assert main([str(tmp_path), "--out=gs://bucket/out"]) == 2
     assert "--out=gs:/bucket/out: is an address" in capsys.readouterr().err
@@ -194,6 +200,7 @@ def test_a_plan_that_is_none_is_one_line(runs, tmp_path, capsys, text):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_same_run_named_twice_counts_once(runs, tmp_path, capsys):
     assert main([str(runs), str(runs / "deep"), f"--out={tmp_path}/out"]) == 0
     assert "| c:90/80 | top_kast | 3 |" in capsys.readouterr().out
@@ -207,6 +214,7 @@ ALIKE = {  # settings → accuracy
 }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_rows_of_one_name_say_how_they_differ(tmp_path, capsys):
     """Keys that only one form has, and what is derived, are not told."""
     for settings, accuracy in ALIKE.items():
@@ -288,6 +296,7 @@ def test_final_that_holds_another_type(runs, tmp_path, capsys, key, value):
         pytest.param({}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_a_record_that_holds_another_type_is_named_and_passed_over(runs, tmp_path, capsys, value):
     path = runs / "deep" / "er" / "kast-0" / "metrics.jsonl"
     lines = path.read_text().splitlines()
@@ -302,6 +311,7 @@ DEEP = "[" * 100_000
 
 
 @pytest.mark.parametrize("line", [DEEP, '{"step": 1, "split": "test", "accuracy": 1e308}'])
+@pytest.mark.usefixtures("undrawn")
 def test_a_line_that_nobody_can_use_is_passed_over(runs, tmp_path, capsys, line):
     path = runs / "deep" / "er" / "kast-0" / "metrics.jsonl"
     path.write_text(f"{line}\n{path.read_text()}")
@@ -366,6 +376,7 @@ def rows_of(path):
         return {row["run"]: (row["seeds"], row["test accuracy"]) for row in csv.DictReader(file)}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_seeds_of_a_row_that_differ_in_what_changes_no_result_are_one_row(tmp_path, capsys):
     """Keys that a version added, or that a user changed between the seeds, as `data.threads`."""
     for seed, free in enumerate(({}, {"write_sets_every": 0}, {"data": {"threads": 4}})):
@@ -379,6 +390,7 @@ def test_seeds_of_a_row_that_differ_in_what_changes_no_result_are_one_row(tmp_pa
     assert "settings" not in only
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_counts_once_and_a_sweep_has_those_of_its_folder(tmp_path, capsys):
     """Copies are no seeds; more seeds than planned are not missing."""
     for sweep, accuracy in (("a", 0.2), ("b", 0.4)):
@@ -406,6 +418,7 @@ def test_a_run_counts_once_and_a_sweep_has_those_of_its_folder(tmp_path, capsys)
     assert rows_of(tmp_path / "out" / "study.csv") == {"dense": ("2", "0.25")}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_how_the_sets_moved_between_two_steps_is_a_table(tmp_path, capsys):
     """Figure 3: over the leaves mean, least and most, over the seeds their means."""
     moved = {"differ_mean": 0.2, "differ_least": 0.1, "differ_most": 0.3, "woken_mean": 0.04}
@@ -437,6 +450,7 @@ def test_how_the_sets_moved_between_two_steps_is_a_table(tmp_path, capsys):
     assert (last["woken, most"], float(last["reservoir ever active"])) == ("", 0.05)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_behind_a_link_are_found_once(runs, tmp_path, capsys):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "there").symlink_to(runs, target_is_directory=True)
@@ -446,6 +460,7 @@ def test_runs_behind_a_link_are_found_once(runs, tmp_path, capsys):
     assert sorted(row["seeds"] for row in rows) == ["1", "1", "1", "3"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_its_records_is_told(runs, tmp_path, capsys):
     (runs / "dense" / "metrics.jsonl").unlink()
     assert main([str(runs), f"--out={tmp_path / 'out'}"]) == 0
@@ -490,6 +505,7 @@ def test_where_exploration_stops_is_one_line_for_each_config(tmp_path):
     assert sorted(place for place, _, _ in line.points) == [0, 0.5, 1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_training_flops_are_of_all_steps(tmp_path, capsys):
     """Twice the steps are twice the FLOPs; a batch of half the size half of them (figure 2a)."""
     for variant, method, steps, batch in (
@@ -520,6 +536,7 @@ def test_training_flops_are_of_all_steps(tmp_path, capsys):
     assert found["c:small-dense-70"] == pytest.approx(0.25)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_of_copies_the_run_that_recorded_its_sets_counts(tmp_path, capsys):
     for name, more in (
         ("80-50", []),
@@ -535,6 +552,7 @@ def test_of_copies_the_run_that_recorded_its_sets_counts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+@pytest.mark.usefixtures("undrawn")
 def test_a_metric_that_is_not_finite(tmp_path, capsys, odd):
     for seed, value in enumerate((0.5, odd)):
         put(tmp_path / "runs" / str(seed), final("c:90/80", "top_kast", seed, value, 0.1))

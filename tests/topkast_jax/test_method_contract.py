@@ -269,6 +269,7 @@ class RandomExtra(tk.Method):
         return tk.Sets(forward, forward | extra), ()
 
 
+@pytest.mark.slow  # test_methods_oracle.py has it as an option of top_kast
 def test_a_backward_set_at_random():
     tx = tk.sparsify(
         optax.sgd(0.1), RandomExtra(), forward_density=0.1, backward_density=0.4, refresh_every=1

@@ -150,7 +150,10 @@ def test_multi_steps_waits_and_then_takes_the_mean(factory):
 
 
 @every_factory
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param("float16", marks=pytest.mark.slow), "bfloat16", "float32", "float64"],
+)
 def test_types_and_shapes_are_stable_under_cond(factory, dtype):
     with jax.enable_x64(dtype == "float64"):
         tx = FACTORIES[factory](optax.adam(1e-2))

@@ -63,7 +63,7 @@ def test_there_are_five_golden_files():
 def _case(name):
     cfg = oracle.DEFAULTS | CASES[name]
     arrays, weights, last_loss = oracle.golden(cfg | {"tie_projs": cfg["tie_projs"] or []})
-    return {**arrays, "cfg": np.array(json.dumps(cfg))}, cfg, weights, last_loss
+    return {**arrays, "cfg": np.array(json.dumps(cfg))}, weights, last_loss
 
 
 QUICK = ("shape", "memory_below_target", "untied")  # golden files have cutoffs
@@ -73,7 +73,7 @@ QUICK = ("shape", "memory_below_target", "untied")  # golden files have cutoffs
     "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in CASES]
 )
 def test_oracle(name):
-    golden, _, weights, last_loss = _case(name)
+    golden, weights, last_loss = _case(name)
     scan = list(CASES).index(name) % 2 == 0
     run = check_parity.Replay.of(golden, scan=scan)
     found = check_parity.compare(run, golden)
@@ -98,9 +98,14 @@ def _slope(loss, weights, tensor, direction, step=1e-5):
     return (moved(1) - moved(-1)) / (2 * step)
 
 
+def _weights(name):
+    cfg = oracle.DEFAULTS | CASES[name]
+    return cfg, oracle.random_weights(cfg | {"tie_projs": cfg["tie_projs"] or []}, 0)
+
+
 def test_weights_return_under_the_reference_names():
     for name in CASES:
-        _, cfg, weights, _ = _case(name)
+        cfg, weights = _weights(name)
         config, _ = settings_from_reference(cfg)
         back = to_reference(from_reference(weights, config), config)
         for tensor, value in back.items():
@@ -110,7 +115,7 @@ def test_weights_return_under_the_reference_names():
 
 
 def test_names_of_published_checkpoints():
-    _, cfg, weights, _ = _case("untied")
+    cfg, weights = _weights("untied")
     config, _ = settings_from_reference(cfg)
     plain = from_reference(weights, config)
     stacked = dict(weights)
@@ -126,7 +131,7 @@ def test_names_of_published_checkpoints():
 
 
 def test_bad_weights_are_named():
-    _, cfg, weights, _ = _case("div2_some_tied")
+    cfg, weights = _weights("div2_some_tied")
     config, _ = settings_from_reference(cfg)
 
     def fails(match, **changed):
@@ -281,7 +286,7 @@ def test_a_bad_file_is_named(tmp_path, capsys):
 
 
 def test_other_lengths_than_in_training_with_the_same_parameters():
-    _, cfg, weights, _ = _case("memory_below_target")
+    cfg, weights = _weights("memory_below_target")
     config, _ = settings_from_reference(cfg)
     model, params = LanguageModel(config), from_reference(weights, config)
     changed = {"tgt_len": 3, "mem_len": 9, "clamp_len": 4}
