@@ -43,7 +43,7 @@ def run(directory, variant="80/60", *overrides, stop_at=None):
 def last_state(directory, variant="80/60", *overrides):
     """The state of the newest checkpoint, as NumPy arrays, and the data's position."""
     abstract = shared_program(config(variant, *overrides)).representation.abstract
-    state, (meta,) = load(directory / workdir.CHECKPOINTS, abstract)
+    state, (meta, *_) = load(directory / workdir.CHECKPOINTS, abstract)
     return jax.tree.map(np.asarray, state), meta["data"]
 
 
