@@ -18,8 +18,8 @@ A peer that is not installed is named under "not_installed", with what installs 
 compute in float32 with all cores that this process may use, and run in turn. A `ratio` is the
 median over repeats of the time of ours over that of the peer in the same repeat: at 1.0 or below,
 ours is as fast or faster. `quartiles` are those of the same ratios. PyTorch runs eagerly, without
-torch.compile, with its fused optimizers. The process keeps freed memory, as that of
-experiments.main does, for both sides. The last line is JSON.
+torch.compile, with its fused optimizers. The process returns freed memory to the system, which
+that of experiments.main does not. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ from scripts.bench_always_sparse import (
     use_all_cores,
 )
 from scripts.bench_step import with_choice
-from topkast_jax import host_memory
 from topkast_jax.always_sparse.host import cores
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -464,12 +463,11 @@ def main(argv: list[str]) -> None:
         told = "; ".join(f"{name}: {install}" for name, install in missing.items())
         raise UserError(f"--rows={','.join(chosen)}: no peer is installed ({told})")
     use_all_cores()
-    keeps = host_memory.keep_freed()  # as experiments.main; PyTorch's memory is malloc's too
     rows = {}
     for name, row in here.items():
         rows[name] = row.measure(args)
         print(f"{name}: {rows[name]}", flush=True)
-    print(json.dumps({"rows": rows, "not_installed": missing, "keeps_freed": keeps, **machine()}))
+    print(json.dumps({"rows": rows, "not_installed": missing, **machine()}))
 
 
 if __name__ == "__main__":
