@@ -110,7 +110,7 @@ def _check_together(config: ConfigDict) -> None:
     small = config.model.get("small_dense")
     if small is not None:
         methods.read_rules(small.rules, key="config.model.small_dense.rules")
-        if small.get("forward_density") != 1 and method.name != "dense":
+        if 0 < small.get("forward_density", 1) < 1 and method.name != "dense":
             raise UserError(
                 f"config.model.small_dense.forward_density: found {small.forward_density!r}; must "
                 f"be 1 with config.method.name={method.name}, because a narrow network is dense"

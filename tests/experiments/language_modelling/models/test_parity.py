@@ -160,6 +160,7 @@ def _run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow  # The tests of wrong values below call its main function.
 def test_command_line(tmp_path):
     good = _run(str(GOLDENS[0]))
     assert good.returncode == 0
