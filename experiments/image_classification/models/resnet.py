@@ -26,6 +26,7 @@ from experiments.image_classification.models.blocks import (
     Dense,
     PreActivation,
 )
+from experiments.image_classification.models.pooling import max_pool_3x3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,9 +158,3 @@ class ResNet(nnx.Module):
             x = jax.nn.relu(self.head_bn(x, train))
         # The head computes in float32, because the loss takes differences of its logits.
         return self.head(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))
-
-
-def max_pool_3x3(x: jax.Array) -> jax.Array:
-    """3×3 maximum with stride 2 and one row of padding on each side."""
-    padding = ((0, 0), (1, 1), (1, 1), (0, 0))
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from experiments import layers
 from experiments.image_classification.models import blocks
 from experiments.image_classification.models.perceptron import Perceptron
-from experiments.image_classification.models.resnet import ARCHITECTURES, ResNet, max_pool_3x3
+from experiments.image_classification.models.pooling import max_pool_3x3
+from experiments.image_classification.models.resnet import ARCHITECTURES, ResNet
 
 
 def build(name, num_classes=10, **options):
@@ -229,11 +231,34 @@ def test_batch_norm_in_training():
     np.testing.assert_allclose(bn.var.get_value(), 0.9 + 0.1 * var, rtol=1e-5)
 
 
-def test_max_pool_against_numpy():
-    x = np.random.default_rng(0).normal(size=(1, 6, 6, 2)).astype(np.float32) - 5.0
+def pooled(x, weights):
+    """The maxima of all windows, and the gradient of their sum with `weights`, entry by entry."""
+    rows, columns = (-(-size // 2) for size in x.shape[1:3])
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
-    expected = [[padded[:, r : r + 3, c : c + 3].max((1, 2)) for c in (0, 2, 4)] for r in (0, 2, 4)]
-    np.testing.assert_array_equal(max_pool_3x3(jnp.asarray(x)), np.moveaxis(expected, 2, 0))
+    maxima, gradient = np.zeros((len(x), rows, columns, x.shape[3])), np.zeros(padded.shape)
+    for place in np.ndindex(maxima.shape):
+        image, row, column, channel = place
+        window = padded[image, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3, channel]
+        i, j = np.unravel_index(np.argmax(window), window.shape)
+        maxima[place] = window[i, j]
+        gradient[image, 2 * row + i, 2 * column + j, channel] += weights[place]
+    return maxima, gradient[:, 1:-1, 1:-1]
+
+
+@pytest.mark.parametrize("size", [(6, 6), (7, 4), (1, 5), (2, 1)], ids=str)
+@pytest.mark.parametrize("types", [AxisType.Explicit, AxisType.Auto])
+def test_max_pool_and_its_gradient_against_numpy(size, types):
+    """The entries are three whole numbers, so that most windows hold equal ones."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-9, -6, (8, *size, 2)).astype(np.float32)
+    weights = rng.normal(size=(8, -(-size[0] // 2), -(-size[1] // 2), 2)).astype(np.float32)
+    maxima, gradient = pooled(x, weights)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(types,))
+    with jax.set_mesh(mesh):
+        images, weights = jax.device_put((x, weights), NamedSharding(mesh, PartitionSpec("data")))
+        y, back = jax.vjp(jax.jit(max_pool_3x3), images)
+        np.testing.assert_array_equal(y, maxima)
+        np.testing.assert_allclose(back(weights)[0], gradient, rtol=1e-6)
 
 
 def lenet(**options):
