@@ -42,14 +42,17 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
         _, width, inputs, outputs = kernel.shape
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         # In two dimensions, XLA passes both operands to a product without a transposed copy.
-        gradients = gradient.reshape(-1, outputs).T
+        gradients = gradient.reshape(-1, outputs)
 
         def of_row(i: int) -> jax.Array:
             seen = [_window(x, (i, j), gradient.shape[1:3], strides) for j in range(width)]
             patches = jnp.concatenate(seen, axis=-1).reshape(-1, width * inputs)
-            return (gradients @ patches).reshape(outputs, width, inputs)
+            # A product of many terms takes less time with more columns than rows.
+            if outputs < width * inputs:
+                return (gradients.T @ patches).reshape(outputs, width, inputs).transpose(1, 2, 0)
+            return (patches.T @ gradients).reshape(width, inputs, outputs)
 
-        return jnp.stack([of_row(i) for i in range(kernel.shape[0])]).transpose(0, 2, 3, 1)
+        return jnp.stack([of_row(i) for i in range(kernel.shape[0])])
 
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return convolve  # A product over a sharded batch has no sharding of its own.

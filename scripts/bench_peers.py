@@ -1,4 +1,4 @@
-"""Times our steps against those of other libraries, in one process on the same CPU.
+"""Times our steps against those of other libraries, in turn on the same CPU.
 
     .venv/bin/python scripts/bench_peers.py [--rows=transformer_xl,resnet,updates,sparse]
         [--transformer_xl=DIR] [--repeats=9]
@@ -18,21 +18,26 @@ A peer that is not installed is named under "not_installed", with what installs 
 compute in float32 with all cores that this process may use, and run in turn. A `ratio` is the
 median over repeats of the time of ours over that of the peer in the same repeat: at 1.0 or below,
 ours is as fast or faster. `quartiles` are those of the same ratios. PyTorch runs eagerly, without
-torch.compile, with its fused optimizers. The process returns freed memory to the system, which
-that of experiments.main does not. The last line is JSON.
+torch.compile, with its fused optimizers. In the first two rows, each side has a process of its own
+that keeps the memory that it frees, as experiments.main does; the others run in one process that
+returns it. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import json
 import math
+import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,6 +68,7 @@ from scripts.bench_always_sparse import (
     use_all_cores,
 )
 from scripts.bench_step import with_choice
+from topkast_jax import host_memory
 from topkast_jax.always_sparse.host import cores
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -86,6 +92,55 @@ class Side:
 
     step: Callable[[], float]
     parameters: int
+
+
+def compare_processes(
+    ours: Callable[[], Side], peer: Callable[[], Side], repeats: int
+) -> dict[str, Any]:
+    """Times two training steps in turn, each in a process of its own that makes its side.
+
+    In one process, the temporaries of one library would lie between those of the other, and each
+    step would ask the system for memory again.
+
+    Raises:
+      UserError: as in `compare`, or a process ended.
+    """
+    try:
+        with _in_own_process(ours) as own, _in_own_process(peer) as other:
+            record = compare(own.side, other.side, repeats)
+            found = {"ours": own.threads()["xla"], "peer": other.threads()["torch"]}
+    except BrokenProcessPool as error:
+        raise UserError("the process of one side ended; does the memory hold both?") from error
+    return record | {"threads": found}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Remote:
+    side: Side
+    threads: Callable[[], dict[str, int | None]]
+
+
+@contextlib.contextmanager
+def _in_own_process(make: Callable[[], Side]) -> Iterator[_Remote]:
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+        parameters = pool.submit(_make, make).result()
+        side = Side(lambda: pool.submit(_step).result(), parameters)
+        yield _Remote(side, lambda: pool.submit(threads).result())
+
+
+_SIDES: list[Side] = []  # Of a process that was made for one side.
+
+
+def _make(make: Callable[[], Side]) -> int:
+    host_memory.keep_freed()
+    use_all_cores()
+    _SIDES.append(make())
+    return _SIDES[0].parameters
+
+
+def _step() -> float:
+    return _SIDES[0].step()
 
 
 def compare(ours: Side, peer: Side, repeats: int) -> dict[str, Any]:
@@ -140,23 +195,26 @@ def our_step(program: Program, batch: Any) -> Side:
 
 def transformer_xl(checkout: str, repeats: int) -> dict[str, Any]:
     """Our Transformer-XL against its authors', from the same weights on the same tokens."""
-    program = build(resolve(TRANSFORMER_XL, ()))
-    batch = random_batch(program)
-    own = our_step(program, batch)
-    weights = program.representation.init().params
-    record = compare(own, reference_transformer_xl(checkout, program, weights, batch), repeats)
+    peer = functools.partial(reference_transformer_xl, checkout)
+    record = compare_processes(our_transformer_xl, peer, repeats)
     first = record["first_loss"]
     if not math.isclose(first["ours"], first["peer"], rel_tol=LOSSES_DIFFER):
         raise UserError(f"--transformer_xl={checkout}: the first losses are {first}; must agree")
+    config = resolve(TRANSFORMER_XL, ())
     sizes = ("n_layer", "n_head", "d_model", "d_head", "d_inner", "dropout", "dropatt")
-    model = program.config.model
     return record | {
-        "sizes": {name: model[name] for name in sizes}
-        | {"batch": program.config.batch_size, **model.train.to_dict()},
+        "sizes": {name: config.model[name] for name in sizes}
+        | {"batch": config.batch_size, **config.model.train.to_dict()},
     }
 
 
-def reference_transformer_xl(checkout: str, program: Program, weights: Any, batch: Any) -> Side:
+def our_transformer_xl() -> Side:
+    """The training step of the config on random tokens."""
+    program = build(resolve(TRANSFORMER_XL, ()))
+    return our_step(program, random_batch(program))
+
+
+def reference_transformer_xl(checkout: str) -> Side:
     """The authors' model with our weights, Adam and clipping by the global norm.
 
     Two things of the authors' code no longer work and are made up for here. Its softmax reads the
@@ -169,6 +227,8 @@ def reference_transformer_xl(checkout: str, program: Program, weights: Any, batc
     sys.path[:0] = [str(folder), str(folder / "utils")]
     with mock.patch.object(torch.version, "cuda", torch.version.cuda or "0.0"):
         module = importlib.import_module("mem_transformer")
+    program = build(resolve(TRANSFORMER_XL, ()))
+    batch = random_batch(program)
     config, train = program.config, program.config.model.train
     settings = transformer_config(config.model, config.data.vocabulary_size)
     names = ("n_token", "n_layer", "n_head", "d_model", "d_head", "d_inner", "dropout", "dropatt")
@@ -177,7 +237,8 @@ def reference_transformer_xl(checkout: str, program: Program, weights: Any, batc
         pre_lnorm=settings.pre_lnorm, tgt_len=train.target, mem_len=train.memory, ext_len=0,
         same_length=train.same_length, clamp_len=train.clamp,
     )  # fmt: skip
-    weights = to_reference(weights, settings, all_names=True)
+    params = program.representation.init().params
+    weights = to_reference(params, settings, all_names=True)
     model.load_state_dict(
         {name: torch.tensor(value) for name, value in weights.items()}
         | {"pos_emb.inv_freq": model.pos_emb.inv_freq}
@@ -210,21 +271,32 @@ def _with_boolean_mask(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, 
 
 def resnet(repeats: int) -> dict[str, Any]:
     """Our ResNet-50 against torchvision's, on random images and labels."""
+    record = compare_processes(our_resnet50, torchvision_resnet50, repeats)
+    return record | {"sizes": {"images": list(_images(resolve(RESNET, RESNET_OVERRIDES))[0].shape)}}
+
+
+def our_resnet50() -> Side:
+    """The training step of the config."""
     program = build(resolve(RESNET, RESNET_OVERRIDES))
+    images, labels = _images(program.config)
+    return our_step(program, program.put({"image": images, "label": labels}))
+
+
+def _images(config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """A batch of random images and their labels."""
     rng = np.random.default_rng(0)
-    shape = program.task.example_batch()["image"].shape
+    shape = make_task(config).example_batch()["image"].shape
     images = rng.integers(0, 256, shape).astype(np.uint8)
-    labels = rng.integers(0, 1000, shape[0]).astype(np.int32)
-    own = our_step(program, program.put({"image": images, "label": labels}))
-    record = compare(own, torchvision_resnet50(program.config, images, labels), repeats)
-    return record | {"sizes": {"images": list(shape)}}
+    return images, rng.integers(0, 1000, shape[0]).astype(np.int32)
 
 
-def torchvision_resnet50(config: ConfigDict, images: np.ndarray, labels: np.ndarray) -> Side:
+def torchvision_resnet50() -> Side:
     """Torchvision's ResNet-50 with momentum, on images that are normalised beforehand."""
     import torch
     import torchvision  # type: ignore[import-not-found, unused-ignore]
 
+    config = resolve(RESNET, RESNET_OVERRIDES)
+    images, labels = _images(config)
     model = torchvision.models.resnet50(zero_init_residual=True)
     model = model.to(memory_format=torch.channels_last)
     pixels = torch.tensor((images.transpose(0, 3, 1, 2) / 255 - 0.45) / 0.225, dtype=torch.float32)
@@ -410,21 +482,23 @@ ROWS = {
 
 
 def machine() -> dict[str, Any]:
-    """The CPU, the threads of both sides after they have run, and the versions that are installed.
-
-    The threads of XLA are those that Linux lists by their name.
-    """
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").glob("*")]
-    threads = {"xla": sum(name.startswith("tf_XLAEigen") for name in names) or None}
-    if torch := sys.modules.get("torch"):
-        threads["torch"] = torch.get_num_threads()
+    """The CPU, the threads of this process after its rows, and the versions that are installed."""
     return {
         "device": jax.devices()[0].device_kind,
         "instruction_set": instruction_set(),
         "cores": cores(),
-        "threads": threads,
+        "threads": threads(),
         "versions": _versions("jax", "torch", "torchvision", "jaxpruner", "sparselab"),
     }
+
+
+def threads() -> dict[str, int | None]:
+    """The threads of each library in this process; those of XLA as Linux lists them by name."""
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").glob("*")]
+    found = {"xla": sum(name.startswith("tf_XLAEigen") for name in names) or None, "torch": None}
+    if torch := sys.modules.get("torch"):
+        found["torch"] = torch.get_num_threads()
+    return found
 
 
 def _versions(*packages: str) -> dict[str, str]:

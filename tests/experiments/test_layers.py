@@ -98,7 +98,8 @@ def pairwise():
 def test_a_convolution_and_its_gradients_are_those_of_the_definition(size, strides, padding):
     """The definition is linear in both arguments, so that differences give its exact gradients."""
     rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(*size, 3, 2))
+    outputs = 2 if padding == NONE else 10  # Fewer or more than the entries of a kernel's row.
+    x, kernel = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(*size, 3, outputs))
     y = convolved(x, kernel, strides, padding)
     weights = rng.normal(size=y.shape)
     of_x, of_kernel = (

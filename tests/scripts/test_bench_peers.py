@@ -1,8 +1,10 @@
 """scripts/bench_peers.py without its peers, and its arithmetic on a clock that steps move."""
 
+import functools
 import importlib.util
 import itertools
 import json
+import os
 import time
 from types import SimpleNamespace
 
@@ -83,6 +85,24 @@ def test_losses_must_be_finite(clock, bad):
     ):
         with pytest.raises(UserError, match=f"step 2 of {who}: the loss is {bad}"):
             compare(ours, peer, 1)
+
+
+def side_of_this_process():
+    """Its loss is the number of the process."""
+    return Side(lambda: float(os.getpid()), 100)
+
+
+def test_each_side_has_a_process_of_its_own():
+    record = bench_peers.compare_processes(side_of_this_process, side_of_this_process, 1)
+    processes = {*record["first_loss"].values(), float(os.getpid())}
+    assert len(processes) == 3
+    assert record["threads"].keys() == {"ours", "peer"}
+
+
+def test_a_process_that_ends_is_one_line():
+    with pytest.raises(UserError, match="process of one side ended") as error:
+        bench_peers.compare_processes(functools.partial(os._exit, 1), side_of_this_process, 1)
+    assert "\n" not in str(error.value)
 
 
 def test_no_peer_is_one_line(monkeypatch, capsys):
