@@ -26,7 +26,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,6 +34,7 @@ import numpy as np
 from experiments.benchmarks import random_blocks, stack
 from experiments.benchmarks.stack import Sizes, limit
 from experiments.config import command_line
+from experiments.processor import instruction_set
 from experiments.training.partition import all_devices
 from topkast_jax import Block, Unstructured, host_memory
 from topkast_jax.always_sparse.host import cores
@@ -154,16 +154,6 @@ def bench(patterns: list[str], densities: list[str], repeats: int) -> dict[str, 
     if peer:
         record["dense_over_torch"] = median_ratio(seconds["dense"], seconds["torch dense"])
     return record
-
-
-def instruction_set() -> str:
-    """The widest vectors that this CPU has instructions for, as far as Linux tells."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return "unknown"
-    known = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
-    return next((name for flag, name in known.items() if flag in flags), "unknown")
 
 
 def _add_sparselab(

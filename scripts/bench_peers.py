@@ -55,6 +55,7 @@ from experiments.config import command_line, resolve
 from experiments.errors import UserError
 from experiments.language_modelling.models.narrow import transformer_config
 from experiments.language_modelling.models.reference_weights import to_reference
+from experiments.processor import instruction_set
 from experiments.task import make_task
 from experiments.training.metric_sums import LOSS
 from experiments.training.partition import all_devices
@@ -62,7 +63,6 @@ from experiments.training.program import Program, build
 from scripts import bench_always_sparse
 from scripts.bench_always_sparse import (
     Step,
-    instruction_set,
     median_ratio,
     seconds_in_turn,
     use_all_cores,

@@ -69,6 +69,7 @@ TASK = {"errors", "registry", "layers", "grain_batches", "task", "training", "co
 ROOMS = {
     "errors": set(),
     "signals": set(),
+    "processor": set(),
     "registry": {"errors"},
     "convolutions": set(),
     "layers": {"convolutions"},
@@ -81,7 +82,7 @@ ROOMS = {
     "chips": {"errors"},
     "tpu": {"errors", "chips", "training"},
     "benchmarks": {"errors", "config", "training", "tpu"},
-    "records": {"errors", "chips", "task", "training", "config"},
+    "records": {"errors", "chips", "processor", "task", "training", "config"},
     "reporting": {"errors", "records"},
     "hosts": {"errors", "signals", "config", "records"},
     "loop": {"errors", "task", "training", "records"},

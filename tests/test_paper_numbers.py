@@ -275,3 +275,30 @@ def test_every_number_is_here():
                 if name.strip() == sweep and meets(config, where)
             ]
             assert bool(of_row) == bool(paper), (sweep, config.name, paper)
+
+
+STUDY = {
+    "study_images": {
+        "90-80": "73.03 %", "90-80+exploration_set-random": "74.76 %", "static-90": "65.8 ± .04 %",
+        "90-0+stop_exploring_at-781": "72.05 %", "90-80+refresh_every-100": "73.18 %",
+        "80-50": "75.03 %", "98-90": "67.06 %", "rigl-98": "61.2 %", "dense": "76.8 ± .09 %",
+        "small-dense-90": "68.9 ± .10 %", "static-98": "", "90-80+refresh_every-10": "",
+    },
+    "study_options": {
+        "rigl-90+distribution-erk": "73.0 ± .04 %", "snip-90": "67.2 ± .12 %",
+        "dnw-90+learning_rate-0.05": "74 %", "90-80+exploration_weight-0.001": "",
+    },
+    "study_texts": {
+        "80-0+study": "1.004, in the table 1.00 bpc (table 2, figure 3c); 1.03 bpc (table 5)",
+        "pruning-90+study": "1.06 bpc", "90-60+study": "1.033, in the table 1.03 bpc",
+        "set-90+study": "",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sweep", STUDY)
+def test_the_rows_of_the_study_stand_beside_the_numbers_of_the_paper(sweep):
+    told = {run.row: run.paper for run in plan(f"{SWEEPS / sweep}.py", 1)}
+    for row, number in STUDY[sweep].items():
+        assert bool(told[row]) == bool(number), row
+        assert told[row].startswith(number), row

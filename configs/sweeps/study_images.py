@@ -1,7 +1,8 @@
 """The images' half of the study: the runs that test the paper's claims on CIFAR-10.
 
 docs/results.md has the claims and the results. The rows are those of the other sweeps with `:small`
-where they share them. `study_options.py` has the rows on which no claim rests.
+where they share them, whose numbers of the paper, on ImageNet, stand beside them.
+`study_options.py` has the rows on which no claim rests.
 
 Data: tensorflow_datasets' cifar10 (`scripts/prepare_tfds cifar10`), or a folder of class folders:
 `--config.data.name=image_folder --config.data.dir=DIR`, which docs/results.md used.
@@ -13,6 +14,9 @@ Command:
 """
 
 from collections.abc import Iterator, Mapping
+
+from configs.sweeps import figure_2a, figure_2b, figure_2c, table_1, table_6
+from experiments.config import reported
 
 CONFIG = "configs/cifar10_small.py"
 TOP_KAST = (
@@ -34,9 +38,11 @@ OWN: dict[str, tuple[Mapping[str, object], ...]] = {
 }
 
 
-def get_sweep() -> Iterator[tuple[None, str, Mapping[str, object]]]:
-    for row in ("dense", *METHODS, *TOP_KAST):
-        yield None, f"{CONFIG}:{row}", {}
-    for row, several in OWN.items():
-        for own in several:
-            yield None, f"{CONFIG}:{row}", own
+def get_sweep() -> Iterator[tuple[None, str, Mapping[str, object], str]]:
+    sweeps = (table_1, table_6, figure_2b, figure_2a, figure_2c)
+    paper = reported(*(sweep.get_sweep("small") for sweep in sweeps))
+    every = [(row, {}) for row in ("dense", *METHODS, *TOP_KAST)]
+    every += [(row, own) for row, several in OWN.items() for own in several]
+    for row, own in every:
+        config = f"{CONFIG}:{row}"
+        yield None, config, own, paper(config, own)

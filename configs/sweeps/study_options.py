@@ -13,6 +13,9 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from configs.sweeps import figure_2b
+from experiments.config import reported
+
 CONFIG = "configs/cifar10_small.py"
 ROWS: tuple[tuple[str, Mapping[str, object]], ...] = (
     *((f"{method}-90", {}) for method in ("snip", "snfs", "srigl")),
@@ -31,6 +34,8 @@ ROWS: tuple[tuple[str, Mapping[str, object]], ...] = (
 )
 
 
-def get_sweep() -> Iterator[tuple[None, str, Mapping[str, object]]]:
+def get_sweep() -> Iterator[tuple[None, str, Mapping[str, object], str]]:
+    paper = reported(figure_2b.get_sweep("small"))
     for row, own in ROWS:
-        yield None, f"{CONFIG}:{row}", own
+        config = f"{CONFIG}:{row}"
+        yield None, config, own, paper(config, {} if row.startswith("dnw") else own)

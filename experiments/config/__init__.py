@@ -2,5 +2,14 @@
 
 from experiments.config.defaults import apply_variant, base_config, check_variant
 from experiments.config.loading import load, override, resolve
+from experiments.config.planned import reported
 
-__all__ = ["apply_variant", "base_config", "check_variant", "load", "override", "resolve"]
+__all__ = [
+    "apply_variant",
+    "base_config",
+    "check_variant",
+    "load",
+    "override",
+    "reported",
+    "resolve",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.config.loading import load, named
@@ -76,6 +76,28 @@ def plan(spec: str, seeds: int, overrides: Sequence[str] = ()) -> list[Planned]:
         for seed in range(seeds)
         for name, config, own, paper in entries
     ]
+
+
+def reported(*sweeps: Iterable[Sequence[Any]]) -> Callable[[str, Mapping[str, Any]], str]:
+    """What the paper reports for a row, as other sweeps say it of the same row.
+
+    Args:
+        sweeps: what `get_sweep` of each yields.
+
+    Returns:
+        A function of a config with its variant and of overrides. Its answer joins the numbers of
+        all sweeps that have the row, and is empty if none has.
+    """
+    found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for entries in sweeps:
+        for _, config, overrides, *paper in entries:
+            told = found.setdefault((config, tuple(_texts(dict(overrides)))), [])
+            told += [text for text in paper if text and text not in told]
+
+    def of(config: str, overrides: Mapping[str, Any]) -> str:
+        return "; ".join(found.get((config, tuple(_texts(dict(overrides)))), []))
+
+    return of
 
 
 _OF_A_VARIANT = ("method.name", "method.forward_density", "method.backward_density")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 import topkast_jax as tk
+from experiments.processor import processor
 from experiments.records import workdir
 from experiments.task import Task, make_task
 from experiments.training import methods, small_dense
@@ -61,6 +63,8 @@ def summary(
         "flops": _flops(config, program.task, counts, over_run),
         "seconds": seconds,
         "device": jax.devices()[0].device_kind,
+        "processor": processor(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "platform": jax.default_backend(),
         "devices": jax.device_count(),
         "versions": _versions(),

@@ -102,12 +102,11 @@ def metric_names(groups: Sequence[Group]) -> list[str]:
 def all_runs(groups: Sequence[Group]) -> Table:
     """One row for each group, with means and standard deviations over its seeds."""
     told = ["settings"] if any(group.settings for group in groups) else []
-    heads = ["config", "method", "seeds", *told, *_columns(groups), "steps", "device"]
-    table = Table("table", "All runs", [*heads, "evaluated on"], [])
+    heads = ["config", "method", "seeds", *told, *_columns(groups)]
+    table = Table("table", "All runs", [*heads, "steps", "device", "evaluated on"], [])
     for group in groups:
         first: list[Cell] = [group.name, group.method, len(group.runs), group.settings]
-        last = [_common(group, "steps"), _common(group, "device"), _context(group)]
-        table.rows.append([*first[: 3 + len(told)], *_numbers(group, groups), *last])
+        table.rows.append([*first[: 3 + len(told)], *_numbers(group, groups), *_made(group)])
     return table
 
 
@@ -175,7 +174,8 @@ def sweeps(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
 def _sweep(name: str, path: Path, groups: Sequence[Group]) -> Table:
     plan = plans.read(path)
     by_row = {folder.parent: group for group in groups for folder in group.folders}
-    heads = ["run", "seeds", *_columns(groups), "reported by the paper", "command"]
+    made = ["steps", "device", "evaluated on"]
+    heads = ["run", "seeds", *_columns(groups), "reported by the paper", *made, "command"]
     table = Table(name, f"{plan.config} in {path.parent}", heads, [])
     for planned in plan.rows:
         folder = (path.parent / planned["row"]).resolve()
@@ -186,8 +186,9 @@ def _sweep(name: str, path: Path, groups: Sequence[Group]) -> Table:
         told = str(done) if done >= plan.seeds else f"{done}, missing {plan.seeds - done}"
         flags = [f"--config={planned['config']}", *(f"--config.{o}" for o in planned["overrides"])]
         command = " ".join(["python -m experiments.main", *map(shlex.quote, flags)])
+        last = _made(group) if group else [""] * len(made)
         numbers = _numbers(group, groups)
-        table.rows.append([planned["row"], told, *numbers, planned["paper"], command])
+        table.rows.append([planned["row"], told, *numbers, planned["paper"], *last, command])
     return table
 
 
@@ -203,9 +204,17 @@ def _numbers(group: Group | None, groups: Sequence[Group]) -> list[Number]:
     ]
 
 
-def _common(group: Group, key: str) -> str:
-    """The values of the runs, usually one."""
-    return ", ".join(sorted({str(run.get(key, "")) for run in group.runs}))
+def _made(group: Group) -> list[str]:
+    """The steps, the devices and the test data of the runs, usually one of each."""
+    steps = {str(run.get("steps", "")) for run in group.runs}
+    devices = {_device(run) for run in group.runs}
+    return [", ".join(sorted(steps)), ", ".join(sorted(devices)), _context(group)]
+
+
+def _device(run: Summary) -> str:
+    """The kind of the device and, of a CPU, its model where the run recorded it."""
+    kind, processor = run.get("device", ""), run.get("processor", "")
+    return f"{kind} ({processor})" if kind == "cpu" and processor else kind
 
 
 def _context(group: Group) -> str:

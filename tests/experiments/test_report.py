@@ -113,6 +113,7 @@ def a_sweep(root):
     """Two seeds of one row of a sweep, and another row that was not run."""
     for seed, accuracy in enumerate((0.6, 0.7)):
         run = final("c:90/80", "top_kast", seed, accuracy, 0.1, steps=100)
+        run |= {"steps": 100, "device": "cpu", "processor": f"made up {seed}, AVX2"}
         put(root / "90-80" / f"seed-{seed}", run)
     own = ["method.pattern=1:8", "data.dir=a b"]
     rows = [
@@ -132,6 +133,9 @@ def test_the_rows_of_a_sweep_stand_beside_what_the_paper_reports(tmp_path, capsy
     assert float(done["test accuracy"]) == pytest.approx(0.65)
     assert float(done["test accuracy spread"]) == pytest.approx(0.5**0.5 / 10)
     assert done["reported by the paper"] == "73.03 % (table 6)"
+    assert done["steps"] == "100"
+    assert done["device"] == "cpu (made up 0, AVX2), cpu (made up 1, AVX2)"
+    assert (done["evaluated on"], absent["evaluated on"]) == ("examples 77", "")
     assert done["seeds"] == "2, missing 1"
     assert absent["seeds"] == "0, missing 3"
     assert absent["test accuracy"] == absent["training FLOPs spread"] == ""
