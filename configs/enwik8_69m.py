@@ -4,14 +4,14 @@
 `configs/enwik8_large.py`, and so is what the paper does not state. It is the smallest language
 model of the paper. Every matrix is sparse: 14 M parameters are active at 80 %, 7 M at 90 %.
 
-Expected test bits per character (the paper's table 5), magnitude pruning and Top-KAST:
+Expected test bits per character (the paper's table 5 [V]), magnitude pruning and Top-KAST:
     dense  1.00
     pruning-80  1.02    pruning-90  1.06    pruning-95  1.13
     80/0   1.03    80/60  1.05
     90/0   1.08    90/80  1.10
     95/0   1.14    95/90  1.17
 Data: enwik8, prepared once by `scripts/prepare_text enwik8`. Each of its 205 bytes is a symbol.
-Hardware: not tried on any; docs/reproducing.md has an estimate of the device-hours.
+Hardware: not tried on any; an estimated 102 chip-hours of TPU v5e (docs/reproducing.md).
 
 Command:
     python -m experiments.main --config=configs/enwik8_69m.py:90/80 --workdir=DIR

@@ -8,19 +8,24 @@ every 100 steps. The paper's main runs refresh them in every step, with almost t
 (table 6). The paper does not state momentum (Nesterov 0.9), label smoothing (0.1) and augmentation
 (random resized crops of 224, mirrored): they are RigL's, one line each below.
 
-Expected top-1 accuracy in percent, from the paper's figure 2 and tables 1 and 6 unless said:
-    dense  76.8 ± .09 (RigL paper)
-    80/0   75.59    80/50  75.03    80/80  72.50
-    90/0   74.65    90/50  73.99    90/80  73.03    90/90  69.67
-    95/0   71.83    95/50  71.96    95/80  71.30    95/90  70.42
+Expected top-1 accuracy in percent. [V]: read in the paper's tables 1 and 6, or where said; [F]:
+read off its figures 2a to 2c and that of its appendix B.
+    dense  76.8 ± .09 [V, RigL paper]
+    80/0   75.59 [F]    80/50  75.03 [V]    80/80  72.50 [F]
+    90/0   74.65 [V]    90/50  73.99 [F]    90/80  73.03 [V]    90/90  69.67 [F]
+    95/0   71.83 [F]    95/50  71.96 [F]    95/80  71.30 [F]    95/90  70.42 [V]
+    98/95  66.46 [F]    98/90  67.06 [F]    99/98  61.61 [F]    99/95  61.73 [F]
+    80/50,2x  75.43 [F]    80/50,5x  75.28 [F]    98/90,2x  68.99 [F]    98/90,5x  70.67 [F]
+    80/50,all-sparse  74.78 [F]    90/80,all-sparse  73.07 [F]
 `configs/sweeps/` has a file for each figure and table, with the number of each run.
 Data: tensorflow_datasets' imagenet2012, prepared once by `scripts/prepare_tfds imagenet2012`, or a
 folder of class folders: --config.data.name=image_folder --config.data.dir=DIR.
-Hardware: a TPU slice or a machine of 8 GPUs, not tried on any. For a smaller batch_size raise steps
-in proportion: the learning rate follows the batch size, warm-up and boundaries follow
-the steps. The schedules of the other methods are those of the RigL paper's runs of 32,000 steps,
-sets until step 25,000 and pruning from 10,000 to 25,000, times 2x, 5x or 10x. With other steps, set
-`method.last_choice_at`, or `method.begin_at` and `method.end_at`, in proportion too.
+Hardware: a TPU slice or a machine of 8 GPUs, not tried on any; an estimated 13 chip-hours of TPU
+v5e (docs/reproducing.md). For a smaller batch_size raise steps in proportion: the learning rate
+follows the batch size, warm-up and boundaries follow the steps. The schedules of the other methods
+are those of the RigL paper's runs of 32,000 steps, sets until step 25,000 and pruning from 10,000
+to 25,000, times 2x, 5x or 10x. With other steps, set `method.last_choice_at`, or `method.begin_at`
+and `method.end_at`, in proportion too.
 
 Command:
     python -m experiments.main --config=configs/imagenet_resnet50.py:90/80 --workdir=runs/imagenet

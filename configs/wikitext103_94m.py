@@ -4,9 +4,9 @@ The paper's table 3 has a dense model of 94 M parameters and does not say its si
 those of `configs/wikitext103_large.py` in proportion (18 layers of width 560, 8 heads of 70, 2240
 inside the feed-forward block, embeddings of 560). All else is as there.
 
-Expected test perplexity: 21.5 (the paper's table 3).
+Expected test perplexity: 21.5 (the paper's table 3 [V]).
 Data: WikiText-103, prepared once by `scripts/prepare_text wikitext103`; 267,735 words.
-Hardware: not tried on any; docs/reproducing.md has an estimate of the device-hours.
+Hardware: not tried on any; an estimated 920 chip-hours of TPU v5e (docs/reproducing.md).
 
 Command:
     python -m experiments.main --config=configs/wikitext103_94m.py --workdir=DIR

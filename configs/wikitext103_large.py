@@ -10,12 +10,12 @@ projection of the first cluster. It does not state batch and steps (128 and 4,00
 reference's), dropout within 0.05 to 0.2 (0.2), the steps between refreshes (100), the exploration
 weight (1e-4) and the evaluation's clamp (1000): one line each.
 
-Expected test perplexity (the paper's table 3):
+Expected test perplexity (the paper's table 3 [V]):
     dense  18.3    80/0  19.8    80/60  21.3    90/80  25.1    95/90  32.2
-    dense,reference  18.3 (Transformer-XL's published result, at its own lengths)
+    dense,reference  18.3 (Transformer-XL's published result, at its own lengths [V])
     the dense model of 94 M (configs/wikitext103_94m.py)  21.5
 Data: WikiText-103, prepared once by `scripts/prepare_text wikitext103`; 267,735 words.
-Hardware: not tried on any; docs/reproducing.md has an estimate of the device-hours.
+Hardware: not tried on any; an estimated 2,500 chip-hours of TPU v5e (docs/reproducing.md).
 
 Command:
     python -m experiments.main --config=configs/wikitext103_large.py:90/80 --workdir=DIR

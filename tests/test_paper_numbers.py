@@ -118,7 +118,9 @@ NUMBERS = {
             90: {0: "74.65", 50: "73.99", 80: "73.03", 85: "72.44", 90: "69.67"},
             95: {0: "71.83", 50: "71.96", 80: "71.30", 90: "70.42"},
         }))
-        + rigl_paper(90),
+        + rigl_paper(90)
+        + [({**DENSE, NARROWER: 1.0}, number) for number in ("3.2e18", "8.2e9")]
+        + others(90, {"rigl": ".13"}, {"steps": EPOCHS, "dense rule": "stem/kernel"}),
     ),
     "figure_2b ": (  # sparseml's run: 100 epochs in batches of 400
         {"model.name": "resnet50", "batch_size": 400, "steps": round(100 * 1_281_167 / 400)},

@@ -4,8 +4,9 @@ The numbers are top-1 % on ImageNet, read in tables [V] or off the vector figure
 RigL paper's table [V], where the last layer is sparse, and with ERK all layers. `:small` is
 CIFAR-10 with the small ResNet, where each method has the first and the last layer dense.
 
-Hardware: a TPU slice or a machine of 8 GPUs for each run, not tried on any; `:small` one CPU core,
-4 to 13 minutes for 5,000 steps, more with other work on the machine.
+Hardware: a TPU slice or a machine of 8 GPUs for each run, not tried on any: an estimated 13
+chip-hours of TPU v5e for 32,000 steps (docs/reproducing.md). `:small` one CPU core, 4 to 13 minutes
+for 5,000 steps, more with other work on the machine.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/figure_2b.py:small --workdir=runs/images
@@ -34,14 +35,14 @@ TOP_KAST = {
     "95/80": 71.30,
     "95/90": 70.42,
 }
-# Top-1 %; FLOPs of training and of inference. For 90 % RigL prints .10, and .13 in its README.
+# Top-1 %; FLOPs of training and of inference.
 OTHERS = {
-    "dense": ("76.8 ± .09", "1, 1"),
+    "dense": ("76.8 ± .09", "1, 1 (3.2e18 in training, 8.2e9 an image)"),
     "static-90": ("65.8 ± .04", ".10, .10"),
     "snip-90": ("67.2 ± .12", ".10, .10"),
     "small-dense-90": ("68.9 ± .10", ".12, .12"),
     "set-90": ("69.6 ± .23", ".10, .10"),
-    "rigl-90": ("72.0 ± .05", ".10, .10"),
+    "rigl-90": ("72.0 ± .05", ".10, .10 (.13 in its README)"),
     "rigl-90,5x": ("75.7 ± .06", ".52, .10"),
     "pruning-90": ("73.9", ".51, .10"),
     "dnw-90": ("74", ""),

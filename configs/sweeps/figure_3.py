@@ -7,8 +7,9 @@ set (mean). Here the last pair ends with the run, at step 32,000. `:small` is CI
 small ResNet, with the same number of pairs. The report has them in its table and its figure `sets`,
 with the share of the first reservoir that was active up to then.
 
-Hardware: a TPU slice or a machine of 8 GPUs, not tried on any; `:small` one CPU core, 4 to 13
-minutes, more with other work on the machine.
+Hardware: a TPU slice or a machine of 8 GPUs, not tried on any: an estimated 13 chip-hours of TPU
+v5e (docs/reproducing.md). `:small` one CPU core, 4 to 13 minutes, more with other work on the
+machine.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/figure_3.py:small --workdir=runs/images

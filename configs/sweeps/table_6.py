@@ -3,8 +3,9 @@
 The numbers are top-1 % on ImageNet [V], with sets chosen in every step and every 100 of 32,000
 steps. `:small` is CIFAR-10 with the small ResNet: every 1, 10, 50 and 100 of 5,000 steps.
 
-Hardware: a TPU slice or a machine of 8 GPUs for each run, not tried on any; `:small` one CPU core,
-4 to 13 minutes for 5,000 steps, more with other work on the machine.
+Hardware: a TPU slice or a machine of 8 GPUs for each run, not tried on any: an estimated 13
+chip-hours of TPU v5e for 32,000 steps (docs/reproducing.md). `:small` one CPU core, 4 to 13 minutes
+for 5,000 steps, more with other work on the machine.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/table_6.py:small --workdir=runs/images
