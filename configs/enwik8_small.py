@@ -9,8 +9,8 @@ the text is split by bytes (90/5/5), and bits per character are those of the who
 Sparse networks have a larger learning rate than dense ones: if a neuron has a tenth of its inputs,
 a step of the same size changes its output by that much less. The widest network, `dense`, has the
 smallest learning rate. The sets are refreshed every 200 of the 2,000 steps, because with so little
-text more frequent refreshes follow noise. docs/reproducing.md ("A small Transformer-XL") has the
-runs behind this.
+text more frequent refreshes follow noise. docs/results.md ("Settings that were tried on
+enwik8") has the runs behind this.
 
 Data: enwik8, prepared once by `scripts/prepare_text enwik8`, or any file of raw text, for example
 the same one: --config.data.name=text_file --config.data.file=enwik8.
