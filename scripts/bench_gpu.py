@@ -22,12 +22,13 @@ y and dx, the backward density for dW, and (2D + D_B)/3 for a step, in which the
 parts besides. "memory" is that of the step.
 
 The last line is JSON. A row that no longer fits the budget is named in "left_out"; one that raised
-an error is in "failed", and then, or if a check is not "ok", the status is 1. --tables writes the
-rows as Markdown. --tuned is the table of settings in use, which --tune writes; else the package's.
+an error is in "failed", and then, or if a check is not "ok", the status is 1. The rows are written
+as Markdown too: to docs/gpu.md, or to --tables; with --smoke only to --tables. --tuned is the table
+of settings in use, which --tune writes; else the package's.
 
 --smoke runs the same code at tiny sizes on any machine, the kernels of checks and stack in
 interpret mode. On a CPU the host's plane of the profile is the clock ("host"), and the model runs
-on XLA.
+on the backend "xla".
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ import datetime
 import functools
 import importlib.metadata
 import json
+import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,8 @@ from topkast_jax.always_sparse import options
 from topkast_jax.always_sparse.products import tuned_json
 
 BACKEND = "pallas_gpu"
+TABLES = Path(__file__).parent.parent / "docs/gpu.md"
+BEGUN = "TOPKAST_BENCH_BEGUN"  # The environment's variable for the start, in seconds of time.time.
 BLOCKS = (64, 128)
 PARTS = ("checks", "stack", "model")
 TUNE_SHARE = 0.4
@@ -140,9 +145,9 @@ class Bench:
     def _model(self, block: int | None, density: str) -> dict[str, Any]:
         variant = "dense" if block is None else density
         on_gpu = jax.devices()[0].platform == "gpu"
-        backend = BACKEND if block is not None and on_gpu else None
+        backend = BACKEND if block is not None and on_gpu else "xla"
         row = model_step.times(variant, block, backend, self._overrides, self._repeats)
-        return row | {"backend": backend or "xla"}
+        return row | {"backend": backend}
 
     def _beside_dense(self, kind: str, make: Callable[..., dict[str, Any]]) -> list[dict[str, Any]]:
         def row(block: int | None, density: str) -> dict[str, Any]:
@@ -182,11 +187,14 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     device = all_devices()[0]
     _check(device, args)
-    start = datetime.datetime.now(datetime.UTC)
-    budget = Budget(args.budget)
+    begun = float(os.environ.get(BEGUN) or time.time())  # Before the script made .venv.
+    start = datetime.datetime.fromtimestamp(begun, datetime.UTC)
+    budget = Budget(args.budget - (time.time() - begun))
     bench = Bench(args.smoke, args.repeats, budget)
     table = Path(args.tuned or tuned_json.PACKAGE)
     tuned = bench.tune(table, TUNE_SHARE) if args.tune else []
+    if not table.exists():  # Nothing could be tuned, which "failed" or "left_out" tells.
+        table = tuned_json.PACKAGE
     with options(tuned=table):
         rows = {part: getattr(bench, part)() if part in args.parts else [] for part in PARTS}
     record = {
@@ -197,7 +205,7 @@ def main(argv: list[str]) -> int:
         "smoke": args.smoke,
         "command": shlex.join(["scripts/bench_gpu", *argv]),
         "seconds": round((datetime.datetime.now(datetime.UTC) - start).total_seconds(), 1),
-        "tuned": args.tuned or f"the package ({table.name})",
+        "tuned": f"the package ({table.name})" if table == tuned_json.PACKAGE else args.tuned,
         "stack_sizes": vars(bench.sizes),
         "model_name": bench.model_name,
         "tune": tuned,
@@ -205,14 +213,17 @@ def main(argv: list[str]) -> int:
         "left_out": budget.left_out,
         "failed": budget.failed,
     }
-    if args.tables:
-        Path(args.tables).write_text(gpu_tables.tables(record, start.date().isoformat()))
+    if tables := args.tables or (None if args.smoke else TABLES):
+        try:
+            Path(tables).write_text(gpu_tables.tables(record, start.date().isoformat()))
+        except OSError as error:
+            budget.failed.append({"row": f"--tables={tables}", "error": str(error)})
     print(json.dumps(record))
     return 1 if budget.failed or not all(row["ok"] for row in rows["checks"]) else 0
 
 
 def _check(device: jax.Device, args: Any) -> None:
-    if not args.smoke and not device.device_kind.startswith("NVIDIA"):
+    if not args.smoke and (device.platform != "gpu" or "rocm" in device.client.platform_version):
         raise UserError(
             f"scripts/bench_gpu: found {device.platform} ({device.device_kind}); needs an NVIDIA "
             "GPU, or --smoke"
@@ -223,6 +234,8 @@ def _check(device: jax.Device, args: Any) -> None:
         path = getattr(args, flag)
         if path and not Path(path).absolute().parent.is_dir():
             raise UserError(f"--{flag}={path}: found no such folder; must be in one that exists")
+        if path and Path(path).is_dir():
+            raise UserError(f"--{flag}={path}: found a folder; must be a file")
     if args.tuned and (Path(args.tuned).exists() or not args.tune):
         tuned_json.load(args.tuned)
 
@@ -251,7 +264,7 @@ def _parser() -> command_line.Parser:
     parser.add_argument("--repeats", type=command_line.positive, default=10, help="of one timing")
     parser.add_argument("--tune", action="store_true", help="first find settings, see above")
     parser.add_argument("--tuned", type=command_line.path, help="else the package's table")
-    parser.add_argument("--tables", type=command_line.path, help="a file for Markdown")
+    parser.add_argument("--tables", type=command_line.path, help="a file for Markdown, see above")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on any machine")
     return parser
 

@@ -70,6 +70,7 @@ from scripts.bench_always_sparse import (
 from scripts.bench_step import with_choice
 from topkast_jax import host_memory
 from topkast_jax.always_sparse.host import cores
+from topkast_jax.always_sparse.products import native_library
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TRANSFORMER_XL = f"{CONFIGS / 'enwik8_small.py'}:dense"
@@ -486,6 +487,7 @@ def machine() -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind,
         "instruction_set": instruction_set(),
+        "native_cpu": native_library.unavailable() or "used",
         "cores": cores(),
         "threads": threads(),
         "versions": _versions("jax", "torch", "torchvision", "jaxpruner", "sparselab"),

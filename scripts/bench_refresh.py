@@ -42,6 +42,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,11 @@ PATTERNS: dict[str, tk.patterns.Pattern] = {
 }
 LAYERS = 24
 PROPORTIONS = {  # of the kernels of one layer, in widths of the model
-    "attention/qkv/kernel": (1, 3),
-    "attention/out/kernel": (1, 1),
+    "attention/query/kernel": (1, 1),
+    "attention/key/kernel": (1, 1),
+    "attention/value/kernel": (1, 1),
     "attention/position/kernel": (1, 1),
+    "attention/output/kernel": (1, 1),
     "feed_forward/up/kernel": (1, 3),
     "feed_forward/down/kernel": (3, 1),
 }
@@ -98,7 +101,11 @@ def main(argv: list[str]) -> None:
     for pattern in args.patterns or PATTERNS:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             done = process.submit(measure_alone, args.params, pattern, args.repeats, args.delay)
-            results.append(done.result())
+            try:
+                results.append(done.result())
+            except BrokenProcessPool as error:
+                told = f"--params={args.params}: the process of {pattern} ended; is there memory?"
+                raise UserError(told) from error
             print(results[-1])
     print(json.dumps({"device": jax.devices()[0].device_kind, "results": results}))
 
@@ -166,11 +173,11 @@ def measure_alone(parameters: int, pattern: str, repeats: int, delayed: bool) ->
         for i in range(1, steps + 1):
             values, state = step(values, state, jax.random.key(i))
             jax.block_until_ready((values, state))
-            if delayed and i % DELAY and i > 1:  # What chooses ahead runs beside steps; let it end.
-                sparse.settled(reservoir)
             time.sleep(0.5)  # XLA frees the temporaries of a step a moment after its results.
             _memory("VmRSS", reset=True)
             took, (values, state, reservoir) = _timed(sparse.refresh, i, values, state, reservoir)
+            if delayed and i % DELAY == 0:  # What chooses ahead runs beside steps; let it end.
+                sparse.settled(reservoir)
             peaks.append(_memory("VmHWM"))
             refreshes.append(took)
         device = sum(x.nbytes for x in jax.tree.leaves((values, state)))

@@ -13,7 +13,7 @@ Command:
         --seeds=3 --jobs=2
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from configs.sweeps import figure_2a, figure_2b, figure_2c, table_1, table_6
 from experiments.config import reported
@@ -41,8 +41,10 @@ OWN: dict[str, tuple[Mapping[str, object], ...]] = {
 def get_sweep() -> Iterator[tuple[None, str, Mapping[str, object], str]]:
     sweeps = (table_1, table_6, figure_2b, figure_2a, figure_2c)
     paper = reported(*(sweep.get_sweep("small") for sweep in sweeps))
-    every = [(row, {}) for row in ("dense", *METHODS, *TOP_KAST)]
-    every += [(row, own) for row, several in OWN.items() for own in several]
-    for row, own in every:
-        config = f"{CONFIG}:{row}"
-        yield None, config, own, paper(config, own)
+    rows: Mapping[str, Sequence[Mapping[str, object]]] = {
+        row: [{}] for row in ("dense", *METHODS, *TOP_KAST)
+    }
+    for each in (rows, OWN):
+        for row, several in each.items():
+            for own in several:
+                yield None, f"{CONFIG}:{row}", own, paper(f"{CONFIG}:{row}", own)

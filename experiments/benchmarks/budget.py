@@ -36,7 +36,7 @@ class Budget:
     def row(
         self, kind: str, name: str, make: Callable[[], dict[str, Any]], first: float = 0.0
     ) -> dict[str, Any] | None:
-        """Makes a row, if the time left is that of the longest row of its kind so far.
+        """Makes a row, if the time left is that of the longest row of its kind, or `first`.
 
         An error of a row is no end of the bench: what runs after it may be right.
 
@@ -44,9 +44,9 @@ class Budget:
             kind: rows of one kind take about the same time.
             name: stands for the row in `left_out` and `failed`.
             make: makes the row.
-            first: seconds that the first row of its kind is expected to take.
+            first: seconds that a row is expected to take as long as no longer one has been made.
         """
-        if self.left() < self._longest.get(kind, first):
+        if self.left() < max(first, self._longest.get(kind, 0.0)):
             self.left_out.append(name)
             return None
         start = self._clock()

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from experiments.benchmarks import model_step
+from experiments.benchmarks.budget import Budget
 from scripts import bench_gpu, tune_products
 from topkast_jax.always_sparse.products import pallas_gpu, tuned_json
 
@@ -87,6 +88,47 @@ def test_without_dense_there_is_no_ratio(few_rows, monkeypatch, capsys, tmp_path
     assert "| blocks of 64, 80/60 | 2e+03 (0.267) |" in tables.read_text()
 
 
+def test_tables_that_cannot_be_written_cost_no_record(few_rows, monkeypatch, capsys, tmp_path):
+    def write_text(path, text):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(bench_gpu.Bench, "_model", lambda *_: ROW)
+    monkeypatch.setattr(pathlib.Path, "write_text", write_text)
+    assert bench_gpu.main(["--smoke", "--parts=model", f"--tables={tmp_path / 'a.md'}"]) == 1
+    record = last_line(capsys.readouterr().out)
+    assert len(record["model"]) == 2
+    assert "Permission denied" in record["failed"][0]["error"]
+
+
+def test_a_table_that_tuning_did_not_make_is_the_package_s(monkeypatch, capsys, tmp_path):
+    """No product could be tuned; the other parts still run."""
+    monkeypatch.setattr(bench_gpu, "tune", lambda *_: [])
+    monkeypatch.setattr(bench_gpu.Bench, "_model", lambda *_: ROW)
+    flags = ["--smoke", "--parts=model", "--tune", f"--tuned={tmp_path / 'tuned.json'}"]
+    assert bench_gpu.main(flags) == 0
+    record = last_line(capsys.readouterr().out)
+    assert (record["tuned"], len(record["model"])) == ("the package (tuned.json)", 3)
+
+
+def test_the_making_of_the_environment_counts(few_rows, monkeypatch, capsys):
+    """The script says when it began; of nine minutes, one second is left."""
+    monkeypatch.setenv(bench_gpu.BEGUN, str(int(time.time()) - 539))
+    monkeypatch.setattr(bench_gpu.Bench, "_model", lambda *_: time.sleep(1.2) or ROW)
+    assert bench_gpu.main(["--smoke", "--parts=model"]) == 0
+    record = last_line(capsys.readouterr().out)
+    assert len(record["left_out"]) == 1
+    assert record["seconds"] > 539
+
+
+def test_a_short_row_of_dense_lets_no_longer_one_begin():
+    now = 0.0
+    budget = Budget(30.0, clock=lambda: now)
+    assert budget.row("stack", "dense", lambda: {"a": 1}, first=25.0) == {"a": 1}
+    now = 10.0
+    assert budget.row("stack", "blocks", lambda: {"a": 2}, first=25.0) is None
+    assert budget.left_out == ["blocks"]
+
+
 @pytest.mark.slow
 def test_a_step_of_the_model():
     row = model_step.times("80/60", 64, None, model_step.SMOKE[1], repeats=1)
@@ -155,6 +197,7 @@ def test_products_are_tuned_into_a_table(capsys, tmp_path):
         (bench_gpu.main, ["--smoke", "--tune"], "--smoke --tune: needs --tuned=FILE"),
         (bench_gpu.main, ["--smoke", "--tuned=/not/there.json"], "no such folder"),
         (bench_gpu.main, ["--smoke", "--tables=/not/there.md"], "no such folder"),
+        (bench_gpu.main, ["--smoke", "--tables=."], "found a folder; must be a file"),
         (bench_gpu.main, ["--smoke", "--tuned=nowhere.json"], "tuned table nowhere.json: No such"),
         (tune_products.main, ["--backend=pallas_gpu"], "found cpu; must be on cuda, or with"),
         (tune_products.main, ["--backend=triton"], "invalid choice: 'triton'"),

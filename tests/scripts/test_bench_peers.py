@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -88,15 +89,31 @@ def test_losses_must_be_finite(clock, bad):
 
 
 def side_of_this_process():
-    """Its loss is the number of the process."""
+    """Its loss is the number of the process, in which XLA has threads."""
+    jax.block_until_ready(jax.numpy.ones(3) + 1)
     return Side(lambda: float(os.getpid()), 100)
 
 
+def side_that_keeps_memory():
+    """Its first loss is 1 if 100 MB that are freed stay with the process."""
+
+    def resident():
+        return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+    def step():
+        before = resident()
+        np.ones(12_500_000)
+        return float(resident() - before > 90_000_000)
+
+    return Side(step, 100)
+
+
 def test_each_side_has_a_process_of_its_own():
-    record = bench_peers.compare_processes(side_of_this_process, side_of_this_process, 1)
-    processes = {*record["first_loss"].values(), float(os.getpid())}
-    assert len(processes) == 3
-    assert record["threads"].keys() == {"ours", "peer"}
+    record = bench_peers.compare_processes(side_of_this_process, side_that_keeps_memory, 1)
+    assert record["first_loss"]["ours"] != float(os.getpid())
+    assert record["first_loss"]["peer"] == 1.0
+    assert record["threads"]["ours"] >= 1
+    assert record["threads"]["peer"] is None  # No test has PyTorch.
 
 
 def test_a_process_that_ends_is_one_line():

@@ -194,17 +194,20 @@ def test_tpu_kernels_over_a_mesh():
         assert_close(one, other, 1e-5)
 
 
-@pytest.mark.parametrize("backend", [None, "pallas_gpu"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(None, "bfloat16"), ("pallas_gpu", "bfloat16"), ("pallas_gpu", "float32")],
+)
 @pytest.mark.parametrize("block", [Block(128, 128), Block(32, 32), Block(256, 16)], ids=str)
-def test_lowers_for_cuda(backend, block):
+def test_lowers_for_cuda(backend, dtype, block):
     """On a machine without a GPU; the platform's kernels are taken without being asked for."""
     shape = (4 * block.rows, 8 * block.cols)
-    kernel = random_case(shape, block, 4, 8, dtype=jnp.bfloat16).kernel
+    kernel = random_case(shape, block, 4, 8, dtype=jnp.dtype(dtype)).kernel
 
     def loss(values, x):
         return jnp.sum(matmul(x, kernel.with_values(values)).astype(jnp.float32) ** 2)
 
-    x = jnp.ones((100, shape[0]), jnp.bfloat16)
+    x = jnp.ones((100, shape[0]), dtype)
     allowed = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
     with for_a_gpu(), options(backend):
         exported = export.export(

@@ -261,6 +261,14 @@ def test_max_pool_and_its_gradient_against_numpy(size, types):
         np.testing.assert_allclose(back(weights)[0], gradient, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("platform", "windows"), [("cpu", 0), ("tpu", 1)])
+def test_on_a_cpu_the_gradient_of_max_pool_has_no_windows(platform, windows):
+    shape = jax.ShapeDtypeStruct((2, 6, 6, 2), jnp.float32)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(max_pool_3x3(x) ** 2)))
+    text = gradient.trace(shape).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.select_and_scatter") == windows
+
+
 def lenet(**options):
     return Perceptron(channels=1, num_classes=10, rngs=nnx.Rngs(0), **options)
 
