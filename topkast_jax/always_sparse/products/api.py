@@ -151,7 +151,8 @@ def matmul(
         "native_cpu" at low densities (`single_entries`). For a product of few tokens, a
         `FanInKernel` (`by_output`) makes none either.
       backend: one of `BACKENDS`, or several in the order in which they are tried, in place of what
-        `options` or the platform gives.
+        `options` or the platform gives. Those of Pallas are for blocks and leave single entries to
+        the tile.
 
     Returns:
       `[..., N]` in the dtype that x and the kernel promote to.
