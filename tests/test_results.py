@@ -13,7 +13,11 @@ ROOT = Path(__file__).parent.parent / "results"
 @pytest.mark.parametrize("name", ["images", "texts"])
 def test_tables_are_made_again_from_the_records(name, tmp_path):
     groups, _ = collect([ROOT / name])
-    listed = [tables.all_runs(groups), *tables.sweeps([ROOT / name], groups)]
+    listed = [
+        tables.all_runs(groups),
+        *tables.sweeps([ROOT / name], groups),
+        *tables.sets(groups),
+    ]
     assert len(listed) > 1
     for table in listed:
         table.write_csv(tmp_path / "table.csv")

@@ -33,11 +33,11 @@ pickle.dump(found, open(sys.argv[2], "wb"))
 
 @pytest.fixture(scope="module")
 def scope(tmp_path_factory):
-    """Names that the cells leave, run in order by a process with one device."""
+    """Names that the cells leave, run in order by a process with one device in three minutes."""
     path = tmp_path_factory.mktemp("tour") / "names"
     environment = one_device(optimization=1) | {"JAX_NUMPY_RANK_PROMOTION": "allow"}
     command = [sys.executable, "-c", PROGRAM, str(NOTEBOOK), str(path)]
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, timeout=180)
     return pickle.loads(path.read_bytes())
 
 
