@@ -45,8 +45,8 @@ def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str,
                 name = f"suspects-{key}-{value:g}"
                 own = {"steps": 2_000, f"method.{key}": value, "eval_at_end": False}
                 yield name, f"{CONFIG}:90/80,study", own, ""
-        own = {"steps": 2_000, "method.name": ZERO_START, "eval_at_end": False}
-        yield "suspects-zero_start", f"{CONFIG}:90/80,study", own, ""
+        zero = {"steps": 2_000, "method.name": ZERO_START, "eval_at_end": False}
+        yield "suspects-zero_start", f"{CONFIG}:90/80,study", zero, ""
         return
     paper = reported(table_2.get_sweep("small"), table_5.get_sweep("small"))
     for row in (*METHODS, "small-dense-80", *TOP_KAST):

@@ -13,6 +13,7 @@ import pytest
 
 import topkast_jax as tk
 from docs.examples.set_method import SET, set_method
+from docs.examples.zero_start import zero_start
 from topkast_jax import testing
 
 SHAPES = {"a": (12, 10), "b": (8, 6)}
@@ -479,3 +480,15 @@ def test_each_member_of_an_ensemble_over_devices_draws_by_its_own_seed(order):
     alone = sets(lambda function: jax.jit(jax.vmap(function)), seeds)
     np.testing.assert_array_equal(found["w"].reshape(alone["w"].shape), alone["w"])
     assert len({mask.tobytes() for mask in np.asarray(alone["w"])}) == len(seeds)
+
+
+def test_what_enters_starts_at_zero():
+    """The gradient moves the second entry behind the third, which enters B at the next refresh."""
+    params = {"w": jnp.array([[4.0, 3.0], [2.0, 1.0]])}
+    tx = zero_start(optax.sgd(1.0), 0.25, 0.5, refresh_every=1, exploration_weight=0.0)
+    state = tx.init(params)
+    for gradient, expected in ((2.5, [[4.0, 0.5], [2.0, 1.0]]), (0.0, [[4.0, 0.5], [0.0, 1.0]])):
+        grads = {"w": jnp.array([[0.0, gradient], [0.0, 0.0]])}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(params["w"], expected)
