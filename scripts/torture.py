@@ -333,7 +333,9 @@ def evidence(directory: Path) -> dict[str, Any]:
             {k: v for k, v in json.loads(line).items() if k != "timing"} for line in lines
         ],
         "final.json": {
-            k: v for k, v in workdir.read_json(directory / workdir.FINAL).items() if k != "seconds"
+            k: v
+            for k, v in workdir.read_json(directory / workdir.FINAL).items()
+            if k not in ("seconds", "date")
         },
     }
 

@@ -1,5 +1,6 @@
 """The loop: exact evaluation, records, and the end at a loss that is not finite."""
 
+import datetime
 import json
 import math
 import signal
@@ -15,6 +16,7 @@ from toy_runs import config, last_state, records, run, sets
 
 import topkast_jax as tk
 from experiments.errors import UserError
+from experiments.processor import processor
 from experiments.training.prefetch import Prefetcher
 from experiments.training.program import Step
 from experiments.training.stopping import StopRequest
@@ -97,6 +99,8 @@ def test_final_counts_the_sets(finished):
     assert final["flops"]["dense_forward_per_step"] == 2 * 32 * entries
     assert final["seconds"] > 0
     assert final["device"]
+    assert final["processor"] == processor()
+    assert abs(datetime.date.fromisoformat(final["date"]) - datetime.date.today()).days <= 1
     assert final["versions"]["jax"] == jax.__version__
 
 
