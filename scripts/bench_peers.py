@@ -26,7 +26,6 @@ returns it. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -34,10 +33,8 @@ import importlib
 import importlib.util
 import json
 import math
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,6 +48,7 @@ from ml_collections import ConfigDict
 
 import topkast_jax as tk
 from experiments.benchmarks.model_step import random_batch
+from experiments.benchmarks.own_process import own_process
 from experiments.config import command_line, resolve
 from experiments.errors import UserError
 from experiments.language_modelling.models.narrow import transformer_config
@@ -106,12 +104,9 @@ def compare_processes(
     Raises:
       UserError: as in `compare`, or a process ended.
     """
-    try:
-        with _in_own_process(ours) as own, _in_own_process(peer) as other:
-            record = compare(own.side, other.side, repeats)
-            found = {"ours": own.threads()["xla"], "peer": other.threads()["torch"]}
-    except BrokenProcessPool as error:
-        raise UserError("the process of one side ended; does the memory hold both?") from error
+    with _in_own_process(ours) as own, _in_own_process(peer) as other:
+        record = compare(own.side, other.side, repeats)
+        found = {"ours": own.threads()["xla"], "peer": other.threads()["torch"]}
     return record | {"threads": found}
 
 
@@ -123,11 +118,10 @@ class _Remote:
 
 @contextlib.contextmanager
 def _in_own_process(make: Callable[[], Side]) -> Iterator[_Remote]:
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-        parameters = pool.submit(_make, make).result()
-        side = Side(lambda: pool.submit(_step).result(), parameters)
-        yield _Remote(side, lambda: pool.submit(threads).result())
+    with own_process("one side") as process:
+        parameters = process.submit(_make, make).result()
+        side = Side(lambda: process.submit(_step).result(), parameters)
+        yield _Remote(side, lambda: process.submit(threads).result())
 
 
 _SIDES: list[Side] = []  # Of a process that was made for one side.

@@ -36,13 +36,10 @@ import functools
 import gc
 import json
 import math
-import multiprocessing
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +51,7 @@ from ml_collections import ConfigDict
 
 import topkast_jax as tk
 from experiments.benchmarks.model_step import random_batch
+from experiments.benchmarks.own_process import own_process
 from experiments.config import command_line, resolve
 from experiments.errors import UserError
 from experiments.training.methods import representation
@@ -99,13 +97,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--params: reads the memory of its process from {MEMORY}, as Linux has it")
     results = []
     for pattern in args.patterns or PATTERNS:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with own_process(pattern) as process:
             done = process.submit(measure_alone, args.params, pattern, args.repeats, args.delay)
-            try:
-                results.append(done.result())
-            except BrokenProcessPool as error:
-                told = f"--params={args.params}: the process of {pattern} ended; is there memory?"
-                raise UserError(told) from error
+            results.append(done.result())
             print(results[-1])
     print(json.dumps({"device": jax.devices()[0].device_kind, "results": results}))
 

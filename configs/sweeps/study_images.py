@@ -1,7 +1,7 @@
 """The images' half of the study: the runs that test the paper's claims on CIFAR-10.
 
-docs/results.md has the claims and the results. The rows are those of the other sweeps with `:small`
-where they share them, whose numbers of the paper, on ImageNet, stand beside them.
+docs/results.md has the claims and the results. Rows that the other sweeps have with `:small` are
+the same here, and have the numbers that the paper reports for ImageNet beside them.
 `study_options.py` has the rows on which no claim rests.
 
 Data: tensorflow_datasets' cifar10 (`scripts/prepare_tfds cifar10`), or a folder of class folders:

@@ -1,8 +1,9 @@
 """The rows of the images' half of the study with one seed, which explain the others.
 
-The other methods at 90 %, Erdős–Rényi densities, and Top-KAST with other weights of the exploration
-penalty, blocks, N:M and constant fan-in, of which the paper has no numbers. They share the folder
-of `study_images.py`, with whose rows they are to be compared.
+The other methods at 90 % and Erdős–Rényi densities, whose numbers on ImageNet stand beside them;
+and Top-KAST with other weights of the exploration penalty, blocks, N:M and constant fan-in, of
+which the paper has none. They share the folder of `study_images.py`, with whose rows they are to be
+compared.
 
 Data and hardware: as `study_images.py`.
 
@@ -38,4 +39,5 @@ def get_sweep() -> Iterator[tuple[None, str, Mapping[str, object], str]]:
     paper = reported(figure_2b.get_sweep("small"))
     for row, own in ROWS:
         config = f"{CONFIG}:{row}"
+        # Whatever rate DNW needs here, the number is that of DNW.
         yield None, config, own, paper(config, {} if row.startswith("dnw") else own)

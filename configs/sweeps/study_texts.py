@@ -4,9 +4,10 @@ A Transformer-XL of 0.75 M parameters (`configs/enwik8_small.py:…,study`) sees
 enwik8. docs/results.md has the claims and the results. `:rates` trains each method for a quarter of
 the steps at three learning rates, without a test; compare the mean training loss of the last 500
 steps. `:suspects` asks in runs of that length why Top-KAST is behind a fixed random mask: other
-steps between refreshes and weights of the penalty, and a start at zero for what enters B. Two rows
-of the study are repeated at twice the learning rate. The paper's numbers beside the rows are those
-of its models of 277 M (table 2, figure 3c) and of 69 M parameters (table 5).
+steps between refreshes and weights of the penalty, and a start at zero for what enters B;
+`rates-90-80-0.004` and `rates-static-90-0.004` are the same without a change. Two rows of the study
+are repeated at twice the learning rate. The paper's numbers beside the rows are those of its models
+of 277 M (table 2, figure 3c) and of 69 M parameters (table 5).
 
 Data: `--config.data.name=text_file --config.data.file=enwik8`, any file of raw text.
 Hardware: one CPU core, 20 to 50 minutes a run; `:rates` 5 to 28 minutes (the longer with other

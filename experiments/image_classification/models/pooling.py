@@ -16,8 +16,8 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
     """The maximum over windows of 3×3, with stride 2 and one row of padding on each side.
 
     It has no forward-mode derivative. Of equal entries of a window, the first one gets the
-    gradient, as in XLA's own derivative; on a CPU, a window with a NaN gives none. There, XLA
-    would compute it by windows over the indices of all entries; here it is a sum of slices.
+    gradient, as in XLA's own derivative; on a CPU, a window with a NaN gives none. On a CPU,
+    XLA's own derivative goes over windows of indices; this one is a sum of slices.
 
     Args:
       x: images [batch, height, width, channels].
@@ -26,7 +26,7 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
       images [batch, ⌈height / 2⌉, ⌈width / 2⌉, channels].
     """
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-        return _pool(x)  # As for convolutions: one form on all platforms.
+        return _pool(x)  # What the slices are put together to has no sharding of its own.
     return _pool_with_gradient(x)
 
 
