@@ -5,17 +5,18 @@ from pathlib import Path
 import pytest
 
 from experiments.reporting import tables
-from experiments.reporting.groups import collect
+from experiments.reporting.groups import collect, once
 
 ROOT = Path(__file__).parent.parent / "results"
 
 
 @pytest.mark.parametrize("name", ["images", "texts"])
 def test_tables_are_made_again_from_the_records(name, tmp_path):
-    groups, _ = collect([ROOT / name])
+    found, _ = collect([ROOT / name])
+    groups, _ = once(found)
     listed = [
         tables.all_runs(groups),
-        *tables.sweeps([ROOT / name], groups),
+        *tables.sweeps([ROOT / name], found),
         *tables.sets(groups),
     ]
     assert len(listed) > 1
