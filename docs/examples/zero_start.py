@@ -34,7 +34,7 @@ def zero_start(
     pattern: Any = None,
     seed: int = 0,
 ) -> Any:
-    """Top-KAST with a start at zero; the arguments are those of `topkast_jax.top_kast`."""
+    """Top-KAST with a start at zero; its arguments are among those of `topkast_jax.top_kast`."""
     return tk.sparsify(
         inner, ZeroStart(exploration_weight), forward_density=forward_density,
         backward_density=backward_density, refresh_every=refresh_every, inner_state=inner_state,
