@@ -213,7 +213,7 @@ def _made(group: Group) -> list[str]:
 
 def _device(run: Summary) -> str:
     """The kind of the device and, of a CPU, its model where the run recorded it."""
-    kind, processor = run.get("device", ""), run.get("processor", "")
+    kind, processor = str(run.get("device", "")), run.get("processor", "")
     return f"{kind} ({processor})" if kind == "cpu" and processor else kind
 
 
