@@ -54,7 +54,7 @@ def report(dirs: Sequence[Path], out: Path) -> str:
     workdir.check_no_address("--out", out)
     found, unfinished = collect(dirs)
     groups, others = once(found)
-    listed = [tables.all_runs(groups), *tables.sweeps(dirs, found), *tables.sets(groups)]
+    listed = [tables.all_runs(dirs, groups), *tables.sweeps(dirs, found), *tables.sets(groups)]
     left_out = [f"left out, not finished: {path}" for path in unfinished]
     left_out += [f"left out, config and seed of another run: {path}" for path in others]
     written = []
@@ -71,7 +71,8 @@ def report(dirs: Sequence[Path], out: Path) -> str:
         written[-1].write_text(html, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror}") from error
-    return "\n".join([listed[0].markdown(), *left_out, *(f"wrote {path}" for path in written)])
+    printed = listed[0].without("command").markdown()  # The longest of all, for a terminal.
+    return "\n".join([printed, *left_out, *(f"wrote {path}" for path in written)])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def test_tables_are_made_again_from_the_records(name, tmp_path):
     found, _ = collect([ROOT / name])
     groups, _ = once(found)
     listed = [
-        tables.all_runs(groups),
+        tables.all_runs([ROOT / name], groups),
         *tables.sweeps([ROOT / name], found),
         *tables.sets(groups),
     ]

@@ -24,7 +24,8 @@ def base_config(task: str) -> ConfigDict:
     own = tasks.task_module(task).default_config()
     config = ConfigDict(
         {
-            "name": "",
+            "name": "",  # Of the file and its variant.
+            "command": (),  # The arguments that made the config, the seed's apart.
             "task": task,
             "seed": 0,
             "steps": 1000,

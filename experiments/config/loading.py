@@ -71,10 +71,9 @@ def resolve(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
         )
     for text in overrides:
         key = text.partition("=")[0]
-        if key in ("task", "name"):
+        if key in ("task", "name", "command"):
             raise UserError(
-                f"--config.{key}: cannot be overridden: the {key} of a run is that of its config "
-                "file"
+                f"--config.{key}: cannot be overridden: a run has the {key} of its config file"
             )
         if text.startswith("method.name="):
             override(config, text)
@@ -82,6 +81,8 @@ def resolve(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     keys = {override(config, text) for text in overrides}
     path, _, variant = spec.partition(":")
     config.name = Path(path).stem + (f":{variant}" if variant else "")
+    own = [text for text in overrides if not text.startswith("seed=")]
+    config.command = (f"--config={spec}", *(f"--config.{text}" for text in own))
     finish(config, keys)
     return config
 

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.config.checks import check_unread, check_values, integer, one_of, optional
-from experiments.errors import UserError
+from experiments.errors import UserError, warn
 from experiments.language_modelling.data import TEXTS
 from experiments.language_modelling.data.corpus import SPLITS, Corpus
 from experiments.language_modelling.data.vocabulary import LEVELS
@@ -99,6 +99,7 @@ def validate(config: ConfigDict) -> None:
             )
         level, size = text.known
         _fill_in(config.data, {"level": level, "vocabulary_size": size})
+    _fit_clusters(config.model, config.data.vocabulary_size)
     model = make_model(config)
     if model.stacked and config.method.name != "dense":
         config.method.rules = _stacked(config.method.get("rules"), model)
@@ -164,6 +165,18 @@ def _fill_in(data: ConfigDict, found: dict[str, Any]) -> None:
         if data[key] not in (value, 0, ""):
             raise UserError(f"config.data.{key}: found {data[key]!r}; {data.name} has {value!r}")
         data[key] = value
+
+
+def _fit_clusters(model: ConfigDict, vocabulary_size: int) -> None:
+    """Leaves out the clusters that would begin beyond the vocabulary, and so be empty."""
+    cutoffs = [end for end in model.cutoffs if type(end) is not int or end < vocabulary_size]
+    if len(cutoffs) < len(model.cutoffs):
+        warn(
+            f"config.model.cutoffs={list(model.cutoffs)}: the vocabulary has {vocabulary_size:,} "
+            f"tokens, so the clusters begin at {cutoffs or 'the first one alone'}"
+        )
+        model.cutoffs = tuple(cutoffs)
+        model.tie_projs = tuple(model.tie_projs)[: len(cutoffs) + 1]
 
 
 def _stacked(rules: Any, model: Model) -> Any:

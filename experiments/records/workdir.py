@@ -25,7 +25,7 @@ TENSORBOARD, LOCK, SWEEP, SETS = "tensorboard", ".lock", ".sweep.json", "sets"
 _OURS = {"name", "task", "seed", "steps", "model", "data", "method"}  # Every config has these keys.
 # Keys that may change when a run continues, because they do not change what it computes.
 FREE = (
-    "name", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints",
+    "name", "command", "mesh", "method.backend", "checkpoint_every", "keep_checkpoints",
     "keep_checkpoints_every", "keep_best_checkpoint", "write_sets_every", "data.threads",
     "data.workers", "data.read_ahead",
 )  # fmt: skip

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from experiments.reporting.groups import (
 )
 
 Read = Callable[[Summary], Any]
+# The headings of how a row was made.
+_MADE = ("steps", "device", "evaluated on", "command")
 
 
 class Number(NamedTuple):
@@ -63,6 +65,12 @@ class Table:
         lines += [[str(cell).replace("|", "\\|") for cell in row] for row in self.rows]
         return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
+    def without(self, head: str) -> Table:
+        """The same table without a column."""
+        i = self.heads.index(head)
+        rows = [row[:i] + row[i + 1 :] for row in self.rows]
+        return dataclasses.replace(self, heads=self.heads[:i] + self.heads[i + 1 :], rows=rows)
+
     def write_csv(self, path: Path) -> None:
         """Writes the table, with means and standard deviations in columns of their own."""
         spread = [isinstance(cell, Number) for cell in self.rows[0]]
@@ -99,14 +107,28 @@ def metric_names(groups: Sequence[Group]) -> list[str]:
     return sorted({name for group in groups for run in group.runs for name in run["test"]})
 
 
-def all_runs(groups: Sequence[Group]) -> Table:
-    """One row for each group, with means and standard deviations over its seeds."""
+def all_runs(dirs: Sequence[Path], groups: Sequence[Group]) -> Table:
+    """One row for each group, with means and standard deviations over its seeds.
+
+    Args:
+        dirs: the folders of the report, where a sweep's plan has the commands of runs that did not
+            record their own.
+        groups: the groups of finished runs in them.
+    """
     told = ["settings"] if any(group.settings for group in groups) else []
-    heads = ["config", "method", "seeds", *told, *_columns(groups)]
-    table = Table("table", "All runs", [*heads, "steps", "device", "evaluated on"], [])
+    heads = ["config", "method", "seeds", *told, *_columns(groups), *_MADE]
+    table = Table("table", "All runs", heads, [])
+    planned = {}
+    for path in _plans(dirs):
+        for row in plans.read(path).rows:
+            planned[(path.parent / row["row"]).resolve()] = _planned_command(row)
     for group in groups:
         first: list[Cell] = [group.name, group.method, len(group.runs), group.settings]
-        table.rows.append([*first[: 3 + len(told)], *_numbers(group, groups), *_made(group)])
+        known = [planned[folder.parent] for folder in group.folders if folder.parent in planned]
+        own = group.runs[0]["config"].get("command")
+        command = _command(own) if isinstance(own, list) else next(iter(known), "")
+        numbers = _numbers(group, groups)
+        table.rows.append([*first[: 3 + len(told)], *numbers, *_made(group), command])
     return table
 
 
@@ -159,9 +181,8 @@ def sweeps(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
         dirs: the folders of the report.
         groups: the groups of finished runs in them.
     """
-    plans = sorted({path for d in dirs for path in files.named(d, f"*{SWEEP}")})
     found: list[Table] = []
-    for path in plans:
+    for path in _plans(dirs):
         name = own = path.name.removesuffix(SWEEP)
         number, taken = 1, {"table", "sets", *(table.name for table in found)}
         while name in taken:  # Each table has its file.
@@ -174,8 +195,7 @@ def sweeps(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
 def _sweep(name: str, path: Path, groups: Sequence[Group]) -> Table:
     plan = plans.read(path)
     by_row = {folder.parent: group for group in groups for folder in group.folders}
-    made = ["steps", "device", "evaluated on"]
-    heads = ["run", "seeds", *_columns(groups), "reported by the paper", *made, "command"]
+    heads = ["run", "seeds", *_columns(groups), "reported by the paper", *_MADE]
     table = Table(name, f"{plan.config} in {path.parent}", heads, [])
     for planned in plan.rows:
         folder = (path.parent / planned["row"]).resolve()
@@ -184,12 +204,23 @@ def _sweep(name: str, path: Path, groups: Sequence[Group]) -> Table:
             group = group.only({run for run in group.folders if run.parent == folder})
         done = len(group.runs) if group else 0
         told = str(done) if done >= plan.seeds else f"{done}, missing {plan.seeds - done}"
-        flags = [f"--config={planned['config']}", *(f"--config.{o}" for o in planned["overrides"])]
-        command = " ".join(["python -m experiments.main", *map(shlex.quote, flags)])
-        last = _made(group) if group else [""] * len(made)
-        numbers = _numbers(group, groups)
+        last = _made(group) if group else ["", "", ""]
+        numbers, command = _numbers(group, groups), _planned_command(planned)
         table.rows.append([planned["row"], told, *numbers, planned["paper"], *last, command])
     return table
+
+
+def _plans(dirs: Sequence[Path]) -> list[Path]:
+    return sorted({path for d in dirs for path in files.named(d, f"*{SWEEP}")})
+
+
+def _planned_command(planned: Mapping[str, Any]) -> str:
+    overrides = (f"--config.{text}" for text in planned["overrides"])
+    return _command([f"--config={planned['config']}", *overrides])
+
+
+def _command(arguments: Sequence[str]) -> str:
+    return " ".join(["python -m experiments.main", *map(shlex.quote, map(str, arguments))])
 
 
 def _columns(groups: Sequence[Group]) -> dict[str, tuple[Read, str]]:

@@ -56,6 +56,7 @@ def test_trains(finished):
     }  # fmt: skip
     config = json.loads((finished / "config.json").read_text())
     assert config["name"] == "toy_config:80/60"
+    assert config["command"] == [a for a in command(finished) if a.startswith("--config")]
     assert config["method"]["backward_density"] == 0.4
     assert int(last_state(finished)[0].step) == 20
     assert any(p.stat().st_size > 100 for p in (finished / "tensorboard").iterdir())

@@ -81,7 +81,11 @@ def test_table_and_figures(runs, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([str(runs), f"--out={out}"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith((out / "table.md").read_text())
+    heads, *lines = text[: text.index("\n\n")].splitlines()
+    assert (out / "table.md").read_text() == "".join(
+        f"{line}{more}\n"
+        for line, more in zip([heads, *lines], [" command |", " --- |", *["  |"] * 4], strict=True)
+    )
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     table = {(row[0], row[2]): dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
     assert len(table) == 4
@@ -147,6 +151,22 @@ def test_the_rows_of_a_sweep_stand_beside_what_the_paper_reports(tmp_path, capsy
         "| 90-80 | 2, missing 1 | 0.6500 ± 0.0707 |"
         in (tmp_path / "out" / "table_6.md").read_text()
     )
+
+
+def test_each_row_has_the_command_that_made_it(tmp_path, capsys):
+    a_sweep(tmp_path / "s")
+    own = final("c:x y", "set", 0, 0.5, 0.1)
+    own["config"]["command"] = ["--config=d/c.py:x y", "--config.steps=3"]
+    put(tmp_path / "own", own)
+    put(tmp_path / "unknown", final("c:dense", "dense", 0, 0.5))
+    assert main([str(tmp_path), f"--out={tmp_path}/out"]) == 0
+    with open(tmp_path / "out" / "table.csv") as file:
+        commands = {row["config"]: row["command"] for row in csv.DictReader(file)}
+    assert commands == {
+        "c:90/80": "python -m experiments.main --config=c.py:90/80",  # as the sweep planned it
+        "c:x y": "python -m experiments.main '--config=d/c.py:x y' --config.steps=3",
+        "c:dense": "",
+    }
 
 
 class Page(HTMLParser):

@@ -243,7 +243,8 @@ class HostLeaf:
         source = np.empty((len(layers), layers[0][0].size), np.int32)
         for row in source:
             row[...] = layers.pop(0)[0]
-        index = _padded(fresh, source.shape[-1])
+        first = 4 if self.pattern.unit_shape else 16  # A block is large.
+        index = _padded(fresh, first, source.shape[-1])
         return Move(source, index, self.gather(theta, index), forward[0], list(left))
 
     def _move_layer(
@@ -294,9 +295,9 @@ def moves(
     return {n: leaves[n]._move(theta[n], [done.pop(0) for _ in tasks[n]]) for n in new}
 
 
-def _padded(fresh: Sequence[np.ndarray], most: int) -> np.ndarray:
-    """Rows filled up with unit 0 to one of few lengths, so that few programs are compiled."""
-    need, length = max(row.size for row in fresh), 16
+def _padded(fresh: Sequence[np.ndarray], first: int, most: int) -> np.ndarray:
+    """Rows filled up with unit 0 to `first`, 4, 16, … times as many: few programs are compiled."""
+    need, length = max(row.size for row in fresh), first
     while length < need:
         length *= 4
     index = np.zeros((len(fresh), min(length, most)), np.int32)

@@ -262,6 +262,22 @@ def test_words_are_reported_as_perplexity():
     assert all(map(is_value, diverged.values()))  # What is written can be reported.
 
 
+@pytest.mark.parametrize(("words", "cutoffs"), [(100, ()), (30_000, (20_000,))])
+def test_a_text_of_few_words_has_the_clusters_that_it_fills(tmp_path, capsys, words, cutoffs):
+    file = tmp_path / "text"
+    file.write_text(" ".join(f"w{i}" for i in range(words) for _ in range(400_000 // words)))
+    own = ["data.name=text_file", f"data.file={file}"]
+    found = resolve("configs/wikitext103_large.py:90/80", own)
+    size = found.data.vocabulary_size
+    assert (20_000 if cutoffs else 2) < size < words + 10
+    assert found.model.cutoffs == cutoffs
+    assert found.model.tie_projs == (True, False)[: 1 + len(cutoffs)]
+    told = capsys.readouterr().err
+    assert f"the vocabulary has {size:,} tokens" in told
+    planned = description(found, make_task(found))
+    assert 0.1 < planned["active_parameters"] / planned["parameters"] < 0.102
+
+
 def test_a_method_that_refreshes_in_every_step_does_so_in_the_study():
     for variant in ("dnw-90,study", "set-90,study"):
         every = resolve(spec("enwik8_small", variant)).method.refresh_every
