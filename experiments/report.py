@@ -54,7 +54,7 @@ def report(dirs: Sequence[Path], out: Path) -> str:
     workdir.check_no_address("--out", out)
     found, unfinished = collect(dirs)
     groups, others = once(found)
-    listed = [tables.all_runs(dirs, groups), *tables.sweeps(dirs, found), *tables.sets(groups)]
+    listed = tables.of_report(dirs, found, groups)
     left_out = [f"left out, not finished: {path}" for path in unfinished]
     left_out += [f"left out, config and seed of another run: {path}" for path in others]
     written = []

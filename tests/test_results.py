@@ -14,11 +14,7 @@ ROOT = Path(__file__).parent.parent / "results"
 def test_tables_are_made_again_from_the_records(name, tmp_path):
     found, _ = collect([ROOT / name])
     groups, _ = once(found)
-    listed = [
-        tables.all_runs([ROOT / name], groups),
-        *tables.sweeps([ROOT / name], found),
-        *tables.sets(groups),
-    ]
+    listed = tables.of_report([ROOT / name], found, groups)
     assert len(listed) > 1
     for table in listed:
         table.write_csv(tmp_path / "table.csv")

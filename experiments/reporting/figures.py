@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.records.workdir import flat
 from experiments.reporting import tables
@@ -172,6 +172,7 @@ def _against(
     colors = dict(zip(labels, _colors(len(labels)), strict=True))
     markers = dict(zip(densities, itertools.cycle(MARKERS), strict=False))
     handles, shown = [], set()
+    drawn_at: list[float] = []
     for line in lines:
         color = colors[line.label]
         if f", {line.label}".endswith(", dense") and len(line.points) == 1:
@@ -182,6 +183,7 @@ def _against(
             continue
         marker = markers.get(line.density or "", "o")
         places, means, deviations = zip(*sorted(line.points), strict=True)
+        drawn_at += places
         fill = "none" if line.hollow else color
         axes.errorbar(
             places, means, deviations, color=color, marker=marker, mfc=fill, ls="", capsize=3
@@ -205,8 +207,8 @@ def _against(
         handles.append(
             Line2D([], [], color="black", marker="o", mfc="none", ls="", label="other settings")
         )
-    if logarithmic:
-        _logarithmic(axes, [place for line in lines for place, _, _ in line.points])
+    if logarithmic and drawn_at:
+        _logarithmic(axes, drawn_at)
     axes.grid(alpha=0.3)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -216,8 +218,8 @@ def _against(
 
 def _colors(count: int) -> list[Any]:
     """As many colours that can be told apart."""
-    if count <= 10:
-        return [f"C{i}" for i in range(count)]
+    if count <= 12:
+        return [*(f"C{i}" for i in range(10)), "midnightblue", "lime"][:count]
     return [plt.get_cmap("turbo")(i / (count - 1)) for i in range(count)]
 
 
@@ -232,13 +234,16 @@ def _legend(figure: Any, axes: Any, handles: Sequence[Any]) -> None:
 
 
 def _logarithmic(axes: Any, places: list[float]) -> None:
+    """Makes the axis logarithmic, with places as its ticks: as many as their labels have room."""
     axes.set_xscale("log")
-    ticks = sorted({float(f"{place:.2g}") for place in places})
-    near = (max(ticks) / min(ticks)) ** 0.05
-    if len(ticks) <= 12 and all(b > near * a for a, b in itertools.pairwise(ticks)):
-        axes.set_xticks(ticks)
-    else:
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    first, *others = sorted({float(f"{place:.2g}") for place in places})
+    ticks, near = [first], (max(places) / min(places)) ** 0.08
+    for place in others:
+        if place > near * ticks[-1]:
+            ticks.append(place)
+    axes.set_xticks(ticks)
+    if not others:  # Means that differ by rounding would be a range.
+        axes.set_xlim(first / 2, first * 2)
     told = lambda place, _: f"{place:,.0f}" if place >= 100 else f"{place:.3g}"  # noqa: E731
     axes.xaxis.set_major_formatter(FuncFormatter(told))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -107,26 +107,30 @@ def metric_names(groups: Sequence[Group]) -> list[str]:
     return sorted({name for group in groups for run in group.runs for name in run["test"]})
 
 
+def of_report(dirs: Sequence[Path], found: Sequence[Group], groups: Sequence[Group]) -> list[Table]:
+    """All tables of a report, that of all runs first.
+
+    Args:
+        dirs: the folders of the report.
+        found: the groups of finished runs in them.
+        groups: the same with one run for each seed.
+    """
+    return [all_runs(dirs, groups), *sweeps(dirs, found), *sets(dirs, groups)]
+
+
 def all_runs(dirs: Sequence[Path], groups: Sequence[Group]) -> Table:
     """One row for each group, with means and standard deviations over its seeds.
 
     Args:
-        dirs: the folders of the report, where a sweep's plan has the commands of runs that did not
-            record their own.
+        dirs: the folders of the report.
         groups: the groups of finished runs in them.
     """
     told = ["settings"] if any(group.settings for group in groups) else []
     heads = ["config", "method", "seeds", *told, *_columns(groups), *_MADE]
     table = Table("table", "All runs", heads, [])
-    planned = {}
-    for path in _plans(dirs):
-        for row in plans.read(path).rows:
-            planned[(path.parent / row["row"]).resolve()] = _planned_command(row)
-    for group in groups:
+    commands = _commands(dirs, groups)
+    for group, command in zip(groups, commands, strict=True):
         first: list[Cell] = [group.name, group.method, len(group.runs), group.settings]
-        known = [planned[folder.parent] for folder in group.folders if folder.parent in planned]
-        own = group.runs[0]["config"].get("command")
-        command = _command(own) if isinstance(own, list) else next(iter(known), "")
         numbers = _numbers(group, groups)
         table.rows.append([*first[: 3 + len(told)], *numbers, *_made(group), command])
     return table
@@ -137,23 +141,24 @@ MOVED = [f"{what}_{of}" for what in ("differ", "woken") for of in ("mean", "leas
 EVER_ACTIVE = "reservoir_ever_active"
 
 
-def sets(groups: Sequence[Group]) -> list[Table]:
+def sets(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
     """How the sets moved between the steps at which they were written (the paper's figure 3).
 
     Means over the seeds of a run's mean, least and most over its leaves, and of the share of the
     first reservoir that was active up to then. No table if no run wrote its sets.
     """
     heads = ["config", "settings", "seeds", "from step", "to step"]
-    heads += [*(key.replace("_", ", ") for key in MOVED), "reservoir ever active"]
+    heads += [*(key.replace("_", ", ") for key in MOVED), "reservoir ever active", "command"]
     table = Table("sets", "The sets between two steps", heads, [])
-    for group in groups:
+    for group, command in zip(groups, _commands(dirs, groups), strict=True):
         pairs: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for records in group.records:
             for pair, record in _moved(records).items():
                 pairs.setdefault(pair, []).append(record)
         for pair, found in sorted(pairs.items(), key=lambda item: item[0][::-1]):
             numbers = [_over([each.get(key) for each in found]) for key in (*MOVED, EVER_ACTIVE)]
-            table.rows.append([group.name, group.settings, len(found), *pair, *numbers])
+            first: list[Cell] = [group.name, group.settings, len(found), *pair]
+            table.rows.append([*first, *numbers, command])
     return [table] if table.rows else []
 
 
@@ -212,6 +217,24 @@ def _sweep(name: str, path: Path, groups: Sequence[Group]) -> Table:
 
 def _plans(dirs: Sequence[Path]) -> list[Path]:
     return sorted({path for d in dirs for path in files.named(d, f"*{SWEEP}")})
+
+
+def _commands(dirs: Sequence[Path], groups: Sequence[Group]) -> list[str]:
+    """How each group was made: as its first run recorded it, or as a sweep in the folders planned.
+
+    Empty for runs that no sweep made, and that are older than the record.
+    """
+    planned = {
+        (path.parent / row["row"]).resolve(): _planned_command(row)
+        for path in _plans(dirs)
+        for row in plans.read(path).rows
+    }
+    commands = []
+    for group in groups:
+        own = group.runs[0]["config"].get("command")
+        rows = [planned[folder.parent] for folder in group.folders if folder.parent in planned]
+        commands.append(_command(own) if isinstance(own, list) else next(iter(rows), ""))
+    return commands
 
 
 def _planned_command(planned: Mapping[str, Any]) -> str:

@@ -385,6 +385,20 @@ def test_a_method_has_one_colour_and_a_density_one_marker():
     assert first.get_marker() == third.get_marker() != second.get_marker()
 
 
+def test_a_logarithmic_axis_has_ticks_at_points_as_far_as_their_labels_have_room():
+    points = [(place, 0.5, 0.0) for place in (66_970, 102_714, 103_006, 174_942, 175_106)]
+    lines = [
+        figures.Line("c, dense", None, [(751_822, 0.9, 0.0)]),  # A line across has no place.
+        figures.Line("c, set", "0.1", points),
+    ]
+    axes = figures._against(lines, "parameters", "bpc", True, min).axes[0]
+    assert list(axes.get_xticks()) == [67_000, 100_000, 170_000]
+    assert [axes.xaxis.get_major_formatter()(tick, 0) for tick in axes.get_xticks()] == [
+        "67,000", "100,000", "170,000"
+    ]  # fmt: skip
+    figures._against(lines[:1], "parameters", "bpc", True, min)
+
+
 def planned(folder, name, seeds, rows):
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(
