@@ -11,7 +11,8 @@ Expected test bits per character (the paper's table 5 [V]), magnitude pruning an
     90/0   1.08    90/80  1.10
     95/0   1.14    95/90  1.17
 Data: enwik8, prepared once by `scripts/prepare_text enwik8`. Each of its 205 bytes is a symbol.
-Hardware: not tried on any; an estimated 102 chip-hours of TPU v5e (docs/reproducing.md).
+Hardware: not tried on any; an estimated 102 chip-hours of TPU v5e, or 20 hours of one H100, so that
+it is the language model of the paper that a single GPU can train (docs/reproducing.md).
 
 Command:
     python -m experiments.main --config=configs/enwik8_69m.py:90/80 --workdir=DIR

@@ -6,12 +6,12 @@ Adam at 2.5e-4 with cosine decay, gradient norm clipped at 0.25, no weight decay
 every 100 steps. The paper has no model of this size. Embeddings and the softmax are dense here; in
 `wikitext103_large.py`, every matrix is sparse.
 
-Expected: dense 24.0 perplexity, Transformer-XL's published result at these evaluation lengths.
+Expected: dense 24.0 perplexity, Transformer-XL's published result at these evaluation lengths [V].
 The paper reports no number for it.
 
 Data: WikiText-103, prepared once by `scripts/prepare_text wikitext103`; 267,735 words.
-Hardware: 4 GPUs of 16 GB in the original; 60 lanes divide over any divisor of 60 devices;
-docs/reproducing.md has the device-hours.
+Hardware: 4 GPUs of 16 GB in the original; 60 lanes divide over any divisor of 60 devices. Not
+tried; an estimated 7 chip-hours of TPU v5e (docs/reproducing.md).
 
 Command:
     python -m experiments.main --config=configs/wikitext103_base.py:90/80 --workdir=DIR

@@ -33,6 +33,8 @@ SWEEPS = (
         "study_options",
         "rigl_cifar10",
     ),
+    # Of study_texts.py, test_paper_numbers.py plans the rows without a variant.
+    *("study_texts:rates", "study_texts:suspects"),
     *(f"{name}:small" for name in FIGURES),  # test_paper_numbers.py plans them at full size
 )
 

@@ -11,8 +11,8 @@ beside the rows are those of its models of 277 M (table 2, figure 3c) and of 69 
 5).
 
 Data: `--config.data.name=text_file --config.data.file=enwik8`, any file of raw text.
-Hardware: one CPU core, 20 to 50 minutes a run; `:rates` 5 to 28 minutes (the longer with other
-work on the machine).
+Hardware: one CPU core, 15 to 90 minutes a run; `:rates` 5 to 28 minutes (the longer with other work
+on the machine).
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/study_texts.py --workdir=runs/texts \
