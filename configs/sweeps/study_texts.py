@@ -4,7 +4,7 @@ A Transformer-XL of 0.75 M parameters (`configs/enwik8_small.py:…,study`) sees
 enwik8. docs/results.md has the claims and the results. `:rates` trains each method for a quarter of
 the steps at three learning rates, without a test; compare the mean training loss of the last 500
 steps. `:suspects` asks in runs of that length why Top-KAST is behind a fixed random mask: other
-steps between refreshes and weights of the penalty, AdamW's decay of B in place of the penalty, and
+steps between refreshes and weights of the penalty, AdamW's decay of all matrices in its place, and
 a start at zero for what enters B; `rates-90-80-0.004` and `rates-static-90-0.004` are the same
 without a change. Two rows of the study are repeated at twice the learning rate. The paper's numbers
 beside the rows are those of its models of 277 M (table 2, figure 3c) and of 69 M parameters (table

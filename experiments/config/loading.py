@@ -72,17 +72,17 @@ def resolve(spec: str, overrides: Iterable[str] = ()) -> ConfigDict:
     for text in overrides:
         key = text.partition("=")[0]
         if key in ("task", "name", "command"):
-            raise UserError(
-                f"--config.{key}: cannot be overridden: a run has the {key} of its config file"
-            )
+            which = "records its own" if key == "command" else f"has the {key} of its config file"
+            raise UserError(f"--config.{key}: cannot be overridden: a run {which}")
         if text.startswith("method.name="):
             override(config, text)
     methods.complete(config)
     keys = {override(config, text) for text in overrides}
     path, _, variant = spec.partition(":")
-    config.name = Path(path).stem + (f":{variant}" if variant else "")
     own = [text for text in overrides if not text.startswith("seed=")]
-    config.command = (f"--config={spec}", *(f"--config.{text}" for text in own))
+    with config.unlocked():
+        config.name = Path(path).stem + (f":{variant}" if variant else "")
+        config.command = (f"--config={spec}", *(f"--config.{text}" for text in own))
     finish(config, keys)
     return config
 

@@ -168,12 +168,17 @@ def _fill_in(data: ConfigDict, found: dict[str, Any]) -> None:
 
 
 def _fit_clusters(model: ConfigDict, vocabulary_size: int) -> None:
-    """Leaves out the clusters that would begin beyond the vocabulary, and so be empty."""
-    cutoffs = [end for end in model.cutoffs if type(end) is not int or end < vocabulary_size]
+    """Leaves out the last clusters that would begin beyond the vocabulary, and so be empty."""
+    if model.name != "transformer_xl":  # The section of an own model has keys of its own.
+        return
+    cutoffs = list(model.cutoffs)
+    while cutoffs and type(cutoffs[-1]) is int and cutoffs[-1] >= vocabulary_size:
+        cutoffs.pop()
     if len(cutoffs) < len(model.cutoffs):
+        begin = f"the clusters begin at {cutoffs}" if cutoffs else "there is one cluster"
         warn(
             f"config.model.cutoffs={list(model.cutoffs)}: the vocabulary has {vocabulary_size:,} "
-            f"tokens, so the clusters begin at {cutoffs or 'the first one alone'}"
+            f"tokens, so {begin}"
         )
         model.cutoffs = tuple(cutoffs)
         model.tie_projs = tuple(model.tie_projs)[: len(cutoffs) + 1]

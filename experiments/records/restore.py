@@ -127,4 +127,6 @@ def with_representation(config: ConfigDict, to: str) -> ConfigDict:
     keys = ("name", *methods.method_keys(ConfigDict(method)))
     copy = config.copy_and_resolve_references()
     copy.method = ConfigDict({key: filled[key] for key in keys})
+    with copy.unlocked():
+        copy.command = ()  # That of the run makes its own representation.
     return copy

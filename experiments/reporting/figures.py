@@ -79,7 +79,8 @@ def draw(groups: Sequence[Group], metrics: Sequence[str], out: Path) -> list[Pat
         for name, (x, label) in AGAINST.items():
             lines = _stopping_lines(tested, metric) if x is _stopping else _lines(tested, metric, x)
             places = {place for line in lines for place, _, _ in line.points}
-            if len(places) > 1 or (name == "density" and places):
+            drawn = any(line.points for line in lines if not _across(line))
+            if (drawn and len(places) > 1) or (name == "density" and places):
                 paths.append(out / f"{metric}_against_{name}.png")
                 better = max if metric in LARGER_IS_BETTER else min
                 made = _against(lines, label, f"test {metric}", name != "stopping", better)
@@ -147,7 +148,8 @@ def _besides(group: Group, *keys: str) -> list[str]:
 def _add(line: Line, group: Group, metric: str, x: Callable[[Summary], Any]) -> None:
     read = tables.metric(metric)
     mean, place = group.mean(read), group.mean(x)
-    if mean is not None and place is not None:
+    # A record may say 0, which an axis of powers does not have.
+    if mean is not None and place is not None and (place > 0 or x is _stopping):
         deviation = group.deviation(read)
         line.points.append((place, mean, math.nan if deviation is None else deviation))
 
@@ -175,7 +177,7 @@ def _against(
     drawn_at: list[float] = []
     for line in lines:
         color = colors[line.label]
-        if f", {line.label}".endswith(", dense") and len(line.points) == 1:
+        if _across(line):
             style, besides = (":", ", other settings") if line.hollow else ("--", "")
             label, height = f"{line.label}{besides}", line.points[0][1]
             handles.append(axes.axhline(height, color=color, ls=style, label=label))
@@ -216,6 +218,11 @@ def _against(
     return figure
 
 
+def _across(line: Line) -> bool:
+    """Whether a line is drawn across the figure, and not at a place: that of the dense network."""
+    return f", {line.label}".endswith(", dense") and len(line.points) == 1
+
+
 def _colors(count: int) -> list[Any]:
     """As many colours that can be told apart."""
     if count <= 12:
@@ -235,16 +242,18 @@ def _legend(figure: Any, axes: Any, handles: Sequence[Any]) -> None:
 
 def _logarithmic(axes: Any, places: list[float]) -> None:
     """Makes the axis logarithmic, with places as its ticks: as many as their labels have room."""
+    told = lambda place, _: f"{place:,.0f}" if place >= 100 else f"{place:.3g}"  # noqa: E731
     axes.set_xscale("log")
     first, *others = sorted({float(f"{place:.2g}") for place in places})
-    ticks, near = [first], (max(places) / min(places)) ** 0.08
+    # A character takes about 1/70 of the width that the points lie within.
+    share = max(len(told(place, 0)) + 1 for place in (first, *others)) / 70
+    ticks, near = [first], (max(places) / min(places)) ** share
     for place in others:
         if place > near * ticks[-1]:
             ticks.append(place)
     axes.set_xticks(ticks)
     if not others:  # Means that differ by rounding would be a range.
         axes.set_xlim(first / 2, first * 2)
-    told = lambda place, _: f"{place:,.0f}" if place >= 100 else f"{place:.3g}"  # noqa: E731
     axes.xaxis.set_major_formatter(FuncFormatter(told))
     axes.xaxis.set_minor_formatter(NullFormatter())
 

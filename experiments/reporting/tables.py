@@ -62,7 +62,8 @@ class Table:
     def markdown(self) -> str:
         """The table as Markdown."""
         lines = [self.heads, ["---"] * len(self.heads)]
-        lines += [[str(cell).replace("|", "\\|") for cell in row] for row in self.rows]
+        told = lambda cell: str(cell).replace("|", "\\|").replace("\n", " ")  # noqa: E731
+        lines += [[told(cell) for cell in row] for row in self.rows]
         return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
     def without(self, head: str) -> Table:
@@ -150,7 +151,8 @@ def sets(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
     heads = ["config", "settings", "seeds", "from step", "to step"]
     heads += [*(key.replace("_", ", ") for key in MOVED), "reservoir ever active", "command"]
     table = Table("sets", "The sets between two steps", heads, [])
-    for group, command in zip(groups, _commands(dirs, groups), strict=True):
+    wrote = [group.only(_with_sets(group) or group.folders) for group in groups]
+    for group, command in zip(groups, _commands(dirs, wrote), strict=True):
         pairs: dict[tuple[int, int], list[dict[str, Any]]] = {}
         for records in group.records:
             for pair, record in _moved(records).items():
@@ -160,6 +162,11 @@ def sets(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
             first: list[Cell] = [group.name, group.settings, len(found), *pair]
             table.rows.append([*first, *numbers, command])
     return [table] if table.rows else []
+
+
+def _with_sets(group: Group) -> list[Path]:
+    """The folders of the runs of a group that wrote their sets."""
+    return [f for f, records in zip(group.folders, group.records, strict=True) if _moved(records)]
 
 
 def _moved(records: Sequence[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
@@ -220,7 +227,7 @@ def _plans(dirs: Sequence[Path]) -> list[Path]:
 
 
 def _commands(dirs: Sequence[Path], groups: Sequence[Group]) -> list[str]:
-    """How each group was made: as its first run recorded it, or as a sweep in the folders planned.
+    """How each group was made: as a run recorded it, or else as a sweep in the folders planned it.
 
     Empty for runs that no sweep made, and that are older than the record.
     """
@@ -231,9 +238,10 @@ def _commands(dirs: Sequence[Path], groups: Sequence[Group]) -> list[str]:
     }
     commands = []
     for group in groups:
-        own = group.runs[0]["config"].get("command")
-        rows = [planned[folder.parent] for folder in group.folders if folder.parent in planned]
-        commands.append(_command(own) if isinstance(own, list) else next(iter(rows), ""))
+        own = [run["config"].get("command") for run in group.runs]
+        known = [_command(made) for made in own if made and isinstance(made, list)]
+        known += [planned[folder.parent] for folder in group.folders if folder.parent in planned]
+        commands.append(next(iter(known), ""))
     return commands
 
 

@@ -158,6 +158,8 @@ def test_each_row_has_the_command_that_made_it(tmp_path, capsys):
     own = final("c:x y", "set", 0, 0.5, 0.1)
     own["config"]["command"] = ["--config=d/c.py:x y", "--config.steps=3"]
     put(tmp_path / "own", own)
+    own["config"].pop("command")  # An older seed of the same row.
+    put(tmp_path / "old", own | {"seed": 1})
     put(tmp_path / "unknown", final("c:dense", "dense", 0, 0.5))
     assert main([str(tmp_path), f"--out={tmp_path}/out"]) == 0
     with open(tmp_path / "out" / "table.csv") as file:
@@ -462,7 +464,8 @@ def test_how_the_sets_moved_between_two_steps_is_a_table(tmp_path, capsys):
     moved = {"differ_mean": 0.2, "differ_least": 0.1, "differ_most": 0.3, "woken_mean": 0.04}
     for seed in range(3):
         folder = tmp_path / "runs" / "80-50" / f"seed-{seed}"
-        put(folder, final("c:80/50", "top_kast", seed, 0.5, write_sets_every=10))
+        made = ["--config=c.py:80/50", "--config.write_sets_every=10"]
+        put(folder, final("c:80/50", "top_kast", seed, 0.5, write_sets_every=10, command=made))
         records = [
             {"step": 3, "split": "masks", "reservoir_ever_active": 0.01},
             {"step": 10, "split": "sets", "since": (8, 8, 0)[seed],
@@ -471,9 +474,12 @@ def test_how_the_sets_moved_between_two_steps_is_a_table(tmp_path, capsys):
             {"step": 4, "split": "sets", "since": 0, "differ_mean": 0.5},
         ]  # fmt: skip
         (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    plain = final("c:80/50", "top_kast", 3, 0.5, write_sets_every=0, command=made[:1])
+    put(tmp_path / "runs" / "0-without-sets", plain)
     assert main([str(tmp_path / "runs"), f"--out={tmp_path / 'out'}"]) == 0
     with open(tmp_path / "out" / "sets.csv") as file:
         rows = list(csv.DictReader(file))
+    assert {row["command"] for row in rows} == {" ".join(["python -m experiments.main", *made])}
     assert [(r["from step"], r["to step"], r["seeds"]) for r in rows] == [
         ("0", "4", "3"), ("0", "10", "1"), ("8", "10", "2"),
     ]  # fmt: skip

@@ -78,6 +78,13 @@ def test_bad_override(text):
     assert "\n" not in str(error.value)
 
 
+def test_a_config_records_the_arguments_that_made_it():
+    made = config("80/60", "seed=1", "steps=30")
+    file = made.command[0].removeprefix("--config=")
+    assert file.endswith("toy_config.py:80/60")
+    assert made.command[1:] == ("--config.steps=30",)  # The seed is of one run.
+
+
 def test_a_path_may_be_in_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/somewhere")
     changed = base_config("image_classification")
