@@ -1,4 +1,4 @@
-"""The rows of the images' half of the study with one seed, which explain the others.
+"""The rows of the images' half of the study that explain the others.
 
 The other methods at 90 % and Erdős–Rényi densities, whose numbers on ImageNet stand beside them;
 and Top-KAST with other weights of the exploration penalty, blocks, N:M and constant fan-in, of
@@ -9,7 +9,7 @@ Data and hardware: as `study_images.py`.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/study_options.py --workdir=runs/images \
-        --jobs=2
+        --seeds=3 --jobs=2
 """
 
 from collections.abc import Iterator, Mapping

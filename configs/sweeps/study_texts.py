@@ -3,12 +3,11 @@
 A Transformer-XL of 0.75 M parameters (`configs/enwik8_small.py:…,study`) sees 8.2 M bytes of
 enwik8. docs/results.md has the claims and the results. `:rates` trains each method for a quarter of
 the steps at three learning rates, without a test; compare the mean training loss of the last 500
-steps. `:suspects` asks in runs of that length why Top-KAST is behind a fixed random mask: other
-steps between refreshes and weights of the penalty, AdamW's decay of all matrices in its place, and
-a start at zero for what enters B; `rates-90-80-0.004` and `rates-static-90-0.004` are the same
-without a change. Two rows of the study are repeated at twice the learning rate. The paper's numbers
-beside the rows are those of its models of 277 M (table 2, figure 3c) and of 69 M parameters (table
-5).
+steps. `:suspects` asks in runs of that length why Top-KAST is behind a fixed random mask: more
+refreshes, other weights of the penalty, AdamW's decay of all matrices in its place, and a start at
+zero for what enters B; `rates-90-80-0.004` and `rates-static-90-0.004` are the same without a
+change. Two rows of the study are repeated at twice the learning rate. The paper's numbers beside
+the rows are those of its models of 277 M (table 2, figure 3c) and of 69 M parameters (table 5).
 
 Data: `--config.data.name=text_file --config.data.file=enwik8`, any file of raw text.
 Hardware: one CPU core, 15 to 90 minutes a run; `:rates` 5 to 28 minutes (the longer with other work
@@ -29,7 +28,7 @@ METHODS = ("dense", "small-dense-90", "static-90", "set-90", "rigl-90", "pruning
 TOP_KAST = ("80/0", "80/60", "80/80", "90/60", "95/90")
 RATES = (2e-3, 4e-3, 8e-3)
 ZERO_START = "docs.examples.zero_start:zero_start"
-SUSPECTS = (("refresh_every", (25, 400)), ("exploration_weight", (0.0, 1e-3)))
+SUSPECTS = (("refresh_every", (25,)), ("exploration_weight", (0.0, 1e-3)))
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str, object], str]]:
@@ -47,10 +46,9 @@ def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str,
                 name = f"suspects-{key}-{value:g}"
                 own = {"steps": 2_000, f"method.{key}": value, "eval_at_end": False}
                 yield name, f"{CONFIG}:90/80,study", own, ""
-        for decay in (0.1, 1.0):
-            adamw = {"optimizer.name": "adamw", "optimizer.weight_decay": decay}
-            none = {"steps": 2_000, "method.exploration_weight": 0.0, "eval_at_end": False}
-            yield f"suspects-weight_decay-{decay:g}", f"{CONFIG}:90/80,study", none | adamw, ""
+        adamw = {"optimizer.name": "adamw", "optimizer.weight_decay": 0.1}
+        none = {"steps": 2_000, "method.exploration_weight": 0.0, "eval_at_end": False}
+        yield "suspects-weight_decay-0.1", f"{CONFIG}:90/80,study", none | adamw, ""
         zero = {"steps": 2_000, "method.name": ZERO_START, "eval_at_end": False}
         yield "suspects-zero_start", f"{CONFIG}:90/80,study", zero, ""
         return
