@@ -116,24 +116,28 @@ def of_report(dirs: Sequence[Path], found: Sequence[Group], groups: Sequence[Gro
         found: the groups of finished runs in them.
         groups: the same with one run for each seed.
     """
-    return [all_runs(dirs, groups), *sweeps(dirs, found), *sets(dirs, groups)]
+    planned = {
+        (path.parent / row["row"]).resolve(): _planned_command(row)
+        for path in _plans(dirs)
+        for row in plans.read(path).rows
+    }
+    return [all_runs(groups, planned), *sweeps(dirs, found), *sets(groups, planned)]
 
 
-def all_runs(dirs: Sequence[Path], groups: Sequence[Group]) -> Table:
+def all_runs(groups: Sequence[Group], planned: Mapping[Path, str]) -> Table:
     """One row for each group, with means and standard deviations over its seeds.
 
     Args:
-        dirs: the folders of the report.
-        groups: the groups of finished runs in them.
+        groups: the groups of finished runs.
+        planned: the commands of the rows that sweeps planned, by their folders.
     """
     told = ["settings"] if any(group.settings for group in groups) else []
     heads = ["config", "method", "seeds", *told, *_columns(groups), *_MADE]
     table = Table("table", "All runs", heads, [])
-    commands = _commands(dirs, groups)
-    for group, command in zip(groups, commands, strict=True):
+    for group in groups:
         first: list[Cell] = [group.name, group.method, len(group.runs), group.settings]
-        numbers = _numbers(group, groups)
-        table.rows.append([*first[: 3 + len(told)], *numbers, *_made(group), command])
+        numbers, last = _numbers(group, groups), [*_made(group), _command_of(group, planned)]
+        table.rows.append([*first[: 3 + len(told)], *numbers, *last])
     return table
 
 
@@ -142,31 +146,32 @@ MOVED = [f"{what}_{of}" for what in ("differ", "woken") for of in ("mean", "leas
 EVER_ACTIVE = "reservoir_ever_active"
 
 
-def sets(dirs: Sequence[Path], groups: Sequence[Group]) -> list[Table]:
+def sets(groups: Sequence[Group], planned: Mapping[Path, str]) -> list[Table]:
     """How the sets moved between the steps at which they were written (the paper's figure 3).
 
     Means over the seeds of a run's mean, least and most over its leaves, and of the share of the
     first reservoir that was active up to then. No table if no run wrote its sets.
+
+    Args:
+        groups: the groups of finished runs.
+        planned: as in `all_runs`.
     """
     heads = ["config", "settings", "seeds", "from step", "to step"]
     heads += [*(key.replace("_", ", ") for key in MOVED), "reservoir ever active", "command"]
     table = Table("sets", "The sets between two steps", heads, [])
-    wrote = [group.only(_with_sets(group) or group.folders) for group in groups]
-    for group, command in zip(groups, _commands(dirs, wrote), strict=True):
+    for group in groups:
+        moved = list(map(_moved, group.records))
+        wrote = group.only([f for f, found in zip(group.folders, moved, strict=True) if found])
+        command = _command_of(wrote, planned)
         pairs: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        for records in group.records:
-            for pair, record in _moved(records).items():
+        for each in moved:
+            for pair, record in each.items():
                 pairs.setdefault(pair, []).append(record)
         for pair, found in sorted(pairs.items(), key=lambda item: item[0][::-1]):
             numbers = [_over([each.get(key) for each in found]) for key in (*MOVED, EVER_ACTIVE)]
             first: list[Cell] = [group.name, group.settings, len(found), *pair]
             table.rows.append([*first, *numbers, command])
     return [table] if table.rows else []
-
-
-def _with_sets(group: Group) -> list[Path]:
-    """The folders of the runs of a group that wrote their sets."""
-    return [f for f, records in zip(group.folders, group.records, strict=True) if _moved(records)]
 
 
 def _moved(records: Sequence[dict[str, Any]]) -> dict[tuple[int, int], dict[str, Any]]:
@@ -216,7 +221,7 @@ def _sweep(name: str, path: Path, groups: Sequence[Group]) -> Table:
             group = group.only({run for run in group.folders if run.parent == folder})
         done = len(group.runs) if group else 0
         told = str(done) if done >= plan.seeds else f"{done}, missing {plan.seeds - done}"
-        last = _made(group) if group else ["", "", ""]
+        last = _made(group) if group else [""] * (len(_MADE) - 1)
         numbers, command = _numbers(group, groups), _planned_command(planned)
         table.rows.append([planned["row"], told, *numbers, planned["paper"], *last, command])
     return table
@@ -226,23 +231,15 @@ def _plans(dirs: Sequence[Path]) -> list[Path]:
     return sorted({path for d in dirs for path in files.named(d, f"*{SWEEP}")})
 
 
-def _commands(dirs: Sequence[Path], groups: Sequence[Group]) -> list[str]:
-    """How each group was made: as a run recorded it, or else as a sweep in the folders planned it.
+def _command_of(group: Group, planned: Mapping[Path, str]) -> str:
+    """How a group was made: as a run recorded it, or else as a sweep planned it.
 
     Empty for runs that no sweep made, and that are older than the record.
     """
-    planned = {
-        (path.parent / row["row"]).resolve(): _planned_command(row)
-        for path in _plans(dirs)
-        for row in plans.read(path).rows
-    }
-    commands = []
-    for group in groups:
-        own = [run["config"].get("command") for run in group.runs]
-        known = [_command(made) for made in own if made and isinstance(made, list)]
-        known += [planned[folder.parent] for folder in group.folders if folder.parent in planned]
-        commands.append(next(iter(known), ""))
-    return commands
+    own = [run["config"].get("command") for run in group.runs]
+    known = [_command(made) for made in own if made and isinstance(made, list)]
+    known += [planned[folder.parent] for folder in group.folders if folder.parent in planned]
+    return next(iter(known), "")
 
 
 def _planned_command(planned: Mapping[str, Any]) -> str:

@@ -401,6 +401,15 @@ def test_a_logarithmic_axis_has_ticks_at_points_as_far_as_their_labels_have_room
     figures._against(lines[:1], "parameters", "bpc", True, min)
 
 
+def test_a_record_of_nothing_has_no_place_on_an_axis_of_powers(tmp_path):
+    put(tmp_path / "nothing", final("c:90/90", "top_kast", 0, 0.1, 0.0))
+    put(tmp_path / "some", final("c:90/80", "top_kast", 0, 0.5, 0.1))
+    groups, _ = collect([tmp_path])
+    for name in ("density", "parameters", "training_flops"):
+        (line,) = figures._lines(groups, "accuracy", figures.AGAINST[name][0])
+        assert len(line.points) == 1
+
+
 def planned(folder, name, seeds, rows):
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(
