@@ -25,7 +25,7 @@ TOP_KAST = (
 )  # fmt: skip
 METHODS = (
     "small-dense-90", "pruning-90", "static-90", "set-90", "rigl-90", "static-95", "set-95",
-    "rigl-95", "static-98", "rigl-98", "static-99", "rigl-99",
+    "rigl-95", "static-98", "set-98", "rigl-98", "static-99", "set-99", "rigl-99",
 )  # fmt: skip
 OWN: dict[str, tuple[Mapping[str, object], ...]] = {
     "90/80": (

@@ -1,4 +1,4 @@
-"""The CPU's compiled products: single entries against NumPy, their building, what they refuse.
+"""The CPU's compiled products against NumPy, their building, what they refuse.
 
 What they must do with blocks, as every backend must, is in test_products_backends.py.
 """
@@ -19,7 +19,7 @@ from products_oracle import assert_close, make_case, products, random_case
 
 from topkast_jax import Block, SparsityError, Unstructured
 from topkast_jax.always_sparse import CompactKernel, build_native, matmul, options, to_dense
-from topkast_jax.always_sparse.products import native_library, single_entries
+from topkast_jax.always_sparse.products import native_cpu, native_library, single_entries
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 TOLERANCE = {F32: 1e-5, BF16: 1e-2}
@@ -83,6 +83,42 @@ def test_entries_in_bfloat16():
 def test_any_set_of_entries(shape, tokens, forward, more, seed):
     """On both sides of the density from which the dense tile is used, for each product alone."""
     check(entries_case(shape, forward, forward + more, seed), (tokens,))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    block=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    grid=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    tokens=st.integers(0, 300),
+    most=st.sampled_from((16, 48, 100, 240)),
+    density=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_any_set_of_blocks(block, grid, tokens, most, density, seed):
+    """Whole and cut tiles, parts of the tokens, several blocks of dW that share a panel."""
+    rng = np.random.default_rng(seed)
+    places = rng.permutation(grid[0] * grid[1])[: max(1, int(density * grid[0] * grid[1]))]
+    case = make_case(
+        (block[0] * grid[0], block[1] * grid[1]),
+        Block(*block),
+        np.isin(np.arange(grid[0] * grid[1]), places).reshape(grid),
+        np.ones(grid, bool),
+        seed,
+    )
+    x, dy = (rng.standard_normal((tokens, f)).astype(np.float32) for f in case.dense.shape)
+    kernel, forward = case.kernel, case.kernel.forward
+    row, col = np.divmod(np.asarray(kernel.index), grid[1])
+    wide = native_cpu.SpmmSettings(tokens=most)
+    arrays = x, kernel.values, jnp.asarray(row[:forward]), jnp.asarray(col[:forward])
+    y = native_cpu.spmm(*map(jnp.asarray, arrays), dy.shape[1], False, wide)
+    arrays = dy, kernel.values, jnp.asarray(col[:forward]), jnp.asarray(row[:forward])
+    dx = native_cpu.spmm(*map(jnp.asarray, arrays), x.shape[1], True, wide)
+    arrays = x, dy, jnp.asarray(row), jnp.asarray(col)
+    deep = native_cpu.SddmmSettings(tokens=most)
+    dw = native_cpu.sddmm(*map(jnp.asarray, arrays), block, deep)
+    found = y, dx, to_dense(kernel.with_values(dw))
+    for one, expected in zip(found, products(case, x, dy), strict=True):
+        assert_close(one, expected, TOLERANCE[F32])
 
 
 def test_rows_and_columns_without_an_entry_are_zero():

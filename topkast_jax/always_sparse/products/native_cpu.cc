@@ -15,7 +15,9 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <utility>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -45,7 +47,7 @@ inline float sum(Vector v) {
   return total;
 }
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 
 // Memory of this thread that the next call with the same `which` overwrites; aligned to a vector.
@@ -92,13 +94,88 @@ void parallel(ffi::ThreadPool& pool, int64_t tasks, const Run& run) {
   shared->all_done.wait(lock, [&] { return shared->done == tasks; });
 }
 
+// A tile of kLanes x kLanes: v[r][c] and v[c][r] change places. Where the compiler cannot shuffle two
+// vectors, by way of memory.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define TOPKAST_SHUFFLES
+#endif
+#endif
+
+#ifdef TOPKAST_SHUFFLES
+// The lanes of a and b in turn, from the lower or the upper half of both.
+template <int half, int... lane>
+Vector zip(Vector a, Vector b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(
+      a, b, (lane / 2 + half * kLanes / 2 + lane % 2 * kLanes)...);
+}
+#endif
+
+inline void transpose_tile(Vector* v) {
+#ifdef TOPKAST_SHUFFLES
+  // A zip of v[i] with v[i + kLanes / 2] moves the highest bit of the row below the lowest of the
+  // lane: after as many as the row has bits, row and lane have changed places.
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+  Vector zipped[kLanes];
+#pragma GCC unroll 4
+  for (int bits = 1; bits < kLanes; bits *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      zipped[2 * i] = zip<0>(v[i], v[i + kLanes / 2], lanes);
+      zipped[2 * i + 1] = zip<1>(v[i], v[i + kLanes / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) v[i] = zipped[i];
+  }
+#else
+  float from[kLanes * kLanes], to[kLanes];
+  for (int r = 0; r < kLanes; ++r) store(from + r * kLanes, v[r]);
+  for (int c = 0; c < kLanes; ++c) {
+    for (int r = 0; r < kLanes; ++r) to[r] = from[r * kLanes + c];
+    v[c] = load(to);
+  }
+#endif
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c], or the sum of both.
+template <bool add = false>
+void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
+               int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      const float* source = from + r * from_stride + c;
+      float* target = to + c * to_stride + r;
+      if (r + kLanes <= rows && c + kLanes <= cols) {
+        Vector v[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) v[i] = load(source + i * from_stride);
+        transpose_tile(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          float* at = target + i * to_stride;
+          store(at, add ? load(at) + v[i] : v[i]);
+        }
+      } else {
+        const int64_t height = std::min<int64_t>(kLanes, rows - r);
+        const int64_t width = std::min<int64_t>(kLanes, cols - c);
+        for (int64_t j = 0; j < width; ++j) {
+          for (int64_t i = 0; i < height; ++i) {
+            float* at = target + j * to_stride + i;
+            *at = source[i * from_stride + j] + (add ? *at : 0);
+          }
+        }
+      }
+    }
+  }
+}
+
 // ---- Blocks ------------------------------------------------------------------------------------
 
-// For m < M and n < valid: c[m * c_row + n] += sum over k < depth of
-// a[m * a_row + k * a_step] * b[k * kCols + n].
+// For m < M and n < valid: c[m * c_row + n] = (add ? c[m * c_row + n] : 0) + the sum over k < depth
+// of a[m * a_row + k * a_step] * b[k * kCols + n].
 template <int M>
 void add_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t depth,
-              float* c, int64_t c_row, int valid) {
+              float* c, int64_t c_row, int valid, bool add) {
   Vector sums[M][2];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = Vector{};
@@ -114,36 +191,42 @@ void add_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int
   for (int m = 0; m < M; ++m) {
     float* at = c + m * c_row;
     if (valid == kCols) {
-      store(at, load(at) + sums[m][0]);
-      store(at + kLanes, load(at + kLanes) + sums[m][1]);
+      store(at, add ? load(at) + sums[m][0] : sums[m][0]);
+      store(at + kLanes, add ? load(at + kLanes) + sums[m][1] : sums[m][1]);
     } else {
       float row[kCols];
       store(row, sums[m][0]);
       store(row + kLanes, sums[m][1]);
-      for (int n = 0; n < valid; ++n) at[n] += row[n];
+      for (int n = 0; n < valid; ++n) at[n] = row[n] + (add ? at[n] : 0);
     }
   }
 }
 
 // The same for `rows` <= M rows, a number that is known only now.
-template <int M>
-void add_rows(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const float* b,
-              int64_t depth, float* c, int64_t c_row, int valid) {
-  if (rows == M) return add_tile<M>(a, a_row, a_step, b, depth, c, c_row, valid);
-  if constexpr (M > 1) add_rows<M - 1>(rows, a, a_row, a_step, b, depth, c, c_row, valid);
+template <int M = kRows, typename... Rest>
+void add_rows(int64_t rows, const Rest&... rest) {
+  if (rows == M) return add_tile<M>(rest...);
+  if constexpr (M > 1) add_rows<M - 1>(rows, rest...);
 }
 
-// from [rows, cols] of a row stride -> to [cols / kCols][rows][kCols], with zeros after the last.
+// Floats of a packed panel of `depth` vectors: kCols columns, or kRows rows in whole vectors. Between
+// panels is a cache line, so that those of a power of two do not all begin in the same set of lines.
+constexpr int64_t kLine = 16;
+constexpr int64_t kStep = divide_up(kRows, kLanes) * kLanes;
+constexpr int64_t cols_panel(int64_t depth) { return depth * kCols + kLine; }
+constexpr int64_t rows_panel(int64_t depth) { return depth * kStep + kLine; }
+
+// from [rows, cols] of a row stride -> to [cols / kCols] panels of [rows, kCols], with zeros after
+// the last column.
 void pack_cols(const float* from, int64_t stride, int64_t rows, int64_t cols, float* to) {
-  for (int64_t j = 0; j < cols; j += kCols, to += rows * kCols) {
-    const int64_t valid = std::min<int64_t>(kCols, cols - j);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* at = from + r * stride + j;
-      if (valid == kCols) {
-        store(to + r * kCols, load(at));
-        store(to + r * kCols + kLanes, load(at + kLanes));
+  for (int64_t r = 0; r < rows; ++r, from += stride) {
+    for (int64_t j = 0; j < cols; j += kCols) {
+      float* at = to + j / kCols * cols_panel(rows) + r * kCols;
+      if (j + kCols <= cols) {
+        store(at, load(from + j));
+        store(at + kLanes, load(from + j + kLanes));
       } else {
-        for (int64_t n = 0; n < kCols; ++n) to[r * kCols + n] = n < valid ? at[n] : 0;
+        for (int64_t n = 0; n < kCols; ++n) at[n] = j + n < cols ? from[j + n] : 0;
       }
     }
   }
@@ -151,26 +234,24 @@ void pack_cols(const float* from, int64_t stride, int64_t rows, int64_t cols, fl
 
 // The same from the transpose, [cols, rows].
 void pack_transposed(const float* from, int64_t rows, int64_t cols, float* to) {
-  for (int64_t j = 0; j < cols; j += kCols, to += rows * kCols) {
+  for (int64_t j = 0; j < cols; j += kCols, to += cols_panel(rows)) {
     const int64_t valid = std::min<int64_t>(kCols, cols - j);
-    for (int64_t n = 0; n < kCols; ++n)
-      for (int64_t r = 0; r < rows; ++r)
-        to[r * kCols + n] = n < valid ? from[(j + n) * rows + r] : 0;
+    if (valid < kCols) std::memset(to, 0, sizeof(float) * rows * kCols);
+    transpose(from + j * rows, rows, valid, rows, to, kCols);
   }
 }
 
-// from [depth, rows] of a stride -> to [rows / kRows][depth][kRows]; has room for a vector more.
-void pack_rows(const float* from, int64_t stride, int64_t depth, int64_t rows, float* to) {
-  for (int64_t r = 0; r < rows; r += kRows, to += depth * kRows) {
-    const int64_t valid = std::min<int64_t>(kRows, rows - r);
-    // What a whole vector writes beyond its kRows values, the next one overwrites.
-    const bool vectors = kLanes >= kRows && r + kLanes <= rows;
-    for (int64_t k = 0; k < depth; ++k) {
-      const float* at = from + k * stride + r;
-      if (vectors) {
-        store(to + k * kRows, load(at));
+// from [depth, rows] of a stride -> to [rows / kRows] panels of [depth, kStep], of which kRows count.
+// Nothing is read from `end` on.
+void pack_rows(const float* from, int64_t stride, int64_t depth, int64_t rows, const float* end,
+               float* to) {
+  for (int64_t k = 0; k < depth; ++k, from += stride, to += kStep) {
+    float* at = to;
+    for (int64_t r = 0; r < rows; r += kRows, at += rows_panel(depth)) {
+      if (from + r + kStep <= end) {
+        for (int v = 0; v < kStep; v += kLanes) store(at + v, load(from + r + v));
       } else {
-        for (int64_t m = 0; m < valid; ++m) to[k * kRows + m] = at[m];
+        for (int64_t m = 0; m < std::min<int64_t>(kRows, rows - r); ++m) at[m] = from[r + m];
       }
     }
   }
@@ -185,6 +266,16 @@ bool all_below(const Ints& panels, int64_t limit) {
   const int32_t* at = panels.typed_data();
   return std::all_of(at, at + panels.element_count(),
                      [=](int32_t panel) { return 0 <= panel && panel < limit; });
+}
+
+// Blocks in the order of their panels: those of panel p are order[start[p]] … order[start[p + 1]-1].
+std::pair<std::vector<int64_t>, std::vector<int64_t>> by_panel(const int32_t* panel, int64_t blocks,
+                                                               int64_t panels) {
+  std::vector<int64_t> start(panels + 2), order(blocks);
+  for (int64_t i = 0; i < blocks; ++i) ++start[panel[i] + 2];
+  std::partial_sum(start.begin(), start.end(), start.begin());
+  for (int64_t i = 0; i < blocks; ++i) order[start[panel[i] + 1]++] = i;
+  return {std::move(start), std::move(order)};
 }
 
 ffi::Error outside() {
@@ -206,27 +297,41 @@ ffi::Error BlockSpmm(ffi::ThreadPool pool, Floats x, Floats values, Ints source,
   const int32_t *from = source.typed_data(), *into = target.typed_data();
   float* y_data = y->typed_data();
 
+  // A panel of y stays in the cache while blocks are added to it.
+  const auto [start, order] = by_panel(into, blocks, width / cols);
   // With fewer tokens, packing the block would take as long as multiplying by it.
   constexpr int64_t kFewest = 48;
   const int64_t share = std::max(kFewest, divide_up(tokens, threads(pool)));
-  const int64_t part = round_up(std::min(share, most_tokens), kRows);
-  parallel(pool, divide_up(tokens, part), [=](int64_t task) {
-    const int64_t first = task * part, last = std::min(tokens, first + part);
-    std::memset(y_data + first * width, 0, sizeof(float) * (last - first) * width);
-    float* packed = scratch(0, rows * round_up(cols, kCols));
-    for (int64_t i = 0; i < blocks; ++i) {
-      if (transposed) {
-        pack_transposed(w_data + i * size, rows, cols, packed);
-      } else {
-        pack_cols(w_data + i * size, cols, rows, cols, packed);
+  const int64_t rounds = divide_up(share, most_tokens);
+  const int64_t tiles = divide_up(tokens, kRows);
+  const int64_t parts = divide_up(tokens, share) * rounds;
+  parallel(pool, parts, [=, &start = start, &order = order](int64_t task) {
+    const int64_t first = task * tiles / parts * kRows;
+    const int64_t last = std::min(tokens, (task + 1) * tiles / parts * kRows);
+    float* packed = scratch(0, divide_up(cols, kCols) * cols_panel(rows));
+    for (int64_t panel = 0, end; panel < width / cols; panel = end) {
+      end = panel + 1;
+      float* c = y_data + panel * cols;
+      if (start[panel] == start[end]) {
+        while (end < width / cols && start[end] == start[end + 1]) ++end;
+        const int64_t empty = sizeof(float) * (end - panel) * cols;
+        for (int64_t t = first; t < last; ++t) std::memset(c + t * width, 0, empty);
       }
-      const float* a = x_data + from[i] * rows;
-      float* c = y_data + into[i] * cols;
-      for (int64_t j = 0; j < cols; j += kCols) {
-        const int valid = std::min<int64_t>(kCols, cols - j);
-        for (int64_t t = first; t < last; t += kRows) {
-          add_rows<kRows>(std::min<int64_t>(kRows, last - t), a + t * inputs, inputs, 1,
-                          packed + j * rows, rows, c + t * width + j, width, valid);
+      for (int64_t n = start[panel]; n < start[end]; ++n) {
+        const float* w = w_data + order[n] * size;
+        if (transposed) {
+          pack_transposed(w, rows, cols, packed);
+        } else {
+          pack_cols(w, cols, rows, cols, packed);
+        }
+        const float* a = x_data + from[order[n]] * rows;
+        for (int64_t j = 0; j < cols; j += kCols) {
+          const int valid = std::min<int64_t>(kCols, cols - j);
+          for (int64_t t = first; t < last; t += kRows) {
+            add_rows(std::min<int64_t>(kRows, last - t), a + t * inputs, inputs, int64_t{1},
+                     packed + j / kCols * cols_panel(rows), rows, c + t * width + j, width, valid,
+                     n > start[panel]);
+          }
         }
       }
     }
@@ -244,22 +349,39 @@ ffi::Error BlockSddmm(ffi::ThreadPool pool, Floats x, Floats dy, Ints row, Ints 
   const float *x_data = x.typed_data(), *dy_data = dy.typed_data();
   const int32_t *at_row = row.typed_data(), *at_col = col.typed_data();
   float* dw_data = dw->typed_data();
+  if (tokens == 0) std::memset(dw_data, 0, sizeof(float) * dw->element_count());
 
+  // A task is a few blocks, most of which share their panel of the narrower operand: it is packed
+  // once for all of them.
+  const bool by_row = k <= n;
+  const auto [start, order] =
+      by_row ? by_panel(at_row, blocks, k / rows) : by_panel(at_col, blocks, n / cols);
+  constexpr int64_t kMost = 8;  // With more, a task's blocks of dw leave the cache.
+  const int64_t tasks = std::max(divide_up(blocks, kMost), std::min(blocks, 4 * threads(pool)));
   const int64_t most = std::min(most_tokens, tokens);
-  parallel(pool, blocks, [=](int64_t i) {
-    float* a = scratch(0, most * round_up(rows, kRows) + kLanes);
-    float* b = scratch(1, most * round_up(cols, kCols));
-    float* c = dw_data + i * rows * cols;
-    std::memset(c, 0, sizeof(float) * rows * cols);
+  parallel(pool, tasks, [=, &order = order](int64_t task) {
+    float* a = scratch(0, divide_up(rows, kRows) * rows_panel(most));
+    float* b = scratch(1, divide_up(cols, kCols) * cols_panel(most));
     for (int64_t t = 0; t < tokens; t += most) {
       const int64_t depth = std::min(most, tokens - t);
-      pack_rows(x_data + t * k + at_row[i] * rows, k, depth, rows, a);
-      pack_cols(dy_data + t * n + at_col[i] * cols, n, depth, cols, b);
-      for (int64_t j = 0; j < cols; j += kCols) {
-        const int valid = std::min<int64_t>(kCols, cols - j);
-        for (int64_t r = 0; r < rows; r += kRows) {
-          add_rows<kRows>(std::min<int64_t>(kRows, rows - r), a + r * depth, 1, kRows,
-                          b + j * depth, depth, c + r * cols + j, cols, valid);
+      int32_t packed_row = -1, packed_col = -1;
+      for (int64_t i = task * blocks / tasks; i < (task + 1) * blocks / tasks; ++i) {
+        const int64_t block = order[i];
+        const int32_t x_panel = at_row[block], dy_panel = at_col[block];
+        if (x_panel != packed_row) {
+          const float* from = x_data + t * k + x_panel * rows;
+          pack_rows(from, k, depth, rows, x_data + tokens * k, a);
+        }
+        if (dy_panel != packed_col) pack_cols(dy_data + t * n + dy_panel * cols, n, depth, cols, b);
+        packed_row = x_panel, packed_col = dy_panel;
+        float* c = dw_data + block * rows * cols;
+        for (int64_t j = 0; j < cols; j += kCols) {
+          const int valid = std::min<int64_t>(kCols, cols - j);
+          for (int64_t r = 0; r < rows; r += kRows) {
+            add_rows(std::min<int64_t>(kRows, rows - r), a + r / kRows * rows_panel(depth),
+                     int64_t{1}, kStep, b + j / kCols * cols_panel(depth), depth,
+                     c + r * cols + j, cols, valid, t > 0);
+          }
         }
       }
     }
@@ -295,17 +417,6 @@ ffi::Error unfit() {
   return ffi::Error::InvalidArgument("the sizes of native_cpu.py and native_cpu.cc differ");
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c]
-void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
-               int64_t to_stride) {
-  constexpr int64_t kSide = 16;
-  for (int64_t c = 0; c < cols; c += kSide) {
-    const int64_t last = std::min(cols, c + kSide);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = c; i < last; ++i) to[i * to_stride + r] = from[r * from_stride + i];
-  }
-}
-
 // For V vectors of tokens: y[t, o] (+)= the sum of value * x_t[from, t] over the entries
 // start[o] … start[o + 1] - 1.
 template <int V>
@@ -328,10 +439,9 @@ void sum_entries(const Entry* entries, const int32_t* start, const float* x_t, f
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) store(sums_t + o * kTile + v * kLanes, sums[v]);
     }
-    for (int64_t t = 0; t < tokens; ++t) {
-      float* at = y + t * width + first;
-      for (int64_t o = 0; o < outputs; ++o) at[o] = sums_t[o * kTile + t] + (add ? at[o] : 0);
-    }
+    float* at = y + first;
+    if (add) transpose<true>(sums_t, kTile, outputs, tokens, at, width);
+    else transpose<false>(sums_t, kTile, outputs, tokens, at, width);
   }
 }
 
@@ -445,7 +555,7 @@ ffi::Error EntrySddmm(ffi::ThreadPool pool, Floats x, Floats dy, Ints index, int
     }
     *to = static_cast<int32_t>(end);
   };
-  auto transpose_tile = [=](const float* from, int64_t width, int64_t tile, float* to) {
+  auto in_tiles = [=](const float* from, int64_t width, int64_t tile, float* to) {
     const int64_t here = std::min(kTokens, tokens - tile * kTokens);
     to += tile * width * kTokens;
     if (here < kTokens) std::memset(to, 0, sizeof(float) * width * kTokens);
@@ -455,8 +565,8 @@ ffi::Error EntrySddmm(ffi::ThreadPool pool, Floats x, Floats dy, Ints index, int
     if (task == 0) return find_runs(0, forward, start);
     if (task == 1) return find_runs(forward, count, start + runs);
     const int64_t tile = (task - 2) / 2;
-    if (task % 2) return transpose_tile(x_data, k, tile, x_t);
-    transpose_tile(dy_data, n, tile, dy_t);
+    if (task % 2) return in_tiles(x_data, k, tile, x_t);
+    in_tiles(dy_data, n, tile, dy_t);
   });
 
   const int64_t bands = divide_up(k, kBand);
