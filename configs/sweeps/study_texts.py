@@ -6,7 +6,7 @@ the steps at three learning rates, without a test; compare the mean training los
 steps. `:suspects` asks in runs of that length why Top-KAST is behind a fixed random mask: more
 refreshes, other weights of the penalty, AdamW's decay of all matrices in its place, and a start at
 zero for what enters B; `rates-90-80-0.004` and `rates-static-90-0.004` are the same without a
-change. Five rows of the study are repeated at twice the learning rate. The paper's numbers beside
+change. Six rows of the study are repeated at another learning rate. The paper's numbers beside
 the rows are those of its models of 277 M (table 2, figure 3c) and of 69 M parameters (table 5).
 
 Data: `--config.data.name=text_file --config.data.file=enwik8`, any file of raw text.
@@ -55,6 +55,8 @@ def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str,
     paper = reported(table_2.get_sweep("small"), table_5.get_sweep("small"))
     for row in (*METHODS, "small-dense-80", *TOP_KAST):
         yield None, f"{CONFIG}:{row},study", {}, paper(f"{CONFIG}:{row}", {})
-    for row in ("static-90", "90/80", "set-90", "rigl-90", "small-dense-90"):  # twice the rate
+    # Twice the rate, and for pruning, which begins dense, half of it.
+    others = [(row, 8e-3) for row in ("static-90", "90/80", "set-90", "rigl-90", "small-dense-90")]
+    for row, rate in (*others, ("pruning-90", 2e-3)):
         told = paper(f"{CONFIG}:{row}", {})
-        yield None, f"{CONFIG}:{row},study", {"optimizer.learning_rate": 8e-3}, told
+        yield None, f"{CONFIG}:{row},study", {"optimizer.learning_rate": rate}, told

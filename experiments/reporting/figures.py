@@ -51,6 +51,10 @@ def _stopping(run: Summary) -> float | None:
     return 1.0 if stop is None else min(1.0, stop / run["config"]["steps"])
 
 
+def _active(run: Summary) -> Any:
+    return run["active_parameters"]
+
+
 STOP = "method.stop_exploring_at"
 # Figures of each test metric: what it is drawn against, by the end of the file's name.
 AGAINST: dict[str, tuple[Callable[[Summary], Any], str]] = {
@@ -63,7 +67,7 @@ AGAINST: dict[str, tuple[Callable[[Summary], Any], str]] = {
         training_flops,
         "FLOPs of training, as a share of the dense run's",
     ),
-    "parameters": (lambda run: run["active_parameters"], "active parameters"),
+    "parameters": (_active, "active parameters"),
     "stopping": (_stopping, "share of the steps after which exploration stops"),
 }
 
@@ -124,7 +128,8 @@ def _lines(groups: Sequence[Group], metric: str, x: Callable[[Summary], Any]) ->
     for group in groups:
         hollow = bool(group.unusual) and len(named) > MOST_LABELS
         parts = [_label(group, groups), *([] if hollow else group.unusual.values())]
-        by_density = x is not forward_density and group.method != "dense"
+        # Active parameters follow from the density.
+        by_density = x not in (forward_density, _active) and group.method != "dense"
         density = f"{group.mean(forward_density):.2g}" if by_density else None
         key = (", ".join(parts), density, hollow)
         _add(lines.setdefault(key, Line(key[0], density, [], hollow)), group, metric, x)
@@ -172,7 +177,7 @@ def _against(
     labels = list(dict.fromkeys(line.label for line in lines))
     densities = sorted({line.density for line in lines if line.density}, key=float, reverse=True)
     colors = dict(zip(labels, _colors(len(labels)), strict=True))
-    markers = dict(zip(densities, itertools.cycle(MARKERS), strict=False))
+    markers = dict(zip(densities, itertools.cycle(MARKERS[1:]), strict=False))
     handles, shown = [], set()
     drawn_at: list[float] = []
     for line in lines:
@@ -183,7 +188,7 @@ def _against(
             handles.append(axes.axhline(height, color=color, ls=style, label=label))
             shown.add(line.label)
             continue
-        marker = markers.get(line.density or "", "o")
+        marker = markers.get(line.density or "", MARKERS[0])
         places, means, deviations = zip(*sorted(line.points), strict=True)
         drawn_at += places
         fill = "none" if line.hollow else color

@@ -57,7 +57,8 @@ class Group:
         name: the name of their config.
         method: the name of their sparsity method.
         runs: their summaries (`final.json`), with "training_flops": the FLOPs of all steps, as a
-            share of those of the dense run of the same config file.
+            share of those of the dense run of the same config file, and "train": what was recorded
+            of the training, means over the last quarter of the steps.
         records: their records (`metrics.jsonl`), in the same order.
         folders: their folders, in the same order.
         settings: the settings that differ from other groups of the same name and method; empty if
@@ -159,32 +160,62 @@ def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
         group = groups.setdefault(
             key, Group(run["name"], run["config"]["method"]["name"], [], [], [])
         )
-        group.runs.append(run)
         records = path.with_name(METRICS)
         if not records.exists():
             warn(f"{records}: is missing; the figures over steps do without this run")
         group.records.append(read_records(records))
+        _warn_if_cut(records, run, group.records[-1])
+        group.runs.append({**run, "train": _late(group.records[-1])})
         group.folders.append(path.parent)
     unfinished = [path for path in configs if not (path / FINAL).exists() and holds_run(path)]
     told = told_apart(list(groups.values()))
     return sorted(told, key=lambda g: (g.file, *_order(g))), unfinished
 
 
+def _warn_if_cut(path: Path, run: Summary, records: Sequence[dict[str, Any]]) -> None:
+    steps, every = run.get("steps"), run["config"].get("log_every")
+    last = max((record["step"] for record in records), default=0)
+    if type(steps) is int and type(every) is int and 0 < last < steps - every:
+        warn(f"{path}: ends at step {last} of {steps}, and so do the figures over steps")
+
+
+def _late(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What a run recorded of its training, means over the records of its last quarter."""
+    found = [record for record in records if record["split"] == "train"]
+    last = max((record["step"] for record in found), default=0)
+    late = [record for record in found if record["step"] > 0.75 * last]
+    shared = set.intersection(*(set(record) for record in late)) if late else set()
+    return {
+        key: statistics.fmean(record[key] for record in late)
+        for key in sorted(shared - {"step", "learning_rate"})
+        if all(type(record[key]) is float for record in late)
+    }
+
+
 def told_apart(groups: Sequence[Group]) -> list[Group]:
     """The same groups, with `settings`, `unusual` and training FLOPs as against each other."""
     alike: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    related: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for group in groups:
         alike[group.name, group.method].append(_config(group))
-        related[group.file, group.method].append(_config(group))
-    flags = {file: [g.flags for g in groups if g.file == file] for file in {g.file for g in groups}}
-    full = {file: _full_length([g for g in groups if g.file == file]) for file in flags}
+    of_file = {group.file: [g for g in groups if g.file == group.file] for group in groups}
+    flags = {file: [g.flags for g in found] for file, found in of_file.items()}
+    full = {file: _full_length(found) for file, found in of_file.items()}
+    everything = {file: list(map(_config, _tested(found))) for file, found in of_file.items()}
+    related = {
+        (file, method): list(map(_config, _tested([g for g in found if g.method == method])))
+        for file, found in of_file.items()
+        for method in {g.method for g in found}
+    }
     told = []
     for group in groups:
         config = _config(group)
         own = {k: _setting(k, config[k]) for k in _own(config, alike[group.name, group.method])}
-        others = related[group.file, group.method]
-        unusual = {k: v for k, v in own.items() if config[k] != _usual([c.get(k) for c in others])}
+        rows = related[group.file, group.method], everything[group.file]
+        unusual = {
+            k: v
+            for k, v in own.items()
+            if config[k] != _usual(*([c.get(k) for c in r] for r in rows))
+        }
         if group.flags != _usual(flags[group.file]):
             unusual[VARIANT] = group.flags
         length = _dense_flops(group) / full[group.file]
@@ -197,9 +228,14 @@ def told_apart(groups: Sequence[Group]) -> list[Group]:
     return told
 
 
+def _tested(groups: Sequence[Group]) -> Sequence[Group]:
+    """Those with a test; all of them, if none has one."""
+    return [group for group in groups if any(run["test"] for run in group.runs)] or groups
+
+
 def _full_length(groups: Sequence[Group]) -> float:
     """FLOPs of what the most dense runs of one config file do; the fewest of all, without any."""
-    tested = [group for group in groups if any(run["test"] for run in group.runs)] or groups
+    tested = _tested(groups)
     dense = [_dense_flops(group) for group in tested if group.method == "dense"]
     most = max(map(dense.count, dense), default=0)
     return min((n for n in dense if dense.count(n) == most), default=min(map(_dense_flops, tested)))
@@ -217,12 +253,16 @@ def _dense_flops(group: Group) -> float:
     return float(f"{a_step * (steps if type(steps) is int and steps > 0 else 1):.10g}")
 
 
-def _usual(values: Sequence[Any]) -> Any:
-    """The value that is there most often; if there are several, NaN, which is equal to none."""
-    counts = sorted(((values.count(v), i) for i, v in enumerate(values)), reverse=True)
-    most, first = counts[0]
-    rivals = [i for count, i in counts if count == most and values[i] != values[first]]
-    return math.nan if rivals else values[first]
+def _usual(values: Sequence[Any], among: Sequence[Any] = ()) -> Any:
+    """The value that is there most often, and of several those that `among` has most often.
+
+    NaN, which is equal to none, if there are several still.
+    """
+    most = max(map(values.count, values))
+    rivals = [value for value in values if values.count(value) == most]
+    most = max(map(among.count, rivals))
+    rivals = [value for value in rivals if among.count(value) == most]
+    return math.nan if _differ(rivals) else rivals[0]
 
 
 def _settings(run: Summary) -> dict[str, Any]:

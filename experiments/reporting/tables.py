@@ -89,6 +89,10 @@ def metric(name: str) -> Read:
     return lambda run: run["test"].get(name)
 
 
+def _trained(name: str) -> Read:
+    return lambda run: run["train"].get(name)
+
+
 # The headings, with how each number is read and printed. The backward density is a mean over the
 # steps of the run, and the FLOPs of training are those of all its steps, as a share of the dense
 # run's; the other columns are of the final network.
@@ -248,11 +252,15 @@ def _planned_command(planned: Mapping[str, Any]) -> str:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    return " ".join(["python -m experiments.main", *map(shlex.quote, map(str, arguments))])
+    told = " ".join(map(shlex.quote, map(str, arguments)))
+    return f"python -m experiments.main {told} --workdir=DIR"
 
 
 def _columns(groups: Sequence[Group]) -> dict[str, tuple[Read, str]]:
     metrics = {f"test {name}": (metric(name), ".4f") for name in metric_names(groups)}
+    if any(not run["test"] for group in groups for run in group.runs):
+        names = sorted({name for group in groups for run in group.runs for name in run["train"]})
+        metrics |= {f"train {name}, last quarter": (_trained(name), ".4f") for name in names}
     return metrics | COLUMNS
 
 

@@ -145,7 +145,7 @@ def test_the_rows_of_a_sweep_stand_beside_what_the_paper_reports(tmp_path, capsy
     assert absent["test accuracy"] == absent["training FLOPs spread"] == ""
     assert absent["command"] == (
         "python -m experiments.main '--config=c.py:<x>' --config.method.pattern=1:8 "
-        "'--config.data.dir=a b'"
+        "'--config.data.dir=a b' --workdir=DIR"
     )
     assert (
         "| 90-80 | 2, missing 1 | 0.6500 ± 0.0707 |"
@@ -165,10 +165,35 @@ def test_each_row_has_the_command_that_made_it(tmp_path, capsys):
     with open(tmp_path / "out" / "table.csv") as file:
         commands = {row["config"]: row["command"] for row in csv.DictReader(file)}
     assert commands == {
-        "c:90/80": "python -m experiments.main --config=c.py:90/80",  # as the sweep planned it
-        "c:x y": "python -m experiments.main '--config=d/c.py:x y' --config.steps=3",
+        "c:90/80": "python -m experiments.main --config=c.py:90/80 --workdir=DIR",  # as planned
+        "c:x y": "python -m experiments.main '--config=d/c.py:x y' --config.steps=3 --workdir=DIR",
         "c:dense": "",
     }
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_without_a_test_have_what_they_trained_to(tmp_path, capsys):
+    for name, test in (("a", {}), ("b", {"accuracy": 0.5})):
+        folder = tmp_path / "runs" / name
+        put(folder, final(f"c:{name}", "set", 0, 0.5, steps=8, log_every=2) | {"test": test})
+        records = [{"step": n, "split": "train", "loss": 10.0 - n} for n in (2, 4, 6, 7, 8)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert main([str(tmp_path / "runs"), f"--out={tmp_path / 'out'}"]) == 0
+    with open(tmp_path / "out" / "table.csv") as file:
+        found = {row["config"]: row["train loss, last quarter"] for row in csv.DictReader(file)}
+    assert found == {"c:a": "2.5", "c:b": "2.5"}  # Of steps 7 and 8.
+    (tmp_path / "runs" / "a" / "final.json").unlink()
+    main([str(tmp_path / "runs"), f"--out={tmp_path / 'out'}"])
+    assert "last quarter" not in (tmp_path / "out" / "table.csv").read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("last", "told"), [(70, True), (90, False)])
+def test_records_that_end_too_early_are_told(tmp_path, capsys, last, told):
+    put(tmp_path / "a", final("c:a", "set", 0, 0.5, steps=100, log_every=10) | {"steps": 100})
+    (tmp_path / "a" / "metrics.jsonl").write_text(f'{{"step": {last}, "split": "masks"}}\n')
+    assert main([str(tmp_path), f"--out={tmp_path / 'out'}"]) == 0
+    assert ("metrics.jsonl: ends at step 70 of 100" in capsys.readouterr().err) == told
 
 
 class Page(HTMLParser):
@@ -488,7 +513,9 @@ def test_how_the_sets_moved_between_two_steps_is_a_table(tmp_path, capsys):
     assert main([str(tmp_path / "runs"), f"--out={tmp_path / 'out'}"]) == 0
     with open(tmp_path / "out" / "sets.csv") as file:
         rows = list(csv.DictReader(file))
-    assert {row["command"] for row in rows} == {" ".join(["python -m experiments.main", *made])}
+    assert {row["command"] for row in rows} == {
+        " ".join(["python -m experiments.main", *made, "--workdir=DIR"])
+    }
     assert [(r["from step"], r["to step"], r["seeds"]) for r in rows] == [
         ("0", "4", "3"), ("0", "10", "1"), ("8", "10", "2"),
     ]  # fmt: skip
@@ -618,6 +645,17 @@ def test_the_best_of_several_points_at_a_place_is_joined(better, joined):
     line = figures.Line("set", None, [(0.1, 3.0, 0.0), (0.1, 1.0, 0.0), (0.2, 5.0, 0.0)])
     drawn = figures._against([line], "x", "y", True, better).axes[0].get_lines()
     assert joined in [list(each.get_ydata()) for each in drawn]
+
+
+def test_of_equally_many_settings_the_usual_one_is_that_of_other_methods(tmp_path):
+    """Runs without a test, of which there are more, do not count beside tested ones."""
+    rows = [("set", 1, True), ("set", 2, True), *[("set", 2, False)] * 3, ("rigl", 1, True)]
+    for i, (method, rate, tested) in enumerate(rows):
+        test = {"test": {"accuracy": 0.5}} if tested else {"test": {}}
+        put(tmp_path / str(i), final(f"c:{method}", method, i, 0.5, rate=rate, i=i * tested) | test)
+    groups, _ = collect([tmp_path])
+    usual = {(g.method, g.runs[0]["config"]["rate"]): "rate" not in g.unusual for g in groups}
+    assert usual == {("set", 1): True, ("set", 2): False, ("rigl", 1): True}
 
 
 def test_what_is_usual_is_so_among_the_runs_of_the_figure(tmp_path):
