@@ -96,29 +96,30 @@ def test_any_set_of_entries(shape, tokens, forward, more, seed):
 )
 def test_any_set_of_blocks(block, grid, tokens, most, density, seed):
     """Whole and cut tiles, parts of the tokens, several blocks of dW that share a panel."""
-    rng = np.random.default_rng(seed)
-    places = rng.permutation(grid[0] * grid[1])[: max(1, int(density * grid[0] * grid[1]))]
-    case = make_case(
-        (block[0] * grid[0], block[1] * grid[1]),
-        Block(*block),
-        np.isin(np.arange(grid[0] * grid[1]), places).reshape(grid),
-        np.ones(grid, bool),
-        seed,
-    )
-    x, dy = (rng.standard_normal((tokens, f)).astype(np.float32) for f in case.dense.shape)
-    kernel, forward = case.kernel, case.kernel.forward
-    row, col = np.divmod(np.asarray(kernel.index), grid[1])
-    wide = native_cpu.SpmmSettings(tokens=most)
-    arrays = x, kernel.values, jnp.asarray(row[:forward]), jnp.asarray(col[:forward])
-    y = native_cpu.spmm(*map(jnp.asarray, arrays), dy.shape[1], False, wide)
-    arrays = dy, kernel.values, jnp.asarray(col[:forward]), jnp.asarray(row[:forward])
-    dx = native_cpu.spmm(*map(jnp.asarray, arrays), x.shape[1], True, wide)
-    arrays = x, dy, jnp.asarray(row), jnp.asarray(col)
-    deep = native_cpu.SddmmSettings(tokens=most)
-    dw = native_cpu.sddmm(*map(jnp.asarray, arrays), block, deep)
-    found = y, dx, to_dense(kernel.with_values(dw))
+    rng, units = np.random.default_rng(seed), grid[0] * grid[1]
+    chosen = np.isin(np.arange(units), rng.permutation(units)[: int(density * units)])
+    shape = (block[0] * grid[0], block[1] * grid[1])
+    case = make_case(shape, Block(*block), chosen.reshape(grid), np.ones(grid, bool), seed)
+    x, dy = (jnp.asarray(rng.standard_normal((tokens, f)), F32) for f in shape)
+    values, forward = case.kernel.values, case.kernel.forward
+    row, col = map(jnp.asarray, np.divmod(np.asarray(case.kernel.index), grid[1]))
+    a_row, a_col, limit = row[:forward], col[:forward], native_cpu.SpmmSettings(tokens=most)
+    y = native_cpu.spmm(x, values, a_row, a_col, shape[1], False, limit)
+    dx = native_cpu.spmm(dy, values, a_col, a_row, shape[0], True, limit)
+    dw = native_cpu.sddmm(x, dy, row, col, block, native_cpu.SddmmSettings(tokens=most))
+    found = y, dx, to_dense(case.kernel.with_values(dw))
     for one, expected in zip(found, products(case, x, dy), strict=True):
         assert_close(one, expected, TOLERANCE[F32])
+
+
+def test_a_width_that_no_blocks_fill_is_refused():
+    x, values, at = jnp.ones((3, 8)), jnp.ones((1, 4, 4)), jnp.zeros(1, int)
+    for width, inputs in ((9, 8), (8, 7)):
+        dy = jnp.ones((3, width))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="outside the kernel"):
+            native_cpu.spmm(x[:, :inputs], values, at, at, width, False).block_until_ready()
+        with pytest.raises(jax.errors.JaxRuntimeError, match="outside the kernel"):
+            native_cpu.sddmm(x[:, :inputs], dy, at, at, (4, 4)).block_until_ready()
 
 
 def test_rows_and_columns_without_an_entry_are_zero():

@@ -25,7 +25,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// A tile of sums fills the vector registers but for two vectors of W and one broadcast value.
+// The sums of a tile, two vectors of W and one broadcast value fit in the vector registers.
 #if defined(__AVX512F__)
 constexpr int kLanes = 16, kRows = 12;
 #elif defined(__AVX__)
@@ -68,9 +68,9 @@ int64_t threads(const ffi::ThreadPool& pool) {
 }
 
 // run(0) … run(tasks - 1) on the threads of XLA's pool and on this one, which waits for tasks that
-// others have begun and never for a thread to become free.
+// others have begun and never for a thread to become free. XLA catches no exceptions.
 template <typename Run>
-void parallel(ffi::ThreadPool& pool, int64_t tasks, const Run& run) {
+void parallel(ffi::ThreadPool& pool, int64_t tasks, const Run& run) noexcept {
   struct Shared {
     std::atomic<int64_t> next{0};
     std::mutex mutex;
@@ -94,8 +94,6 @@ void parallel(ffi::ThreadPool& pool, int64_t tasks, const Run& run) {
   shared->all_done.wait(lock, [&] { return shared->done == tasks; });
 }
 
-// A tile of kLanes x kLanes: v[r][c] and v[c][r] change places. Where the compiler cannot shuffle two
-// vectors, by way of memory.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define TOPKAST_SHUFFLES
@@ -103,18 +101,17 @@ void parallel(ffi::ThreadPool& pool, int64_t tasks, const Run& run) {
 #endif
 
 #ifdef TOPKAST_SHUFFLES
+constexpr bool kShuffles = true;
+
 // The lanes of a and b in turn, from the lower or the upper half of both.
 template <int half, int... lane>
 Vector zip(Vector a, Vector b, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(
-      a, b, (lane / 2 + half * kLanes / 2 + lane % 2 * kLanes)...);
+  return __builtin_shufflevector(a, b, (lane / 2 + half * kLanes / 2 + lane % 2 * kLanes)...);
 }
-#endif
 
+// v[r][c] and v[c][r] change places. A zip of v[i] with v[i + kLanes / 2] moves the highest bit of
+// the row below the lowest of the lane: after as many as the row has bits, both are exchanged.
 inline void transpose_tile(Vector* v) {
-#ifdef TOPKAST_SHUFFLES
-  // A zip of v[i] with v[i + kLanes / 2] moves the highest bit of the row below the lowest of the
-  // lane: after as many as the row has bits, row and lane have changed places.
   constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
   Vector zipped[kLanes];
 #pragma GCC unroll 4
@@ -127,25 +124,20 @@ inline void transpose_tile(Vector* v) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) v[i] = zipped[i];
   }
-#else
-  float from[kLanes * kLanes], to[kLanes];
-  for (int r = 0; r < kLanes; ++r) store(from + r * kLanes, v[r]);
-  for (int c = 0; c < kLanes; ++c) {
-    for (int r = 0; r < kLanes; ++r) to[r] = from[r * kLanes + c];
-    v[c] = load(to);
-  }
-#endif
 }
+#else
+constexpr bool kShuffles = false;
+inline void transpose_tile(Vector*) {}
+#endif
 
-// to[c * to_stride + r] = from[r * from_stride + c], or the sum of both.
-template <bool add = false>
+// to[c * to_stride + r] = from[r * from_stride + c], or is added to it.
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
-               int64_t to_stride) {
+               int64_t to_stride, bool add = false) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     for (int64_t c = 0; c < cols; c += kLanes) {
       const float* source = from + r * from_stride + c;
       float* target = to + c * to_stride + r;
-      if (r + kLanes <= rows && c + kLanes <= cols) {
+      if (kShuffles && r + kLanes <= rows && c + kLanes <= cols) {
         Vector v[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) v[i] = load(source + i * from_stride);
@@ -161,7 +153,7 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
         for (int64_t j = 0; j < width; ++j) {
           for (int64_t i = 0; i < height; ++i) {
             float* at = target + j * to_stride + i;
-            *at = source[i * from_stride + j] + (add ? *at : 0);
+            *at = add ? *at + source[i * from_stride + j] : source[i * from_stride + j];
           }
         }
       }
@@ -169,52 +161,66 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
   }
 }
 
+// The same to `to_rows` >= rows columns, those after the last with zeros.
+void transpose_padded(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
+                      int64_t to_rows) {
+  if (rows < to_rows) std::memset(to, 0, sizeof(float) * cols * to_rows);
+  transpose(from, from_stride, rows, cols, to, to_rows);
+}
+
 // ---- Blocks ------------------------------------------------------------------------------------
 
 // For m < M and n < valid: c[m * c_row + n] = (add ? c[m * c_row + n] : 0) + the sum over k < depth
-// of a[m * a_row + k * a_step] * b[k * kCols + n].
-template <int M>
+// of a[m * a_row + k * a_step] * b[k * kCols + n]. V vectors hold the valid columns.
+template <int M, int V>
 void add_tile(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t depth,
-              float* c, int64_t c_row, int valid, bool add) {
-  Vector sums[M][2];
+              float* c, int64_t c_row, int64_t valid, bool add) {
+  Vector sums[M][V];
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = Vector{};
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) sums[m][v] = Vector{};
+  }
   for (int64_t k = 0; k < depth; ++k, a += a_step, b += kCols) {
-    const Vector b0 = load(b), b1 = load(b + kLanes);
+    Vector columns[V];
+    for (int v = 0; v < V; ++v) columns[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      sums[m][0] += a[m * a_row] * b0;
-      sums[m][1] += a[m * a_row] * b1;
+      for (int v = 0; v < V; ++v) sums[m][v] += a[m * a_row] * columns[v];
     }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < M; ++m) {
-    float* at = c + m * c_row;
-    if (valid == kCols) {
-      store(at, add ? load(at) + sums[m][0] : sums[m][0]);
-      store(at + kLanes, add ? load(at + kLanes) + sums[m][1] : sums[m][1]);
+  for (int m = 0; m < M; ++m, c += c_row) {
+    if (valid == V * kLanes) {
+      for (int v = 0; v < V; ++v) {
+        float* at = c + v * kLanes;
+        store(at, add ? load(at) + sums[m][v] : sums[m][v]);
+      }
     } else {
       float row[kCols];
-      store(row, sums[m][0]);
-      store(row + kLanes, sums[m][1]);
-      for (int n = 0; n < valid; ++n) at[n] = row[n] + (add ? at[n] : 0);
+      for (int v = 0; v < V; ++v) store(row + v * kLanes, sums[m][v]);
+      for (int64_t n = 0; n < valid; ++n) c[n] = add ? c[n] + row[n] : row[n];
     }
   }
 }
 
 // The same for `rows` <= M rows, a number that is known only now.
-template <int M = kRows, typename... Rest>
-void add_rows(int64_t rows, const Rest&... rest) {
-  if (rows == M) return add_tile<M>(rest...);
-  if constexpr (M > 1) add_rows<M - 1>(rows, rest...);
+template <int M = kRows>
+void add_rows(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const float* b,
+              int64_t depth, float* c, int64_t c_row, int64_t valid, bool add) {
+  if (rows < M) {
+    if constexpr (M > 1) add_rows<M - 1>(rows, a, a_row, a_step, b, depth, c, c_row, valid, add);
+  } else if (valid > kLanes) {
+    add_tile<M, 2>(a, a_row, a_step, b, depth, c, c_row, valid, add);
+  } else {
+    add_tile<M, 1>(a, a_row, a_step, b, depth, c, c_row, valid, add);
+  }
 }
 
-// Floats of a packed panel of `depth` vectors: kCols columns, or kRows rows in whole vectors. Between
-// panels is a cache line, so that those of a power of two do not all begin in the same set of lines.
-constexpr int64_t kLine = 16;
-constexpr int64_t kStep = divide_up(kRows, kLanes) * kLanes;
-constexpr int64_t cols_panel(int64_t depth) { return depth * kCols + kLine; }
-constexpr int64_t rows_panel(int64_t depth) { return depth * kStep + kLine; }
+// A packed panel holds `depth` steps: kCols columns of b each, or kRows rows of a in whole vectors.
+// A gap of one cache line keeps panels of a power of two out of the same sets of lines.
+constexpr int64_t kGap = 16, kRowStep = divide_up(kRows, kLanes) * kLanes;
+constexpr int64_t cols_panel(int64_t depth) { return depth * kCols + kGap; }
+constexpr int64_t rows_panel(int64_t depth) { return depth * kRowStep + kGap; }
 
 // from [rows, cols] of a row stride -> to [cols / kCols] panels of [rows, kCols], with zeros after
 // the last column.
@@ -235,23 +241,22 @@ void pack_cols(const float* from, int64_t stride, int64_t rows, int64_t cols, fl
 // The same from the transpose, [cols, rows].
 void pack_transposed(const float* from, int64_t rows, int64_t cols, float* to) {
   for (int64_t j = 0; j < cols; j += kCols, to += cols_panel(rows)) {
-    const int64_t valid = std::min<int64_t>(kCols, cols - j);
-    if (valid < kCols) std::memset(to, 0, sizeof(float) * rows * kCols);
-    transpose(from + j * rows, rows, valid, rows, to, kCols);
+    transpose_padded(from + j * rows, rows, std::min<int64_t>(kCols, cols - j), rows, to, kCols);
   }
 }
 
-// from [depth, rows] of a stride -> to [rows / kRows] panels of [depth, kStep], of which kRows count.
-// Nothing is read from `end` on.
-void pack_rows(const float* from, int64_t stride, int64_t depth, int64_t rows, const float* end,
+// from [depth, rows] of a stride -> to [rows / kRows] panels of [depth, kRowStep], of which kRows
+// count. `readable` floats are there to be read.
+void pack_rows(const float* from, int64_t stride, int64_t depth, int64_t rows, int64_t readable,
                float* to) {
-  for (int64_t k = 0; k < depth; ++k, from += stride, to += kStep) {
+  for (int64_t k = 0; k < depth; ++k, to += kRowStep) {
     float* at = to;
     for (int64_t r = 0; r < rows; r += kRows, at += rows_panel(depth)) {
-      if (from + r + kStep <= end) {
-        for (int v = 0; v < kStep; v += kLanes) store(at + v, load(from + r + v));
+      const int64_t first = k * stride + r;
+      if (first + kRowStep <= readable) {
+        for (int v = 0; v < kRowStep; v += kLanes) store(at + v, load(from + first + v));
       } else {
-        for (int64_t m = 0; m < std::min<int64_t>(kRows, rows - r); ++m) at[m] = from[r + m];
+        for (int64_t m = 0; m < std::min<int64_t>(kRows, rows - r); ++m) at[m] = from[first + m];
       }
     }
   }
@@ -268,7 +273,8 @@ bool all_below(const Ints& panels, int64_t limit) {
                      [=](int32_t panel) { return 0 <= panel && panel < limit; });
 }
 
-// Blocks in the order of their panels: those of panel p are order[start[p]] … order[start[p + 1]-1].
+// Blocks in the order of their panels: those of panel p are order[start[p]] and on, up to
+// order[start[p + 1] - 1].
 std::pair<std::vector<int64_t>, std::vector<int64_t>> by_panel(const int32_t* panel, int64_t blocks,
                                                                int64_t panels) {
   std::vector<int64_t> start(panels + 2), order(blocks);
@@ -290,47 +296,47 @@ ffi::Error BlockSpmm(ffi::ThreadPool pool, Floats x, Floats values, Ints source,
   int64_t rows = values.dimensions()[1], cols = values.dimensions()[2];
   const int64_t size = rows * cols;
   if (transposed) std::swap(rows, cols);
-  if (values.dimensions()[0] < blocks || !all_below(source, inputs / rows) ||
-      !all_below(target, width / cols))
+  if (values.dimensions()[0] < blocks || inputs % rows || width % cols ||
+      !all_below(source, inputs / rows) || !all_below(target, width / cols))
     return outside();
   const float *x_data = x.typed_data(), *w_data = values.typed_data();
-  const int32_t *from = source.typed_data(), *into = target.typed_data();
+  const int32_t *at_source = source.typed_data(), *at_target = target.typed_data();
   float* y_data = y->typed_data();
 
   // A panel of y stays in the cache while blocks are added to it.
-  const auto [start, order] = by_panel(into, blocks, width / cols);
+  const int64_t panels = width / cols;
+  const auto [start, order] = by_panel(at_target, blocks, panels);
   // With fewer tokens, packing the block would take as long as multiplying by it.
   constexpr int64_t kFewest = 48;
   const int64_t share = std::max(kFewest, divide_up(tokens, threads(pool)));
-  const int64_t rounds = divide_up(share, most_tokens);
   const int64_t tiles = divide_up(tokens, kRows);
-  const int64_t parts = divide_up(tokens, share) * rounds;
-  parallel(pool, parts, [=, &start = start, &order = order](int64_t task) {
-    const int64_t first = task * tiles / parts * kRows;
-    const int64_t last = std::min(tokens, (task + 1) * tiles / parts * kRows);
+  const int64_t parts = std::min(tiles, divide_up(tokens, share) * divide_up(share, most_tokens));
+  // Where the tokens do not occupy all threads, the panels are divided as well.
+  const int64_t groups = std::min(panels, divide_up(threads(pool), std::max<int64_t>(1, parts)));
+  parallel(pool, parts * groups, [=, &start = start, &order = order](int64_t task) {
+    const int64_t part = task / groups, group = task % groups;
+    const int64_t first = part * tiles / parts * kRows;
+    const int64_t last = std::min(tokens, (part + 1) * tiles / parts * kRows);
     float* packed = scratch(0, divide_up(cols, kCols) * cols_panel(rows));
-    for (int64_t panel = 0, end; panel < width / cols; panel = end) {
-      end = panel + 1;
-      float* c = y_data + panel * cols;
-      if (start[panel] == start[end]) {
-        while (end < width / cols && start[end] == start[end + 1]) ++end;
-        const int64_t empty = sizeof(float) * (end - panel) * cols;
-        for (int64_t t = first; t < last; ++t) std::memset(c + t * width, 0, empty);
+    for (int64_t p = group * panels / groups; p < (group + 1) * panels / groups; ++p) {
+      float* c = y_data + p * cols;
+      if (start[p] == start[p + 1]) {
+        for (int64_t t = first; t < last; ++t) std::memset(c + t * width, 0, sizeof(float) * cols);
       }
-      for (int64_t n = start[panel]; n < start[end]; ++n) {
-        const float* w = w_data + order[n] * size;
+      for (int64_t i = start[p]; i < start[p + 1]; ++i) {
+        const float* w = w_data + order[i] * size;
         if (transposed) {
           pack_transposed(w, rows, cols, packed);
         } else {
           pack_cols(w, cols, rows, cols, packed);
         }
-        const float* a = x_data + from[order[n]] * rows;
+        const float* a = x_data + at_source[order[i]] * rows;
         for (int64_t j = 0; j < cols; j += kCols) {
-          const int valid = std::min<int64_t>(kCols, cols - j);
+          const int64_t valid = std::min<int64_t>(kCols, cols - j);
           for (int64_t t = first; t < last; t += kRows) {
-            add_rows(std::min<int64_t>(kRows, last - t), a + t * inputs, inputs, int64_t{1},
+            add_rows(std::min<int64_t>(kRows, last - t), a + t * inputs, inputs, 1,
                      packed + j / kCols * cols_panel(rows), rows, c + t * width + j, width, valid,
-                     n > start[panel]);
+                     i > start[p]);
           }
         }
       }
@@ -345,42 +351,40 @@ ffi::Error BlockSddmm(ffi::ThreadPool pool, Floats x, Floats dy, Ints row, Ints 
   const int64_t tokens = x.dimensions()[0], k = x.dimensions()[1], n = dy.dimensions()[1];
   const int64_t blocks = row.dimensions()[0];
   const int64_t rows = dw->dimensions()[1], cols = dw->dimensions()[2];
-  if (!all_below(row, k / rows) || !all_below(col, n / cols)) return outside();
+  if (k % rows || n % cols || !all_below(row, k / rows) || !all_below(col, n / cols))
+    return outside();
   const float *x_data = x.typed_data(), *dy_data = dy.typed_data();
   const int32_t *at_row = row.typed_data(), *at_col = col.typed_data();
   float* dw_data = dw->typed_data();
   if (tokens == 0) std::memset(dw_data, 0, sizeof(float) * dw->element_count());
 
-  // A task is a few blocks, most of which share their panel of the narrower operand: it is packed
-  // once for all of them.
-  const bool by_row = k <= n;
-  const auto [start, order] =
-      by_row ? by_panel(at_row, blocks, k / rows) : by_panel(at_col, blocks, n / cols);
-  constexpr int64_t kMost = 8;  // With more, a task's blocks of dw leave the cache.
-  const int64_t tasks = std::max(divide_up(blocks, kMost), std::min(blocks, 4 * threads(pool)));
-  const int64_t most = std::min(most_tokens, tokens);
-  parallel(pool, tasks, [=, &order = order](int64_t task) {
+  // A task is some blocks in the order of one of their panels, that which takes longer to pack: it
+  // is packed once for all of them that share it.
+  const bool by_row = rows != cols ? rows > cols : k <= n;
+  const std::vector<int64_t> order =
+      (by_row ? by_panel(at_row, blocks, k / rows) : by_panel(at_col, blocks, n / cols)).second;
+  const int64_t tasks = std::min(blocks, 4 * threads(pool)), most = std::min(most_tokens, tokens);
+  parallel(pool, tasks, [=, &order](int64_t task) {
     float* a = scratch(0, divide_up(rows, kRows) * rows_panel(most));
     float* b = scratch(1, divide_up(cols, kCols) * cols_panel(most));
     for (int64_t t = 0; t < tokens; t += most) {
       const int64_t depth = std::min(most, tokens - t);
       int32_t packed_row = -1, packed_col = -1;
       for (int64_t i = task * blocks / tasks; i < (task + 1) * blocks / tasks; ++i) {
-        const int64_t block = order[i];
-        const int32_t x_panel = at_row[block], dy_panel = at_col[block];
+        const int32_t x_panel = at_row[order[i]], dy_panel = at_col[order[i]];
         if (x_panel != packed_row) {
-          const float* from = x_data + t * k + x_panel * rows;
-          pack_rows(from, k, depth, rows, x_data + tokens * k, a);
+          const int64_t first = t * k + x_panel * rows;
+          pack_rows(x_data + first, k, depth, rows, tokens * k - first, a);
         }
         if (dy_panel != packed_col) pack_cols(dy_data + t * n + dy_panel * cols, n, depth, cols, b);
         packed_row = x_panel, packed_col = dy_panel;
-        float* c = dw_data + block * rows * cols;
+        float* c = dw_data + order[i] * rows * cols;
         for (int64_t j = 0; j < cols; j += kCols) {
-          const int valid = std::min<int64_t>(kCols, cols - j);
+          const int64_t valid = std::min<int64_t>(kCols, cols - j);
           for (int64_t r = 0; r < rows; r += kRows) {
-            add_rows(std::min<int64_t>(kRows, rows - r), a + r / kRows * rows_panel(depth),
-                     int64_t{1}, kStep, b + j / kCols * cols_panel(depth), depth,
-                     c + r * cols + j, cols, valid, t > 0);
+            add_rows(std::min<int64_t>(kRows, rows - r), a + r / kRows * rows_panel(depth), 1,
+                     kRowStep, b + j / kCols * cols_panel(depth), depth, c + r * cols + j, cols,
+                     valid, t > 0);
           }
         }
       }
@@ -440,13 +444,13 @@ void sum_entries(const Entry* entries, const int32_t* start, const float* x_t, f
       for (int v = 0; v < V; ++v) store(sums_t + o * kTile + v * kLanes, sums[v]);
     }
     float* at = y + first;
-    if (add) transpose<true>(sums_t, kTile, outputs, tokens, at, width);
-    else transpose<false>(sums_t, kTile, outputs, tokens, at, width);
+    transpose(sums_t, kTile, outputs, tokens, at, width, add);
   }
 }
 
-// y = x @ W, or x @ W^T, for the entries of W at ascending `index`. The last two results are working
-// memory: the entries in the order in which they are read, and where the run of each output begins.
+// y = x @ W, or x @ W^T, for the entries of W at ascending `index`. The last two results are
+// working memory: the entries in the order in which they are read, and where the run of each output
+// begins.
 ffi::Error EntrySpmm(ffi::ThreadPool pool, Floats x, Floats values, Ints index, bool transposed,
                      FloatsOut y, FloatsOut sorted, IntsOut starts) {
   const int64_t tokens = x.dimensions()[0], inputs = x.dimensions()[1];
@@ -486,8 +490,7 @@ ffi::Error EntrySpmm(ffi::ThreadPool pool, Floats x, Floats values, Ints index, 
     parallel(pool, divide_up(tokens, kTile), [=](int64_t task) {
       const int64_t first = task * kTile, here = std::min(kTile, tokens - first);
       float* x_t = scratch(0, inputs * kTile);
-      if (here < kTile) std::memset(x_t, 0, sizeof(float) * inputs * kTile);
-      transpose(x_data + first * inputs, inputs, here, inputs, x_t, kTile);
+      transpose_padded(x_data + first * inputs, inputs, here, inputs, x_t, kTile);
       for (int64_t pass = 0; pass < passes; ++pass) {
         sum_entries<V>(entries, start + pass * width, x_t, y_data + first * width, width, here,
                        pass > 0);
@@ -556,10 +559,8 @@ ffi::Error EntrySddmm(ffi::ThreadPool pool, Floats x, Floats dy, Ints index, int
     *to = static_cast<int32_t>(end);
   };
   auto in_tiles = [=](const float* from, int64_t width, int64_t tile, float* to) {
-    const int64_t here = std::min(kTokens, tokens - tile * kTokens);
-    to += tile * width * kTokens;
-    if (here < kTokens) std::memset(to, 0, sizeof(float) * width * kTokens);
-    transpose(from + tile * kTokens * width, width, here, width, to, kTokens);
+    const int64_t first = tile * kTokens, here = std::min(kTokens, tokens - first);
+    transpose_padded(from + first * width, width, here, width, to + first * width, kTokens);
   };
   parallel(pool, 2 + 2 * tiles, [=](int64_t task) {
     if (task == 0) return find_runs(0, forward, start);
