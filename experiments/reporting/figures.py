@@ -121,14 +121,14 @@ class Line(NamedTuple):
 def _lines(groups: Sequence[Group], metric: str, x: Callable[[Summary], Any]) -> list[Line]:
     """The points of a figure, groups that differ in the place alone on one line.
 
-    Against anything but the forward density, each forward density is a line of its own.
+    Against anything but the forward density or the active parameters, which follow from it, each
+    forward density is a line of its own.
     """
     lines: dict[tuple[str, str | None, bool], Line] = {}
     named = {", ".join([_label(g, groups), *g.unusual.values()]) for g in groups}
     for group in groups:
         hollow = bool(group.unusual) and len(named) > MOST_LABELS
         parts = [_label(group, groups), *([] if hollow else group.unusual.values())]
-        # Active parameters follow from the density.
         by_density = x not in (forward_density, _active) and group.method != "dense"
         density = f"{group.mean(forward_density):.2g}" if by_density else None
         key = (", ".join(parts), density, hollow)
@@ -177,6 +177,7 @@ def _against(
     labels = list(dict.fromkeys(line.label for line in lines))
     densities = sorted({line.density for line in lines if line.density}, key=float, reverse=True)
     colors = dict(zip(labels, _colors(len(labels)), strict=True))
+    # The first one is that of lines without a density.
     markers = dict(zip(densities, itertools.cycle(MARKERS[1:]), strict=False))
     handles, shown = [], set()
     drawn_at: list[float] = []

@@ -58,13 +58,14 @@ class Group:
         method: the name of their sparsity method.
         runs: their summaries (`final.json`), with "training_flops": the FLOPs of all steps, as a
             share of those of the dense run of the same config file, and "train": what was recorded
-            of the training, means over the last quarter of the steps.
+            of the training, means over the last quarter of the recorded steps.
         records: their records (`metrics.jsonl`), in the same order.
         folders: their folders, in the same order.
         settings: the settings that differ from other groups of the same name and method; empty if
             there is no such group.
-        unusual: those of the settings, by key, that differ from what most groups of the same config
-            file and method have, and under `VARIANT` the flags of its variant likewise.
+        unusual: those of the settings, by key, that differ from what most tested groups of the same
+            config file and method have (of several, what most of the file have), and under
+            `VARIANT` the flags of its variant, if most tested groups of the file have others.
     """
 
     name: str
@@ -173,6 +174,7 @@ def collect(dirs: Sequence[Path]) -> tuple[list[Group], list[Path]]:
 
 
 def _warn_if_cut(path: Path, run: Summary, records: Sequence[dict[str, Any]]) -> None:
+    """Warns of records that end more than `log_every` steps before the run did."""
     steps, every = run.get("steps"), run["config"].get("log_every")
     last = max((record["step"] for record in records), default=0)
     if type(steps) is int and type(every) is int and 0 < last < steps - every:
@@ -180,7 +182,7 @@ def _warn_if_cut(path: Path, run: Summary, records: Sequence[dict[str, Any]]) ->
 
 
 def _late(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What a run recorded of its training, means over the records of its last quarter."""
+    """What a run recorded of its training, means over its last quarter."""
     found = [record for record in records if record["split"] == "train"]
     last = max((record["step"] for record in found), default=0)
     late = [record for record in found if record["step"] > 0.75 * last]
@@ -198,26 +200,12 @@ def told_apart(groups: Sequence[Group]) -> list[Group]:
     for group in groups:
         alike[group.name, group.method].append(_config(group))
     of_file = {group.file: [g for g in groups if g.file == group.file] for group in groups}
-    flags = {file: [g.flags for g in found] for file, found in of_file.items()}
     full = {file: _full_length(found) for file, found in of_file.items()}
-    everything = {file: list(map(_config, _tested(found))) for file, found in of_file.items()}
-    related = {
-        (file, method): list(map(_config, _tested([g for g in found if g.method == method])))
-        for file, found in of_file.items()
-        for method in {g.method for g in found}
-    }
     told = []
     for group in groups:
         config = _config(group)
         own = {k: _setting(k, config[k]) for k in _own(config, alike[group.name, group.method])}
-        rows = related[group.file, group.method], everything[group.file]
-        unusual = {
-            k: v
-            for k, v in own.items()
-            if config[k] != _usual(*([c.get(k) for c in r] for r in rows))
-        }
-        if group.flags != _usual(flags[group.file]):
-            unusual[VARIANT] = group.flags
+        unusual = _unusual(group, of_file[group.file], own)
         length = _dense_flops(group) / full[group.file]
         runs = [
             {**run, "training_flops": length * run["flops"]["training_fraction"]}
@@ -226,6 +214,21 @@ def told_apart(groups: Sequence[Group]) -> list[Group]:
         settings = ", ".join(own.values())
         told.append(dataclasses.replace(group, runs=runs, settings=settings, unusual=unusual))
     return told
+
+
+def _unusual(group: Group, of_file: Sequence[Group], own: dict[str, str]) -> dict[str, str]:
+    """Which of its own settings, and whether its flags, are not the usual ones."""
+    config = _config(group)
+    everything = list(map(_config, _tested(of_file)))
+    alike = list(map(_config, _tested([g for g in of_file if g.method == group.method])))
+    unusual = {
+        key: told
+        for key, told in own.items()
+        if config[key] != _usual([c.get(key) for c in alike], [c.get(key) for c in everything])
+    }
+    if group.flags != _usual([g.flags for g in _tested(of_file)]):
+        unusual[VARIANT] = group.flags
+    return unusual
 
 
 def _tested(groups: Sequence[Group]) -> Sequence[Group]:

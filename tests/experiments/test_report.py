@@ -193,7 +193,7 @@ def test_records_that_end_too_early_are_told(tmp_path, capsys, last, told):
     put(tmp_path / "a", final("c:a", "set", 0, 0.5, steps=100, log_every=10) | {"steps": 100})
     (tmp_path / "a" / "metrics.jsonl").write_text(f'{{"step": {last}, "split": "masks"}}\n')
     assert main([str(tmp_path), f"--out={tmp_path / 'out'}"]) == 0
-    assert ("metrics.jsonl: ends at step 70 of 100" in capsys.readouterr().err) == told
+    assert (f"metrics.jsonl: ends at step {last} of 100" in capsys.readouterr().err) == told
 
 
 class Page(HTMLParser):
@@ -649,12 +649,18 @@ def test_the_best_of_several_points_at_a_place_is_joined(better, joined):
 
 def test_of_equally_many_settings_the_usual_one_is_that_of_other_methods(tmp_path):
     """Runs without a test, of which there are more, do not count beside tested ones."""
-    rows = [("set", 1, True), ("set", 2, True), *[("set", 2, False)] * 3, ("rigl", 1, True)]
-    for i, (method, rate, tested) in enumerate(rows):
-        test = {"test": {"accuracy": 0.5}} if tested else {"test": {}}
-        put(tmp_path / str(i), final(f"c:{method}", method, i, 0.5, rate=rate, i=i * tested) | test)
+    untested = [("set", 2, {}, i) for i in range(3)]
+    rows = [(method, rate, {"accuracy": 0.5}, 9) for method, rate in (("set", 1), ("set", 2))]
+    for i, (method, rate, test, steps) in enumerate([*rows, ("rigl", 1, rows[0][2], 9), *untested]):
+        run = final(f"c:{method}", method, i, 0.5, rate=rate, steps=steps) | {"test": test}
+        put(tmp_path / str(i), run)
     groups, _ = collect([tmp_path])
-    usual = {(g.method, g.runs[0]["config"]["rate"]): "rate" not in g.unusual for g in groups}
+    usual = {
+        (g.method, g.runs[0]["config"]["rate"]): "rate" not in g.unusual
+        for g in groups
+        if g.runs[0]["test"]
+    }
+    assert len(groups) == 6
     assert usual == {("set", 1): True, ("set", 2): False, ("rigl", 1): True}
 
 

@@ -48,7 +48,7 @@ inline float sum(Vector v) {
 }
 
 constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+constexpr int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
 
 // Memory of this thread that the next call with the same `which` overwrites; aligned to a vector.
 float* scratch(int which, int64_t floats) {
@@ -130,7 +130,7 @@ constexpr bool kShuffles = false;
 inline void transpose_tile(Vector*) {}
 #endif
 
-// to[c * to_stride + r] = from[r * from_stride + c], or is added to it.
+// to[c * to_stride + r] = from[r * from_stride + c], or += with `add`.
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
                int64_t to_stride, bool add = false) {
   for (int64_t r = 0; r < rows; r += kLanes) {
@@ -161,11 +161,11 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
   }
 }
 
-// The same to `to_rows` >= rows columns, those after the last with zeros.
+// The same into rows of `to_width` >= rows floats, with zeros after the last.
 void transpose_padded(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
-                      int64_t to_rows) {
-  if (rows < to_rows) std::memset(to, 0, sizeof(float) * cols * to_rows);
-  transpose(from, from_stride, rows, cols, to, to_rows);
+                      int64_t to_width) {
+  if (rows < to_width) std::memset(to, 0, sizeof(float) * cols * to_width);
+  transpose(from, from_stride, rows, cols, to, to_width);
 }
 
 // ---- Blocks ------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ void add_rows(int64_t rows, const float* a, int64_t a_row, int64_t a_step, const
 
 // A packed panel holds `depth` steps: kCols columns of b each, or kRows rows of a in whole vectors.
 // A gap of one cache line keeps panels of a power of two out of the same sets of lines.
-constexpr int64_t kGap = 16, kRowStep = divide_up(kRows, kLanes) * kLanes;
+constexpr int64_t kGap = 16, kRowStep = round_up(kRows, kLanes);
 constexpr int64_t cols_panel(int64_t depth) { return depth * kCols + kGap; }
 constexpr int64_t rows_panel(int64_t depth) { return depth * kRowStep + kGap; }
 
@@ -242,6 +242,19 @@ void pack_cols(const float* from, int64_t stride, int64_t rows, int64_t cols, fl
 void pack_transposed(const float* from, int64_t rows, int64_t cols, float* to) {
   for (int64_t j = 0; j < cols; j += kCols, to += cols_panel(rows)) {
     transpose_padded(from + j * rows, rows, std::min<int64_t>(kCols, cols - j), rows, to, kCols);
+  }
+}
+
+// c [rows, cols] = (add ? c : 0) + a @ b, tile by tile: tiles of a lie a_tile apart, b is packed.
+void add_product(const float* a, int64_t a_tile, int64_t a_row, int64_t a_step, const float* b,
+                 int64_t depth, float* c, int64_t c_row, int64_t rows, int64_t cols, bool add) {
+  for (int64_t j = 0; j < cols; j += kCols, b += cols_panel(depth)) {
+    const int64_t valid = std::min<int64_t>(kCols, cols - j);
+    const float* tile = a;
+    for (int64_t r = 0; r < rows; r += kRows, tile += a_tile) {
+      add_rows(std::min<int64_t>(kRows, rows - r), tile, a_row, a_step, b, depth, c + r * c_row + j,
+               c_row, valid, add);
+    }
   }
 }
 
@@ -312,7 +325,8 @@ ffi::Error BlockSpmm(ffi::ThreadPool pool, Floats x, Floats values, Ints source,
   const int64_t tiles = divide_up(tokens, kRows);
   const int64_t parts = std::min(tiles, divide_up(tokens, share) * divide_up(share, most_tokens));
   // Where the tokens do not occupy all threads, the panels are divided as well.
-  const int64_t groups = std::min(panels, divide_up(threads(pool), std::max<int64_t>(1, parts)));
+  const bool all_busy = parts == 0 || parts >= threads(pool);
+  const int64_t groups = all_busy ? 1 : std::min(panels, divide_up(4 * threads(pool), parts));
   parallel(pool, parts * groups, [=, &start = start, &order = order](int64_t task) {
     const int64_t part = task / groups, group = task % groups;
     const int64_t first = part * tiles / parts * kRows;
@@ -330,15 +344,9 @@ ffi::Error BlockSpmm(ffi::ThreadPool pool, Floats x, Floats values, Ints source,
         } else {
           pack_cols(w, cols, rows, cols, packed);
         }
-        const float* a = x_data + at_source[order[i]] * rows;
-        for (int64_t j = 0; j < cols; j += kCols) {
-          const int64_t valid = std::min<int64_t>(kCols, cols - j);
-          for (int64_t t = first; t < last; t += kRows) {
-            add_rows(std::min<int64_t>(kRows, last - t), a + t * inputs, inputs, 1,
-                     packed + j / kCols * cols_panel(rows), rows, c + t * width + j, width, valid,
-                     i > start[p]);
-          }
-        }
+        const float* a = x_data + first * inputs + at_source[order[i]] * rows;
+        add_product(a, kRows * inputs, inputs, 1, packed, rows, c + first * width, width,
+                    last - first, cols, i > start[p]);
       }
     }
   });
@@ -358,8 +366,9 @@ ffi::Error BlockSddmm(ffi::ThreadPool pool, Floats x, Floats dy, Ints row, Ints 
   float* dw_data = dw->typed_data();
   if (tokens == 0) std::memset(dw_data, 0, sizeof(float) * dw->element_count());
 
-  // A task is some blocks in the order of one of their panels, that which takes longer to pack: it
-  // is packed once for all of them that share it.
+  // A task is a run of blocks in the order of one of their panels, which is packed once for all of
+  // them that share it: the one that takes longer to pack, or of equal ones that of which there are
+  // fewer.
   const bool by_row = rows != cols ? rows > cols : k <= n;
   const std::vector<int64_t> order =
       (by_row ? by_panel(at_row, blocks, k / rows) : by_panel(at_col, blocks, n / cols)).second;
@@ -378,15 +387,8 @@ ffi::Error BlockSddmm(ffi::ThreadPool pool, Floats x, Floats dy, Ints row, Ints 
         }
         if (dy_panel != packed_col) pack_cols(dy_data + t * n + dy_panel * cols, n, depth, cols, b);
         packed_row = x_panel, packed_col = dy_panel;
-        float* c = dw_data + order[i] * rows * cols;
-        for (int64_t j = 0; j < cols; j += kCols) {
-          const int64_t valid = std::min<int64_t>(kCols, cols - j);
-          for (int64_t r = 0; r < rows; r += kRows) {
-            add_rows(std::min<int64_t>(kRows, rows - r), a + r / kRows * rows_panel(depth), 1,
-                     kRowStep, b + j / kCols * cols_panel(depth), depth, c + r * cols + j, cols,
-                     valid, t > 0);
-          }
-        }
+        add_product(a, rows_panel(depth), 1, kRowStep, b, depth, dw_data + order[i] * rows * cols,
+                    cols, rows, cols, t > 0);
       }
     }
   });

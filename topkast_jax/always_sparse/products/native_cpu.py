@@ -28,8 +28,8 @@ class SpmmSettings(Settings):
     """Settings of `spmm`.
 
     Attributes:
-      tokens: the most tokens that one thread multiplies by a block before it takes the next one, up
-        to whole tiles of registers.
+      tokens: the most tokens that one thread multiplies by a block before it takes the next one,
+        rounded up to whole register tiles.
     """
 
     tokens: int = choice(240, allowed=_TOKENS, tried=(96, 240, 480, 960))
@@ -113,8 +113,8 @@ def sddmm(
       settings: how many tokens at a time.
 
     Returns:
-      float32 `[b, rows, cols]`. Each thread keeps working memory of about `settings.tokens` times
-      rows and columns of a block for its next product.
+      float32 `[b, rows, cols]`. Each thread keeps about `settings.tokens` × (rows + cols) floats of
+      working memory for its next product.
     """
     (blocks,) = _call(
         "topkast_block_sddmm",
@@ -170,8 +170,8 @@ def entry_sddmm(x_TxK: jax.Array, dy_TxN: jax.Array, index: jax.Array, forward: 
       forward: how many of them, the first ones, are A.
 
     Returns:
-      float32 `[b]`. Its working memory is that of x and dy once more, and each thread keeps a
-      vector for each entry of its part of the kernel, 256 rows by 128 columns.
+      float32 `[b]`. Its working memory is that of x and dy once more, and each thread keeps
+      one vector of sums for each entry in its part of the kernel (256 rows by 128 columns).
     """
     (tokens, k), n = x_TxK.shape, dy_TxN.shape[1]
     tiles = -(-tokens // _TILE)
