@@ -490,7 +490,10 @@ def machine() -> dict[str, Any]:
 
 def threads() -> dict[str, int | None]:
     """The threads of each library in this process; those of XLA as Linux lists them by name."""
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").glob("*")]
+    names = []
+    for task in Path("/proc/self/task").glob("*"):
+        with contextlib.suppress(OSError):  # A thread may have ended since.
+            names.append((task / "comm").read_text())
     found = {"xla": sum(name.startswith("tf_XLAEigen") for name in names) or None, "torch": None}
     if torch := sys.modules.get("torch"):
         found["torch"] = torch.get_num_threads()

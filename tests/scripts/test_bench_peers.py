@@ -151,6 +151,19 @@ def test_rows_without_their_peer_are_named(monkeypatch, capsys, tmp_path):
     assert "jax" in found["versions"]
 
 
+def test_a_thread_that_ends_while_threads_are_counted(monkeypatch):
+    ended = iter((True, False, False))
+
+    def comm(path):
+        if next(ended):
+            raise FileNotFoundError(path)
+        return "tf_XLAEigen/1"
+
+    monkeypatch.setattr(Path, "glob", lambda *_: [Path("1"), Path("2"), Path("3")])
+    monkeypatch.setattr(Path, "read_text", comm)
+    assert bench_peers.threads()["xla"] == 2
+
+
 def test_a_checkout_is_needed_for_the_row_of_the_reference(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     row = bench_peers.ROWS["transformer_xl"]
