@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -85,6 +86,12 @@ class Group:
     def flags(self) -> str:
         """What the variant has after the method, such as "2x"."""
         return self.name.partition(":")[2].partition(",")[2]
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The settings that decide on the results, by key, but for the seed and what follows."""
+        settings = _settings(self.runs[0])
+        return {k: v for k, v in settings.items() if not k.startswith("derived.")}
 
     def only(self, folders: Collection[Path]) -> Group:
         """The same group with its runs in these folders alone."""
@@ -198,13 +205,13 @@ def told_apart(groups: Sequence[Group]) -> list[Group]:
     """The same groups, with `settings`, `unusual` and training FLOPs as against each other."""
     alike: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for group in groups:
-        alike[group.name, group.method].append(_config(group))
+        alike[group.name, group.method].append(group.config)
     of_file = {group.file: [g for g in groups if g.file == group.file] for group in groups}
     full = {file: _full_length(found) for file, found in of_file.items()}
     told = []
     for group in groups:
-        config = _config(group)
-        own = {k: _setting(k, config[k]) for k in _own(config, alike[group.name, group.method])}
+        keys = _own(group.config, alike[group.name, group.method])
+        own = {key: _setting(key, group.config[key]) for key in keys}
         unusual = _unusual(group, of_file[group.file], own)
         length = _dense_flops(group) / full[group.file]
         runs = [
@@ -218,14 +225,12 @@ def told_apart(groups: Sequence[Group]) -> list[Group]:
 
 def _unusual(group: Group, of_file: Sequence[Group], own: dict[str, str]) -> dict[str, str]:
     """Which of its own settings, and whether its flags, are not the usual ones."""
-    config = _config(group)
-    everything = list(map(_config, _tested(of_file)))
-    alike = list(map(_config, _tested([g for g in of_file if g.method == group.method])))
-    unusual = {
-        key: told
-        for key, told in own.items()
-        if config[key] != _usual([c.get(key) for c in alike], [c.get(key) for c in everything])
+    everything = [g.config for g in _tested(of_file)]
+    alike = [g.config for g in _tested([g for g in of_file if g.method == group.method])]
+    usual = {
+        key: _usual([c.get(key) for c in alike], [c.get(key) for c in everything]) for key in own
     }
+    unusual = {key: told for key, told in own.items() if group.config[key] != usual[key]}
     if group.flags != _usual([g.flags for g in _tested(of_file)]):
         unusual[VARIANT] = group.flags
     return unusual
@@ -271,11 +276,6 @@ def _usual(values: Sequence[Any], among: Sequence[Any] = ()) -> Any:
 def _settings(run: Summary) -> dict[str, Any]:
     """The settings that decide on a run's results, by key, but for the seed."""
     return {k: v for k, v in flat(run["config"]).items() if k != "seed" and not is_free(k)}
-
-
-def _config(group: Group) -> dict[str, Any]:
-    settings = _settings(group.runs[0])
-    return {k: v for k, v in settings.items() if not k.startswith("derived.")}
 
 
 def _own(config: dict[str, Any], alike: Sequence[dict[str, Any]]) -> list[str]:
