@@ -4,9 +4,10 @@ Batch 4096, 32,000 steps (102 epochs), learning rate 1.6 after a linear warm-up 
 by 10 at epochs 30, 70 and 90, weight decay 1e-4: an L2 gradient on dense leaves, and the weight of
 the exploration loss on sparse ones (the paper's appendix B). Every sparse layer has the same
 sparsity; the first and the last layer, batch normalisation and biases are dense. Sets are refreshed
-every 100 steps. The paper's main runs refresh them in every step, with almost the same accuracy
-(table 6). The paper does not state momentum (Nesterov 0.9), label smoothing (0.1) and augmentation
-(random resized crops of 224, mirrored): they are RigL's, one line each below.
+every 100 steps. The paper's main runs refresh them in every step, and so do the sweeps of its
+figures and tables; the accuracy is almost the same (table 6). The paper does not state momentum
+(Nesterov 0.9), label smoothing (0.1) and augmentation (random resized crops of 224, mirrored): they
+are RigL's, one line each below.
 
 Expected top-1 accuracy in percent. [V]: read in the paper's tables 1 and 6, or where said; [F]:
 read off its figures 2a to 2c and that of its appendix B.

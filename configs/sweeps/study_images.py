@@ -35,6 +35,8 @@ OWN: dict[str, tuple[Mapping[str, object], ...]] = {
     "95/90": ({"method.exploration_set": "random"},),
     "98/90": ({"method.exploration_set": "random"},),
     "90/0": tuple({"method.stop_exploring_at": step} for step in (0, 781, 2_500)),
+    # The paper's RigL of 98 and 99 % has these densities (`figure_2c.py`).
+    **{row: ({"method.distribution": "erk"},) for row in ("rigl-98", "rigl-99")},
 }
 
 

@@ -30,7 +30,12 @@ ROWS: tuple[tuple[str, Mapping[str, object]], ...] = (
     # The penalty is also a weight decay of the forward set: the others with the same.
     *(
         (row, {"optimizer.l2": 1e-3})
-        for row in ("dense", "static-90", "set-90", "rigl-90", "set-99")
+        for row in ("dense", "static-90", "set-90", "rigl-90", "set-99", "pruning-90")
+    ),
+    # The paper's warm-up is a twentieth of the run; the config's, 20 steps.
+    *(
+        (row, {"optimizer.schedule.warmup_steps": 250})
+        for row in ("90/0", "90/50", "99/95", "set-99", "rigl-99")
     ),
     *(("90/80", {"method.pattern": f"block:{n}x{n}"}) for n in (4, 8, 16)),
     ("90/80", {"method.pattern": "fan_in"}),
