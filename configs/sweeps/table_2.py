@@ -2,11 +2,11 @@
 
 The numbers are read off the vector figure [F]; the table [V] rounds those of 0/0, 80/0, 80/80 and
 90/60. In addition it has Transformer-XL of 44 M parameters (1.06) and All-Attention of 39 M (1.01).
-`:small` is the Transformer-XL of 2.9 M parameters.
+`:small` is the study's Transformer-XL of 0.75 M parameters.
 
 Hardware: not tried on any at the paper's scale: an estimated 300 chip-hours of TPU v5e a run
-(docs/reproducing.md). `:small` two CPU cores, 10 minutes for 2,000 steps of the dense model (0.28 s
-each, 2026-11-30), and the test.
+(docs/reproducing.md). `:small` one CPU core, 13 to 90 minutes (the longer with other work on the
+machine).
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/table_2.py:small --workdir=runs/texts \
@@ -35,13 +35,16 @@ REPORTED = {
 
 def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str, object], str]]:
     check_variant(variant, CONFIGS)
+    study = ",study" if variant else ""
     for row, bpc in REPORTED.items():
-        yield None, f"{CONFIGS[variant]}:{row}", {}, f"{bpc} bpc (table 2, figure 3c)"
+        yield None, f"{CONFIGS[variant]}:{row}{study}", {}, f"{bpc} bpc (table 2, figure 3c)"
     other = "All-Attention, 39 M, another model: 1.01"
     reference = f"Transformer-XL, 44 M: 1.06 bpc (table 2; {other})"
-    base = CONFIGS[variant] if variant else "configs/enwik8_base.py"
     if not variant:
         own = "0.99 bpc (Transformer-XL)"
         yield None, f"{CONFIGS[variant]}:dense,reference", {}, own
     # 44 of 277 M parameters are 16 %.
-    yield "transformer_xl_base", f"{base}:{'small-dense-84' if variant else 'dense'}", {}, reference
+    base = (
+        f"{CONFIGS[variant]}:small-dense-84{study}" if variant else "configs/enwik8_base.py:dense"
+    )
+    yield "transformer_xl_base", base, {}, reference

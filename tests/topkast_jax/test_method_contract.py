@@ -12,6 +12,7 @@ import oracle
 import pytest
 
 import topkast_jax as tk
+from docs.examples.decoupled_penalty import decoupled
 from docs.examples.set_method import SET, set_method
 from docs.examples.zero_start import zero_start
 from topkast_jax import testing
@@ -492,3 +493,14 @@ def test_what_enters_starts_at_zero():
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         np.testing.assert_array_equal(params["w"], expected)
+
+
+def test_a_decoupled_penalty_decays_each_set_by_its_own_weight():
+    """Without a gradient, AdamW's update is its decay alone: of θ on A, of θ/D on B∖A."""
+    params = {"w": jnp.array([[4.0, -3.0], [2.0, 1.0]]), "bias": jnp.ones(2)}
+    tx = decoupled(optax.adamw(0.5, weight_decay=0.1), 0.25, 0.5)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    expected = -0.5 * 0.1 * np.array([[4.0, -3.0 / 0.25], [0.0, 0.0]])
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
