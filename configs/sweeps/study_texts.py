@@ -28,12 +28,30 @@ CONFIG = "configs/enwik8_small.py"
 METHODS = ("dense", "small-dense-90", "static-90", "set-90", "rigl-90", "pruning-90", "90/80")
 TOP_KAST = ("80/0", "80/60", "80/80", "90/0", "90/60", "95/90")
 RATES = (2e-3, 4e-3, 8e-3)
-ZERO_START = "docs.examples.zero_start:zero_start"
-DECOUPLED = "docs.examples.decoupled_penalty:decoupled"
 EARLIER: dict[str, object] = {
     "optimizer.learning_rate": 2e-3, "method.begin_at": 800, "method.end_at": 4_000
 }  # fmt: skip
-SUSPECTS = (("refresh_every", (25,)), ("exploration_weight", (0.0, 1e-3)))
+SHORT: Mapping[str, object] = {"steps": 2_000, "eval_at_end": False}
+EXAMPLES = "docs.examples"
+SUSPECTS: Mapping[str, Mapping[str, object]] = {
+    "refresh_every-25": {"method.refresh_every": 25},
+    "exploration_weight-0": {"method.exploration_weight": 0.0},
+    "exploration_weight-0.001": {"method.exploration_weight": 1e-3},
+    **{
+        f"decoupled-{decay:g}": {
+            "method.name": f"{EXAMPLES}.decoupled_penalty:decoupled",
+            "optimizer.name": "adamw",
+            "optimizer.weight_decay": decay,
+        }
+        for decay in (0.1, 0.3, 1.0)
+    },
+    "weight_decay-0.1": {
+        "method.exploration_weight": 0.0,
+        "optimizer.name": "adamw",
+        "optimizer.weight_decay": 0.1,
+    },
+    "zero_start": {"method.name": f"{EXAMPLES}.zero_start:zero_start"},
+}
 
 
 def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str, object], str]]:
@@ -41,25 +59,13 @@ def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str,
     if variant == "rates":
         for row in METHODS:
             for rate in RATES:
-                own = {"steps": 2_000, "optimizer.learning_rate": rate, "eval_at_end": False}
                 name = f"rates-{row.replace('/', '-')}-{rate:g}"
+                own = {**SHORT, "optimizer.learning_rate": rate}
                 yield name, f"{CONFIG}:{row},study", own, ""
         return
     if variant == "suspects":
-        for key, values in SUSPECTS:
-            for value in values:
-                name = f"suspects-{key}-{value:g}"
-                own = {"steps": 2_000, f"method.{key}": value, "eval_at_end": False}
-                yield name, f"{CONFIG}:90/80,study", own, ""
-        for decay in (0.1, 0.3, 1.0):
-            own = {"steps": 2_000, "method.name": DECOUPLED, "eval_at_end": False}
-            adamw = {"optimizer.name": "adamw", "optimizer.weight_decay": decay}
-            yield f"suspects-decoupled-{decay:g}", f"{CONFIG}:90/80,study", own | adamw, ""
-        adamw = {"optimizer.name": "adamw", "optimizer.weight_decay": 0.1}
-        none = {"steps": 2_000, "method.exploration_weight": 0.0, "eval_at_end": False}
-        yield "suspects-weight_decay-0.1", f"{CONFIG}:90/80,study", none | adamw, ""
-        zero = {"steps": 2_000, "method.name": ZERO_START, "eval_at_end": False}
-        yield "suspects-zero_start", f"{CONFIG}:90/80,study", zero, ""
+        for name, suspect in SUSPECTS.items():
+            yield f"suspects-{name}", f"{CONFIG}:90/80,study", {**SHORT, **suspect}, ""
         return
     paper = reported(table_2.get_sweep("small"), table_5.get_sweep("small"))
     # Twice and half the rate. Pruning, which begins dense, also has a removal from a tenth to half
@@ -72,7 +78,7 @@ def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str,
         *((row, {"optimizer.learning_rate": 2e-3}) for row in slow),
         *((row, EARLIER) for row in ("pruning-90", "pruning-80")),
     ]
-    for row, own in rows:
+    for row, different in rows:
         config = f"{CONFIG}:{row},study"
         # Whatever the rate, the number is that of the row in its table.
-        yield None, config, own, paper(config, {}) or paper(config, table_5.PRUNING)
+        yield None, config, different, paper(config, {}) or paper(config, table_5.PRUNING)
