@@ -23,7 +23,7 @@ from experiments.reporting.groups import (
 
 Read = Callable[[Summary], Any]
 # The headings of how a row was made.
-_MADE = ("steps", "device", "evaluated on", "command")
+_MADE = ("steps", "device", "date", "evaluated on", "command")
 
 
 class Number(NamedTuple):
@@ -272,10 +272,11 @@ def _numbers(group: Group | None, groups: Sequence[Group]) -> list[Number]:
 
 
 def _made(group: Group) -> list[str]:
-    """The steps, the devices and the test data of the runs, usually one of each."""
+    """The steps, devices, dates and test data of the runs, usually one of each."""
     steps = {str(run.get("steps", "")) for run in group.runs}
     devices = {_device(run) for run in group.runs}
-    return [", ".join(sorted(steps)), ", ".join(sorted(devices)), _context(group)]
+    dates = {str(run.get("date", "not recorded")) for run in group.runs}
+    return [*(", ".join(sorted(each)) for each in (steps, devices, dates)), _context(group)]
 
 
 def _device(run: Summary) -> str:

@@ -118,6 +118,8 @@ def a_sweep(root):
     for seed, accuracy in enumerate((0.6, 0.7)):
         run = final("c:90/80", "top_kast", seed, accuracy, 0.1, steps=100)
         run |= {"steps": 100, "device": "cpu", "processor": f"made up {seed}, AVX2"}
+        if seed:  # Older records have no date.
+            run["date"] = "2026-11-30"
         put(root / "90-80" / f"seed-{seed}", run)
     own = ["method.pattern=1:8", "data.dir=a b"]
     rows = [
@@ -139,6 +141,7 @@ def test_the_rows_of_a_sweep_stand_beside_what_the_paper_reports(tmp_path, capsy
     assert done["reported by the paper"] == "73.03 % (table 6)"
     assert done["steps"] == "100"
     assert done["device"] == "cpu (made up 0, AVX2), cpu (made up 1, AVX2)"
+    assert (done["date"], absent["date"]) == ("2026-11-30, not recorded", "")
     assert (done["evaluated on"], absent["evaluated on"]) == ("examples 77", "")
     assert done["seeds"] == "2, missing 1"
     assert absent["seeds"] == "0, missing 3"
