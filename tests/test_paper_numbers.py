@@ -85,7 +85,7 @@ def rigl_paper(forward):
         *others(forward, {"rigl": FIVE_TIMES[forward]}, {**at, "steps": 5 * EPOCHS}),
         *others(forward, ERK[forward], every),
         ({**DENSE, NARROWER: (100 - forward) / 100, **at}, SMALL_DENSE[forward]),
-        ({**DENSE, NARROWER: 1.0}, "76.8 ± .09"),
+        ({**DENSE, NARROWER: 1.0}, "76.8 ± .09 % at 1, 1 (3.2e18 in training, 8.2e9"),
     ]  # fmt: skip
 
 
@@ -122,7 +122,6 @@ NUMBERS = {
             95: {0: "71.83", 50: "71.96", 80: "71.30", 90: "70.42"},
         }, **MAIN))
         + rigl_paper(90)
-        + [({**DENSE, NARROWER: 1.0}, number) for number in ("3.2e18", "8.2e9")]
         + others(90, {"rigl": ".13"}, {"steps": EPOCHS, "dense rule": "stem/kernel"}),
     ),
     "figure_2b ": (  # sparseml's run: 100 epochs in batches of 400
@@ -271,6 +270,16 @@ def test_a_sweep_plans_the_run_of_each_number(sweep, where, number):
     assert [text for text in told if re.search(whole, text)], told
 
 
+# Numbers that say where another is from, or which model has it.
+NAMES = (
+    r"\b(?:figure|table|issue|request) \d+\w?\b(?!\.\d)|Transformer-XL, 44 M|All-Attention, 39 M"
+)
+
+
+def numbers(text):
+    return {found.lstrip("0") for found in re.findall(r"\d*\.?\d+(?:e\d+)?", text)}
+
+
 def test_every_number_is_here():
     """A number in a sweep that this file does not have was changed, or has no test."""
     for sweep in sorted({sweep.strip() for sweep in NUMBERS}):
@@ -280,7 +289,9 @@ def test_every_number_is_here():
                 for name, where, number in ALL
                 if name.strip() == sweep and meets(config, where)
             ]
-            assert bool(of_row) == bool(paper), (sweep, config.name, paper)
+            told = numbers(re.sub(NAMES, "", paper))
+            assert told <= numbers(" ".join(of_row)), (sweep, config.name, paper)
+            assert bool(of_row) == bool(paper), (sweep, config.name)
 
 
 STUDY = {
