@@ -11,7 +11,7 @@ two of them an earlier end of pruning. The paper's numbers beside the rows are t
 of 277 M (table 2, figure 3c) and of 69 M parameters (table 5).
 
 Data: `--config.data.name=text_file --config.data.file=enwik8`, any file of raw text.
-Hardware: one CPU core, 15 to 90 minutes a run; `:rates` 5 to 28 minutes (the longer with other work
+Hardware: one CPU core, 13 to 90 minutes a run; `:rates` 3 to 28 minutes (the longer with other work
 on the machine).
 
 Command:

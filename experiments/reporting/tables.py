@@ -217,17 +217,19 @@ def _sweep(name: str, path: Path, groups: Sequence[Group]) -> Table:
     plan = plans.read(path)
     by_row = {folder.parent: group for group in groups for folder in group.folders}
     heads = ["run", "seeds", *_columns(groups), "reported by the paper", *_MADE]
-    table = Table(name, f"{plan.config} in {path.parent}", heads, [])
+    here = Path.cwd()
+    told = path.parent.relative_to(here) if path.parent.is_relative_to(here) else path.parent
+    table = Table(name, f"{plan.config} in {told}", heads, [])
     for planned in plan.rows:
         folder = (path.parent / planned["row"]).resolve()
         group = by_row.get(folder)
         if group:  # It may have runs of the same config in other folders, too.
             group = group.only({run for run in group.folders if run.parent == folder})
         done = len(group.runs) if group else 0
-        told = str(done) if done >= plan.seeds else f"{done}, missing {plan.seeds - done}"
+        seeds = str(done) if done >= plan.seeds else f"{done}, missing {plan.seeds - done}"
         last = _made(group) if group else [""] * (len(_MADE) - 1)
         numbers, command = _numbers(group, groups), _planned_command(planned)
-        table.rows.append([planned["row"], told, *numbers, planned["paper"], *last, command])
+        table.rows.append([planned["row"], seeds, *numbers, planned["paper"], *last, command])
     return table
 
 
