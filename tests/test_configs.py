@@ -95,6 +95,13 @@ def test_a_sweep_names_its_variants(name):
     assert str(error.value) == f"--config={spec}: variant 'tiny': allowed: nothing, small"
 
 
+def test_another_penalty_of_the_study_is_in_the_place_of_the_exploration_penalty():
+    runs = {run.row: run for run in plan(f"{ROOT}/sweeps/study_texts.py:suspects", 1)}
+    for row in ("decoupled-0.1", "decoupled-0.3", "decoupled-1", "weight_decay-0.1"):
+        run = runs[f"suspects-{row}"]
+        assert configs.resolve(run.config, run.overrides).method.exploration_weight == 0
+
+
 @pytest.mark.parametrize("variant", ["1x,2x", "90/80,all-sparse,last-sparse"])
 @pytest.mark.parametrize("name", ["cifar10_small", "imagenet_resnet50"])
 def test_words_that_contradict_each_other_are_one_line(name, variant):

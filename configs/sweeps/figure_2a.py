@@ -15,11 +15,10 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from configs.sweeps.figure_2b import EVERY_STEP
 from experiments.config import check_variant
 
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
-# The paper's main runs choose the sets in every step.
-EVERY_STEP: Mapping[str, object] = {"method.refresh_every": 1}
 
 # Top-1 % and training FLOPs of dense.
 TOP_KAST = {

@@ -1,10 +1,10 @@
 """Figure 2c: accuracy against training FLOPs at 98 % and 99 % sparsity.
 
 The numbers are top-1 % on ImageNet, read off the vector figure [F]; the backward densities follow
-from the FLOPs of the points [C]. So do RigL's densities: by Erdős–Rényi, the first layer dense, as
-RigL's repository says of the point at .29 [V]. RigL with uniform densities and fixed random masks
-are added. `:small` is CIFAR-10 with the small ResNet, where each method has the first and the last
-layer dense.
+from the FLOPs of the points [C]. RigL's FLOPs are those of Erdős–Rényi densities with a dense first
+layer [C], which its repository says of the point at .29 [V]. RigL with uniform densities and fixed
+random masks are added. `:small` is CIFAR-10 with the small ResNet, where each method has the first
+and the last layer dense.
 
 Hardware: a TPU slice or a machine of 8 GPUs for each run, not tried on any: an estimated 13
 chip-hours of TPU v5e for 32,000 steps (docs/reproducing.md). `:small` one CPU core, 4 to 13 minutes
@@ -16,11 +16,10 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from configs.sweeps.figure_2b import EVERY_STEP
 from experiments.config import check_variant
 
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
-# The paper's main runs choose the sets in every step.
-EVERY_STEP: Mapping[str, object] = {"method.refresh_every": 1}
 
 # Top-1 % and training FLOPs of dense.
 REPORTED = {

@@ -1,9 +1,9 @@
 """The rows of the images' half of the study that explain the others.
 
 The other methods at 90 % and Erdős–Rényi densities, whose numbers on ImageNet stand beside them;
-and Top-KAST with other weights of the exploration penalty, blocks, N:M and constant fan-in, of
-which the paper has none. They share the folder of `study_images.py`, with whose rows they are to be
-compared.
+other weights of the exploration penalty, and for the other methods of the weight decay, with which
+it goes; a longer warm-up; and Top-KAST in blocks, with N:M and with constant fan-in, of which the
+paper has none. They share the folder of `study_images.py`, with whose rows they are to be compared.
 
 Data and hardware: as `study_images.py`.
 

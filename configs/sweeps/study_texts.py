@@ -28,8 +28,8 @@ CONFIG = "configs/enwik8_small.py"
 METHODS = ("dense", "small-dense-90", "static-90", "set-90", "rigl-90", "pruning-90", "90/80")
 TOP_KAST = ("80/0", "80/60", "80/80", "90/0", "90/60", "95/90")
 RATES = (2e-3, 4e-3, 8e-3)
-EARLIER: dict[str, object] = {
-    "optimizer.learning_rate": 2e-3, "method.begin_at": 800, "method.end_at": 4_000
+EARLIER: Mapping[str, object] = {
+    **table_5.PRUNING, "method.begin_at": 800, "method.end_at": 4_000
 }  # fmt: skip
 SHORT: Mapping[str, object] = {"steps": 2_000, "eval_at_end": False}
 EXAMPLES = "docs.examples"
@@ -40,6 +40,7 @@ SUSPECTS: Mapping[str, Mapping[str, object]] = {
     **{
         f"decoupled-{decay:g}": {
             "method.name": f"{EXAMPLES}.decoupled_penalty:decoupled",
+            "method.exploration_weight": 0.0,
             "optimizer.name": "adamw",
             "optimizer.weight_decay": decay,
         }
@@ -80,5 +81,5 @@ def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str,
     ]
     for row, different in rows:
         config = f"{CONFIG}:{row},study"
-        # Whatever the rate, the number is that of the row in its table.
+        # Rows of another rate have the number of their sparsity beside them too.
         yield None, config, different, paper(config, {}) or paper(config, table_5.PRUNING)

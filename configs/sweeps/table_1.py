@@ -13,11 +13,10 @@ Command:
 
 from collections.abc import Iterator, Mapping
 
+from configs.sweeps.figure_2b import EVERY_STEP
 from experiments.config import check_variant
 
 CONFIGS = {"": "configs/imagenet_resnet50.py", "small": "configs/cifar10_small.py"}
-# The paper's main runs choose the sets in every step.
-EVERY_STEP: Mapping[str, object] = {"method.refresh_every": 1}
 
 EXPLORED = {"90/80": (73.03, 74.76), "95/90": (70.42, 68.48), "98/90": (None, None)}
 STEPS = {"": 32_000, "small": 5_000}

@@ -5,8 +5,8 @@ The numbers are read off the vector figure [F]; the table [V] rounds those of 0/
 `:small` is the study's Transformer-XL of 0.75 M parameters.
 
 Hardware: not tried on any at the paper's scale: an estimated 300 chip-hours of TPU v5e a run
-(docs/reproducing.md). `:small` one CPU core, 13 to 90 minutes (the longer with other work on the
-machine).
+(docs/reproducing.md). `:small` one CPU core, 13 to 90 minutes a run (the longer with other work on
+the machine).
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/table_2.py:small --workdir=runs/texts \

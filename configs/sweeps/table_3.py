@@ -5,8 +5,8 @@ metric is bits per character, with a dense model of a third of the parameters in
 of 94 M.
 
 Hardware: not tried on any at the paper's scale: an estimated 2,500 chip-hours of TPU v5e a run, 920
-of the model of 94 M (docs/reproducing.md). `:small` one CPU core, 13 to 90 minutes (the longer with
-other work on the machine).
+of the model of 94 M (docs/reproducing.md). `:small` one CPU core, 13 to 90 minutes a run (the
+longer with other work on the machine).
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/table_3.py:small --workdir=runs/texts \

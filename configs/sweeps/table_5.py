@@ -1,10 +1,11 @@
 """Table 5: bits per character on enwik8 with 69 M parameters, with magnitude pruning.
 
-The numbers are [V]. `:small` is the study's Transformer-XL of 0.75 M parameters.
+The numbers are [V]. `:small` is the study's Transformer-XL of 0.75 M parameters, and pruning has
+the learning rate of the dense network.
 
 Hardware: not tried on any at the paper's scale: an estimated 102 chip-hours of TPU v5e a run
-(docs/reproducing.md). `:small` one CPU core, 13 to 90 minutes (the longer with other work on the
-machine).
+(docs/reproducing.md). `:small` one CPU core, 13 to 90 minutes a run (the longer with other work on
+the machine).
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/table_5.py:small --workdir=runs/texts \
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from experiments.config import check_variant
 
 CONFIGS = {"": "configs/enwik8_69m.py", "small": "configs/enwik8_small.py"}
-# It begins dense, and has the rate of the dense network.
+# It begins dense.
 PRUNING: Mapping[str, object] = {"optimizer.learning_rate": 2e-3}
 REPORTED = {
     "dense": 1.00,

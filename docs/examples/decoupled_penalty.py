@@ -2,7 +2,7 @@
 
 As AdamW's weight decay, the penalty does not pass through the moments of the inner optimizer.
 docs/results.md tried it on enwik8; a config names it as docs.examples.decoupled_penalty:decoupled
-and sets `optimizer.name=adamw` and `optimizer.weight_decay`.
+and sets `optimizer.name=adamw`, `optimizer.weight_decay` and `method.exploration_weight=0.0`.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import topkast_jax as tk
-from topkast_jax.sparsify import SparseTransform
+from topkast_jax.sparsify import SparseTransform, check_transformation
 from topkast_jax.trees import flatten_with_names
 
 
@@ -38,6 +38,8 @@ def decoupled(
     )  # fmt: skip
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if params is None:
+            return tx.update(grads, state, params, **extra)  # which says that they are missing
         names, arrays, treedef = flatten_with_names(params)
         leaves = tx.plan.sparse_leaves(params)
         forward = treedef.flatten_up_to(tk.keep_masks(params, state)[0])
@@ -56,6 +58,7 @@ def decoupled(
 
 def _decays(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`inner`, with what it decays passed as an extra argument in place of the parameters."""
+    check_transformation("inner", inner)
     with_extra = optax.with_extra_args_support(inner)
 
     def update(

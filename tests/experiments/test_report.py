@@ -215,8 +215,9 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_page_holds_all_tables_and_figures_and_needs_no_other_file(tmp_path):
+def test_the_page_holds_all_tables_and_figures_and_needs_no_other_file(tmp_path, monkeypatch):
     a_sweep(tmp_path / "s")
+    monkeypatch.chdir(tmp_path)
     assert main([str(tmp_path), f"--out={tmp_path}/out"]) == 0
     page = Page((tmp_path / "out" / "report.html").read_text())
     figures = list((tmp_path / "out").glob("*.png"))
@@ -227,6 +228,7 @@ def test_the_page_holds_all_tables_and_figures_and_needs_no_other_file(tmp_path)
         path.read_bytes() for path in figures
     }
     assert "73.03 % (table 6)" in page.texts
+    assert "configs/sweeps/table_6.py:small in s" in page.texts
     assert any("--config=c.py:<x>" in text for text in page.texts)  # not read as a tag
 
 

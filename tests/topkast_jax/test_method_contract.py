@@ -16,6 +16,7 @@ from docs.examples.decoupled_penalty import decoupled
 from docs.examples.set_method import SET, set_method
 from docs.examples.zero_start import zero_start
 from topkast_jax import testing
+from topkast_jax.always_sparse import AlwaysSparse
 
 SHAPES = {"a": (12, 10), "b": (8, 6)}
 
@@ -498,9 +499,22 @@ def test_what_enters_starts_at_zero():
 def test_a_decoupled_penalty_decays_each_set_by_its_own_weight():
     """Without a gradient, AdamW's update is its decay alone: of θ on A, of θ/D on B∖A."""
     params = {"w": jnp.array([[4.0, -3.0], [2.0, 1.0]]), "bias": jnp.ones(2)}
-    tx = decoupled(optax.adamw(0.5, weight_decay=0.1), 0.25, 0.5)
-    grads = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
-    expected = -0.5 * 0.1 * np.array([[4.0, -3.0 / 0.25], [0.0, 0.0]])
-    np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)
-    np.testing.assert_array_equal(updates["bias"], 0)
+    rules = [("w", tk.Sparse(forward_density=0.25, backward_density=0.5)), (".*", tk.Dense())]
+    tx = decoupled(optax.adamw(0.5, weight_decay=0.1), 0.5, 1.0, refresh_every=1, rules=rules)
+    state, grads = tx.init(params), jax.tree.map(jnp.zeros_like, params)
+    # After the first step the second entry is moved behind the third, which enters B.
+    for decayed in ([[4.0, -3.0 / 0.25], [0.0, 0.0]], [[3.8, 0.0], [2.0 / 0.25, 0.0]]):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        np.testing.assert_allclose(updates["w"], -0.5 * 0.1 * np.array(decayed), rtol=1e-6)
+        np.testing.assert_array_equal(updates["bias"], 0)
+        params = optax.apply_updates(params, updates)
+        params["w"] = params["w"].at[0, 1].set(-1.5)
+
+
+def test_a_decoupled_penalty_needs_masks():
+    tx = decoupled(optax.adamw(0.5), 0.25, 0.5)
+    params = {"w": jnp.ones((4, 4))}
+    sparse = AlwaysSparse(tx, params)
+    values, state, _ = sparse.start(params)
+    with pytest.raises(tk.SparsityError, match="not for always_sparse"):
+        sparse.transform.update(jax.tree.map(jnp.zeros_like, values), state, values)

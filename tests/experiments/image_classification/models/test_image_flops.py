@@ -117,20 +117,12 @@ def test_training_fraction_over_a_run(resnet50, method, distribution, published)
         assert over_run(resnet50, tx) == pytest.approx(fraction, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("backward", "published"), [(0.25, 0.242), (0.3, 0.258), (0.4, 0.290), (0.5, 0.323), (1, 0.484)]
-)
-def test_training_fraction_of_top_kast(resnet50, backward, published):
-    """Figure 2a at 80 % forward sparsity, first and last layer dense."""
-    tx = tk.top_kast(optax.sgd(0.1), 0.2, backward, rules=rules("uniform", ENDS))
-    assert over_run(resnet50, tx) == pytest.approx(published, abs=0.004)
-
-
 @pytest.mark.parametrize("sweep", ["figure_2a", "figure_2b", "figure_2c"])
 def test_the_runs_of_figure_2_take_the_flops_that_are_printed_beside_them(resnet50, sweep):
-    """All but those of uniform 90 % and of narrower networks, for which RigL's table prints less.
+    """All but those of uniform 90 % and of narrower networks.
 
-    By the arithmetic of RigL's repository, uniform 90 % takes .13.
+    RigL's table prints .10 for uniform 90 %, its README .13. Its narrower networks take more FLOPs
+    than ours, which have as many parameters as a sparse one; how they are made is not said.
     """
     params, by_leaf = resnet50
     checked = 0
@@ -142,7 +134,9 @@ def test_the_runs_of_figure_2_take_the_flops_that_are_printed_beside_them(resnet
         _, mean = tk.statistics.planned_counts(sparsity_plan(config, params), params, config.steps)
         times = config.steps / STEPS
         found = times * tk.statistics.flops(by_leaf, mean).training_fraction
-        assert found == pytest.approx(float(printed[1]), abs=0.0075 * times), run.row
+        # The figure has three decimals; RigL's table has two, of FLOPs that it counts with more.
+        within = 0.004 if "(figure 2" in run.paper else 0.0075
+        assert found == pytest.approx(float(printed[1]), abs=within * times), run.row
         checked += 1
     assert checked == {"figure_2a": 23, "figure_2b": 4, "figure_2c": 12}[sweep]
 
