@@ -1,5 +1,8 @@
 """Every method of the paper's comparison on CIFAR-10, at 90 % and 95 % sparsity.
 
+It reproduces no row of the paper, which has no results on CIFAR-10; docs/methods.md has its
+results.
+
 Hardware: a CPU core; the dense run took 261 s on an idle one (2026-11-29).
 
 Command:
