@@ -83,4 +83,6 @@ def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str,
         config = f"{CONFIG}:{row},study"
         # Rows of another rate have the number of their sparsity beside them too.
         yield None, config, different, paper(config, {}) or paper(config, table_5.PRUNING)
-    yield "90-80+study+decoupled-0.3", f"{CONFIG}:90/80,study", SUSPECTS["decoupled-0.3"], ""
+    for weight in ("0.3", "0.1"):
+        name = f"90-80+study+decoupled-{weight}"
+        yield name, f"{CONFIG}:90/80,study", SUSPECTS[f"decoupled-{weight}"], ""
