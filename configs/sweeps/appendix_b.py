@@ -31,6 +31,6 @@ REPORTED = {
 
 def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
     check_variant(variant, CONFIGS)
-    own = {} if variant else EVERY_STEP
+    every = {} if variant else EVERY_STEP
     for row, accuracy in REPORTED.items():
-        yield None, f"{CONFIGS[variant]}:{row},all-sparse", own, f"{accuracy:.2f} % (appendix B)"
+        yield None, f"{CONFIGS[variant]}:{row},all-sparse", every, f"{accuracy:.2f} % (appendix B)"

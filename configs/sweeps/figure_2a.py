@@ -60,9 +60,9 @@ ERK = {
 def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
     check_variant(variant, CONFIGS)
     config = CONFIGS[variant]
+    every = {} if variant else EVERY_STEP
     for row, (number, flops) in TOP_KAST.items():
-        own = {} if variant else EVERY_STEP
-        yield None, f"{config}:{row}", own, _reported(f"{number:.2f}", flops, "figure 2a")
+        yield None, f"{config}:{row}", every, _reported(f"{number:.2f}", flops, "figure 2a")
     for row, (accuracy, flops) in OTHERS.items():
         sparse = "" if variant or row == "dense" else ",last-sparse"
         yield None, f"{config}:{row}{sparse}", {}, _reported(accuracy, flops, "RigL, table 1")

@@ -62,8 +62,9 @@ SPARSEML = {"batch_size": 400, "steps": 320_292}
 def get_sweep(variant: str = "") -> Iterator[tuple[str | None, str, Mapping[str, object], str]]:
     check_variant(variant, CONFIGS)
     config = CONFIGS[variant]
+    every = {} if variant else EVERY_STEP
     for row, number in TOP_KAST.items():
-        yield None, f"{config}:{row}", {} if variant else EVERY_STEP, f"{number:.2f} % (figure 2b)"
+        yield None, f"{config}:{row}", every, f"{number:.2f} % (figure 2b)"
     for row, (accuracy, flops) in OTHERS.items():
         sparse = "" if variant or row == "dense" else ",last-sparse"
         yield None, f"{config}:{row}{sparse}", {}, _reported(accuracy, flops)

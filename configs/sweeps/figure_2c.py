@@ -43,9 +43,9 @@ RIGL = {
 def get_sweep(variant: str = "") -> Iterator[tuple[None, str, Mapping[str, object], str]]:
     check_variant(variant, CONFIGS)
     config = CONFIGS[variant]
+    every = {} if variant else EVERY_STEP
     for row, (accuracy, flops) in REPORTED.items():
-        own = {} if variant else EVERY_STEP
-        yield None, f"{config}:{row}", own, f"{accuracy} % at {flops} FLOPs (figure 2c)"
+        yield None, f"{config}:{row}", every, f"{accuracy} % at {flops} FLOPs (figure 2c)"
     sparse = "" if variant else ",last-sparse"
     for row, (accuracy, flops) in RIGL.items():
         told = f"{accuracy} % at {flops} FLOPs (figure 2c)"

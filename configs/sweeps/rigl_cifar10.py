@@ -7,8 +7,8 @@ dense, the last one not, sets until step 75,000, pruning every 1,000 steps from 
 Three things differ: it has a dropout of 0.3 inside the blocks, normalises each image by its own
 mean and deviation, and pads images with mirrored pixels where crops here are padded with zeros.
 
-Hardware: one GPU, not tried on any. On two CPU cores a step of RigL at 90 % takes 1.3 s, and a run
-35 hours (2026-11-30).
+Hardware: one GPU, not tried on any. On two CPU cores a step of RigL at 90 % took 1.3 s in 120 steps
+(2026-11-30), which makes 35 hours a run.
 
 Command:
     python -m experiments.sweep --config=configs/sweeps/rigl_cifar10.py --workdir=runs/wide
