@@ -79,13 +79,16 @@ class TopKast:
 
     def __init__(
         self, theta, optimizer, forward, backward, refresh=100, weight=1e-4, norm="l2",
-        stop=None, reset=False, block=None, first=None,
+        stop=None, reset=False, block=None, first=None, decay=lambda steps: 0.0,
     ):  # fmt: skip
-        """`first`: the first sets, where ties leave a choice; else the lower indices."""
+        """`first`: the first sets, where ties leave a choice; else the lower indices.
+
+        `decay`: the weight of a decoupled penalty, by the number of finished steps.
+        """
         self.theta = np.array(theta, np.float32)
         self.optimizer, self.refresh, self.stop, self.reset = optimizer, refresh, stop, reset
         self.forward, self.backward, self.block = forward, backward, block
-        self.weight, self.norm, self.steps = np.float32(weight), norm, 0
+        self.weight, self.norm, self.steps, self.decay = np.float32(weight), norm, 0, decay
         self.a, b = first or [select(self.theta, d, block) for d in (forward, backward)]
         self.b = self.a if stop == 0 else b
 
@@ -97,7 +100,9 @@ class TopKast:
         pull = self.theta if self.norm == "l2" else np.sign(self.theta)
         weight = np.where(self.a, self.weight, self.weight / np.float32(self.forward))
         g = np.where(self.b, g + weight * pull, np.float32(0))
-        u = np.where(self.b, self.optimizer.update(g), np.float32(0))
+        decay = np.float32(self.decay(self.steps))
+        decayed = np.where(self.a, decay, decay / np.float32(self.forward)) * self.theta
+        u = np.where(self.b, self.optimizer.update(g) - decayed, np.float32(0))
         self.theta = self.theta + u
         self.steps += 1
         before = self.b

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -41,7 +42,12 @@ _LOSS_ARGUMENTS = ("value_fn", "obj_fn", "grad_fn")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything `sparsify` was asked for, checked; arguments as there, and `l2` of `with_l2`."""
+    """Everything `sparsify` was asked for, checked; arguments as there.
+
+    Attributes:
+      l2: the weight of `with_l2`.
+      exploration_decay: that of `with_exploration_decay`.
+    """
 
     inner: optax.GradientTransformationExtraArgs
     method: Method
@@ -54,6 +60,7 @@ class Plan:
     pattern: Pattern
     seed: int | jax.Array
     l2: float = 0.0
+    exploration_decay: float | jax.Array | optax.Schedule = 0.0
 
     def leaves(self, params: Any) -> dict[str, Leaf | None]:
         """How each leaf of `params` is sparse, by its path; None where it is dense."""
@@ -215,6 +222,36 @@ def with_l2(tx: SparseTransform, weight: float) -> SparseTransform:
     return _transform(dataclasses.replace(tx.plan, l2=weight))
 
 
+def with_exploration_decay(
+    tx: SparseTransform, weight: float | jax.Array | optax.Schedule
+) -> SparseTransform:
+    """The same method with a decoupled exploration penalty, which the paper does not have.
+
+    From the updates of the inner optimizer it takes `weight` · θ on A and `weight` · θ / D on B∖A,
+    with D the forward density of the leaf. Dense leaves have no such penalty.
+
+    Args:
+      tx: what `sparsify` returned.
+      weight: a finite number of at least 0, which may be traced, or a schedule of such numbers by
+        the number of finished steps.
+
+    Raises:
+      SparsityError: another weight.
+    """
+    if not callable(weight):
+        check_weight("exploration_decay", weight, "a finite number of at least 0, or a schedule")
+    return _transform(dataclasses.replace(tx.plan, exploration_decay=weight))
+
+
+def check_weight(name: str, weight: Any, allowed: str = "a finite number of at least 0") -> None:
+    """Raises SparsityError if an argument of this name is no weight; a traced one passes."""
+    if isinstance(weight, jax.core.Tracer):
+        return
+    number = isinstance(weight, int | float | np.number) or getattr(weight, "ndim", None) == 0
+    if isinstance(weight, bool) or not number or not 0 <= weight < math.inf:
+        raise SparsityError(f"{name}={shown(weight)}: must be {allowed}")
+
+
 def _transform(plan: Plan) -> SparseTransform:
     def init_fn(params: Any) -> SparsifyState:
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
@@ -318,7 +355,8 @@ def _update(
             inner_state, theta, now.was, now.flags,
         )  # fmt: skip
 
-    # 2. The method's gradient, inside B; 3. the inner optimizer; 4. its updates, inside B.
+    # 2. The method's gradient, inside B; 3. the inner optimizer; 4. its updates, with a decoupled
+    # penalty, inside B.
     shaped = _restricted(plan, leaves, gradients, now, state.step)
     updates, inner_state = plan.inner.update(
         treedef.unflatten([shaped[name] for name in names]),
@@ -326,7 +364,11 @@ def _update(
         theta,
         **at_forward_view(extra, _forward_view(now, treedef, names)),
     )
-    updates = _inside(plan, columns_of("update", updates, names, treedef), now, arrays)
+    columns = columns_of("update", updates, names, treedef)
+    for path, leaf in leaves.items():
+        sets = unpack(now.flags[path])
+        columns[path] = decay_update(plan, leaf, columns[path], now.theta[path], sets, state.step)
+    updates = _inside(plan, columns, now, arrays)
 
     # 5. What is due after this step. The next choice is made from the parameters that come then.
     step = optax.safe_increment(state.step)
@@ -382,6 +424,19 @@ def shape_gradient(
     shape = over_stack(lambda g, x, s: plan.method.gradient(g, x, s, leaf, step), leaf)
     shaped: jax.Array = shape(grad, theta, sets)
     return shaped
+
+
+def decay_update(
+    plan: Plan, leaf: Leaf, update: Any, theta: Any, sets: Sets, step: jax.Array
+) -> Any:
+    """The inner optimizer's update of a leaf, with the decoupled penalty on its backward set."""
+    weight = plan.exploration_decay
+    if isinstance(weight, int | float) and weight == 0:
+        return update
+    now = jnp.asarray(weight(step) if callable(weight) else weight, theta.dtype)
+    density = jnp.asarray(leaf.forward_density, theta.dtype)
+    decay = jnp.where(sets.forward, now, now / density) * theta
+    return update - decay.astype(update.dtype)
 
 
 def _inside(plan: Plan, updates: dict[str, Any], now: Present, arrays: list[Any]) -> dict[str, Any]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from topkast_jax.errors import SparsityError, shown
 from topkast_jax.method import Counts, Density, Layer, Leaf, Method, Sets
 from topkast_jax.patterns import Pattern
 from topkast_jax.rules import Rules
-from topkast_jax.sparsify import SparseTransform, sparsify
+from topkast_jax.sparsify import (
+    SparseTransform,
+    check_weight,
+    sparsify,
+    with_exploration_decay,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,7 @@ def top_kast(
     inner_state: Literal["keep", "reset"] = "keep",
     exploration_set: Literal["magnitude", "random"] = "magnitude",
     seed: int | jax.Array = 0,
+    exploration_decay: float | jax.Array | optax.Schedule = 0.0,
 ) -> SparseTransform:
     r"""Top-K Always Sparse Training around any optax optimizer.
 
@@ -103,6 +107,11 @@ def top_kast(
       exploration_set: "magnitude": B∖A are the units that come next by magnitude; "random": units
         drawn anew at each refresh (the paper's table 1).
       seed: of the random numbers: ties at the first selection, and random units.
+      exploration_decay: ours, not the paper's. c ≥ 0, or a schedule of it by the number of finished
+        steps: a penalty that is decoupled from the gradient, as the weight decay of AdamW. From
+        `inner`'s updates it takes c θ on A and c θ / D on B ∖ A, so that moments do not scale it.
+        c contains the learning rate. Set `exploration_weight` to 0 to have it in place of the
+        exploration loss.
 
     Returns:
       A gradient transformation whose update needs `params` and takes gradients at
@@ -131,8 +140,10 @@ def top_kast(
         raise SparsityError(
             f"exploration_set={shown(exploration_set)}: must be 'magnitude' or 'random'"
         )
-    _check_weight(exploration_weight)
-    return sparsify(
+    hint = "; a schedule goes through optax.inject_hyperparams"
+    allowed = "a finite number of at least 0" + hint * callable(exploration_weight)
+    check_weight("exploration_weight", exploration_weight, allowed)
+    tx = sparsify(
         inner,
         TopKast(exploration_weight, exploration_norm, exploration_set),
         forward_density=forward_density,
@@ -144,14 +155,4 @@ def top_kast(
         pattern=pattern,
         seed=seed,
     )
-
-
-def _check_weight(weight: Any) -> None:
-    if isinstance(weight, jax.core.Tracer):
-        return
-    number = isinstance(weight, int | float | np.number) or getattr(weight, "ndim", None) == 0
-    if isinstance(weight, bool) or not number or not 0 <= weight < math.inf:
-        hint = "; a schedule goes through optax.inject_hyperparams" if callable(weight) else ""
-        raise SparsityError(
-            f"exploration_weight={shown(weight)}: must be a finite number of at least 0{hint}"
-        )
+    return with_exploration_decay(tx, exploration_decay)

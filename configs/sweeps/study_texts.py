@@ -32,17 +32,14 @@ EARLIER: Mapping[str, object] = {
     **table_5.PRUNING, "method.begin_at": 800, "method.end_at": 4_000
 }  # fmt: skip
 SHORT: Mapping[str, object] = {"steps": 2_000, "eval_at_end": False}
-EXAMPLES = "docs.examples"
 SUSPECTS: Mapping[str, Mapping[str, object]] = {
     "refresh_every-25": {"method.refresh_every": 25},
     "exploration_weight-0": {"method.exploration_weight": 0.0},
     "exploration_weight-0.001": {"method.exploration_weight": 1e-3},
     **{
         f"decoupled-{decay:g}": {
-            "method.name": f"{EXAMPLES}.decoupled_penalty:decoupled",
             "method.exploration_weight": 0.0,
-            "optimizer.name": "adamw",
-            "optimizer.weight_decay": decay,
+            "method.exploration_decay": decay,
         }
         for decay in (0.1, 0.3, 1.0)
     },
@@ -51,7 +48,7 @@ SUSPECTS: Mapping[str, Mapping[str, object]] = {
         "optimizer.name": "adamw",
         "optimizer.weight_decay": 0.1,
     },
-    "zero_start": {"method.name": f"{EXAMPLES}.zero_start:zero_start"},
+    "zero_start": {"method.name": "docs.examples.zero_start:zero_start"},
 }
 
 

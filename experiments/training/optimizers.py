@@ -13,7 +13,7 @@ from experiments.training.methods import make_method, representation
 from topkast_jax.always_sparse import AlwaysSparse
 from topkast_jax.always_sparse.host import host_device
 from topkast_jax.rules import named_as_vectors
-from topkast_jax.sparsify import SparseTransform, with_l2
+from topkast_jax.sparsify import SparseTransform, with_exploration_decay, with_l2
 from topkast_jax.trees import flatten_with_names
 
 Tree = Any
@@ -118,9 +118,13 @@ def check(config: ConfigDict, params: Tree) -> None:
 def _method(config: ConfigDict, params: Tree) -> SparseTransform:
     """The method, with the L2 penalty of sparse leaves unless it has a penalty of its own.
 
-    The penalty comes after the method has seen the gradient: it does not choose by it.
+    The penalty comes after the method has seen the gradient: it does not choose by it. A decoupled
+    penalty of the method's own follows the learning rate, as that of AdamW does.
     """
     method = make_method(config, _inner(config, params), params)
+    if weight := config.method.get("exploration_decay", 0.0):
+        rate = make_schedule(config)
+        method = with_exploration_decay(method, lambda step: weight * rate(step))
     return method if "exploration_weight" in config.method else with_l2(method, config.optimizer.l2)
 
 

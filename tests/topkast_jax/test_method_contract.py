@@ -12,7 +12,6 @@ import oracle
 import pytest
 
 import topkast_jax as tk
-from docs.examples.decoupled_penalty import decoupled
 from docs.examples.set_method import SET, set_method
 from docs.examples.zero_start import zero_start
 from topkast_jax import testing
@@ -92,7 +91,7 @@ def test_set_drops_the_smallest_and_grows_zeros_at_random():
 
 
 def test_set_always_sparse_follows_the_masked_path():
-    from topkast_jax.always_sparse import AlwaysSparse, values_of
+    from topkast_jax.always_sparse import values_of
 
     tx = set_method(optax.sgd(0.1, momentum=0.9), 0.3, refresh_every=2)
     params, grads = start(), gradients(6)
@@ -494,27 +493,3 @@ def test_what_enters_starts_at_zero():
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         np.testing.assert_array_equal(params["w"], expected)
-
-
-def test_a_decoupled_penalty_decays_each_set_by_its_own_weight():
-    """Without a gradient, AdamW's update is its decay alone: of θ on A, of θ/D on B∖A."""
-    params = {"w": jnp.array([[4.0, -3.0], [2.0, 1.0]]), "bias": jnp.ones(2)}
-    rules = [("w", tk.Sparse(forward_density=0.25, backward_density=0.5)), (".*", tk.Dense())]
-    tx = decoupled(optax.adamw(0.5, weight_decay=0.1), 0.5, 1.0, refresh_every=1, rules=rules)
-    state, grads = tx.init(params), jax.tree.map(jnp.zeros_like, params)
-    # After the first step the second entry is moved behind the third, which enters B.
-    for decayed in ([[4.0, -3.0 / 0.25], [0.0, 0.0]], [[3.8, 0.0], [2.0 / 0.25, 0.0]]):
-        updates, state = jax.jit(tx.update)(grads, state, params)
-        np.testing.assert_allclose(updates["w"], -0.5 * 0.1 * np.array(decayed), rtol=1e-6)
-        np.testing.assert_array_equal(updates["bias"], 0)
-        params = optax.apply_updates(params, updates)
-        params["w"] = params["w"].at[0, 1].set(-1.5)
-
-
-def test_a_decoupled_penalty_needs_masks():
-    tx = decoupled(optax.adamw(0.5), 0.25, 0.5)
-    params = {"w": jnp.ones((4, 4))}
-    sparse = AlwaysSparse(tx, params)
-    values, state, _ = sparse.start(params)
-    with pytest.raises(tk.SparsityError, match="not for always_sparse"):
-        sparse.transform.update(jax.tree.map(jnp.zeros_like, values), state, values)

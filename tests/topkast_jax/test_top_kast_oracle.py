@@ -45,7 +45,7 @@ def follow(shape, seed=2, ties=False, inner="sgd", block=None, **options):
         theta, make_oracle(), options["forward_density"], options["backward_density"],
         options.get("refresh_every", 100), options.get("exploration_weight", 1e-4),
         options.get("exploration_norm", "l2"), options.get("stop_exploring_at"), reset, block,
-        first,
+        first, options.get("exploration_decay", lambda steps: 0.0),
     )  # fmt: skip
 
     @jax.jit
@@ -111,3 +111,40 @@ def test_a_leaf_of_one_entry_follows_the_oracle(forward, backward):
 def test_stopping_at_the_start_and_on_a_refresh_step():
     follow((8, 9), forward_density=0.2, backward_density=0.6, refresh_every=5, stop_exploring_at=0)
     follow((8, 9), forward_density=0.2, backward_density=0.6, refresh_every=5, stop_exploring_at=50)
+
+
+@pytest.mark.parametrize("inner", ["sgd", "adam"])
+def test_a_decoupled_penalty_follows_the_oracle(inner):
+    """A schedule by the finished steps, which the moments of the inner optimizer do not see."""
+    follow(
+        (12, 10), inner=inner, forward_density=0.1, backward_density=0.3, refresh_every=7,
+        exploration_weight=0.0, exploration_decay=lambda steps: 0.02 / (1 + steps),
+    )  # fmt: skip
+
+
+def test_a_decoupled_penalty_may_be_traced_or_injected_and_spares_dense_leaves():
+    params = {"w": jnp.array([[4.0, -3.0], [2.0, 1.0]]), "bias": jnp.ones(2)}
+    rules = [("w", tk.Sparse()), (".*", tk.Dense())]
+    zeros = jax.tree.map(jnp.zeros_like, params)
+
+    def transform(decay):
+        return tk.top_kast(optax.adam(0.1), 0.25, 0.5, rules=rules, exploration_weight=0.0,
+                           exploration_decay=decay)  # fmt: skip
+
+    @jax.jit
+    def traced(decay):
+        tx = transform(decay)
+        return tx.update(zeros, tx.init(params), params)[0]
+
+    injected = optax.inject_hyperparams(transform)(decay=optax.constant_schedule(0.5))
+    found = traced(0.5), injected.update(zeros, injected.init(params), params)[0]
+    for updates in found:
+        np.testing.assert_array_equal(updates["w"], [[-0.5 * 4.0, 0.5 / 0.25 * 3.0], [0.0, 0.0]])
+        np.testing.assert_array_equal(updates["bias"], 0)
+
+
+@pytest.mark.parametrize("weight", [-1e-3, float("inf"), float("nan"), True, "0.1", None])
+@pytest.mark.parametrize("name", ["exploration_weight", "exploration_decay"])
+def test_a_weight_that_is_none_is_one_line(name, weight):
+    with pytest.raises(tk.SparsityError, match=f"^{name}=.*: must be a finite number of at least"):
+        tk.top_kast(optax.sgd(0.1), 0.1, 0.2, **{name: weight})

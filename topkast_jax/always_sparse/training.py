@@ -45,6 +45,7 @@ from topkast_jax.sparsify import (
     Plan,
     SparseTransform,
     at_forward_view,
+    decay_update,
     held_where_skipped,
     shape_gradient,
 )
@@ -279,9 +280,10 @@ class AlwaysSparse:
             self._layout.column("update: values", params),
             self._layout.flatten(state.kernels),
         )
+        rows = list(zip(*columns, strict=True))
         shaped = [
             grad if leaf is None else _shaped(self.plan, leaf, grad, values, kernel, state.step)
-            for leaf, grad, values, kernel in zip(*columns, strict=True)
+            for leaf, grad, values, kernel in rows
         ]
         updates, inner_state = self.plan.inner.update(
             self._layout.unflatten(shaped),
@@ -290,9 +292,19 @@ class AlwaysSparse:
             # A function that returns a gradient may return that of the kernels.
             **at_forward_view(extra, lambda values: forward_params(values, state), values_of),
         )
+        decayed = [
+            update
+            if leaf is None
+            else decay_update(
+                self.plan, leaf.leaf, update, values, _sets(kernel, values), state.step
+            )
+            for (leaf, _, values, kernel), update in zip(
+                rows, self._layout.column("update", updates), strict=True
+            )
+        ]
         step = optax.safe_increment(state.step)
         updates, inner_state = held_where_skipped(
-            self.plan, step, updates, inner_state, state.inner_state
+            self.plan, step, self._layout.unflatten(decayed), inner_state, state.inner_state
         )
         return updates, CompactState(step, state.kernels, inner_state)
 
@@ -628,14 +640,18 @@ def _shaped(
     kernel: CompactKernel,
     step: jax.Array,
 ) -> jax.Array:
-    """The method's gradient of one leaf's values; all of them are in B, the first ones in A."""
+    """The method's gradient of one leaf's values."""
     for what, array in (("gradient", grad), ("values", values)):
         if jnp.shape(array) != (*kernel.index.shape, *kernel.pattern.unit_shape):
             raise SparsityError(
                 f"update: {what} of {host.path} must be of its {kernel.index.shape} units, found "
                 f"shape {jnp.shape(array)}"
             )
+    return shape_gradient(plan, host.leaf, grad, values, _sets(kernel, values), step)
+
+
+def _sets(kernel: CompactKernel, values: jax.Array) -> Sets:
+    """The sets of a leaf's values: all of them are in B, the first ones in A."""
     in_a = jnp.arange(kernel.backward) < kernel.forward
     in_a = in_a.reshape(-1, *(1,) * len(kernel.pattern.unit_shape))
-    sets = Sets(jnp.broadcast_to(in_a, values.shape), jnp.ones(values.shape, bool))
-    return shape_gradient(plan, host.leaf, grad, values, sets, step)
+    return Sets(jnp.broadcast_to(in_a, values.shape), jnp.ones(values.shape, bool))

@@ -222,6 +222,22 @@ def test_l2_is_on_dense_matrices_where_the_method_has_its_own_penalty():
     np.testing.assert_array_equal(u["c"], 0)
 
 
+def test_a_decoupled_penalty_follows_the_learning_rate():
+    """With warm-up of two steps to a rate of 0.5, on A as AdamW, which the moments do not scale."""
+    made = config(
+        "80/60", RULES, "optimizer.name=adam", "optimizer.learning_rate=0.5",
+        "optimizer.schedule.warmup_steps=2", "method.exploration_weight=0.0",
+        "method.exploration_decay=0.1",
+    )  # fmt: skip
+    tx = make_optimizer(made, jax.eval_shape(lambda: PARAMS))
+    state = tx.init(PARAMS)
+    for rate in (0.25, 0.5, 0.5):
+        updates, state = tx.update(jax.tree.map(np.zeros_like, PARAMS), state, PARAMS)
+        expected = [-rate * 0.1 / 0.2, -rate * 0.1, 0]
+        np.testing.assert_allclose(np.unique(updates["a"]), expected, rtol=1e-6)
+        np.testing.assert_array_equal(updates["b"], 0)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -156,6 +156,7 @@ def test_follows_the_masked_path(inner, rules, pattern, stop):
     tx = tk.top_kast(
         INNER[inner](), *densities, refresh_every=7, exploration_weight=1e-2, rules=rules,
         pattern=pattern, inner_state="reset", stop_exploring_at=stop,
+        exploration_decay=(lambda steps: 0.02 / (1 + steps)) if inner == "adam" else 0.0,
     )  # fmt: skip
     params, batches = parameters(), data(200)
     sparse = AlwaysSparse(tx, params)
