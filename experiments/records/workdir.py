@@ -234,6 +234,8 @@ def _check_same(workdir: Path, old: dict[str, Any], new: dict[str, Any]) -> None
         {key: value for key, value in flat(c).items() if not is_free(key)} for c in (old, new)
     )
     missing = "nothing"
+    # An option that is newer than the folder is off, unless this config turns it on.
+    now = {key: value for key, value in now.items() if key in before or value}
     different = [
         f"{key} is {before.get(key, missing)!r} there and {now.get(key, missing)!r} here"
         for key in sorted(before.keys() | now.keys())

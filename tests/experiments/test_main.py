@@ -420,3 +420,15 @@ def test_a_folder_without_results_may_be_taken_over(tmp_path):
     (tmp_path / workdir.METRICS).write_text('{"step": 1, "split": "train"}\n')
     with pytest.raises(UserError, match="belongs to another config"):
         workdir.claim(tmp_path, first)
+
+
+def test_an_option_that_is_newer_than_a_folder_is_off_there(tmp_path):
+    config = resolve(f"{CONFIG}:80/60", [])
+    older = workdir.as_json(config)
+    del older["method"]["exploration_decay"]
+    workdir.write_json(tmp_path / workdir.CONFIG, older)
+    (tmp_path / workdir.METRICS).write_text('{"step": 1, "split": "train"}\n')
+    workdir.claim(tmp_path, config)
+    on = resolve(f"{CONFIG}:80/60", ["method.exploration_decay=0.1"])
+    with pytest.raises(UserError, match="exploration_decay is 'nothing' there and 0.1 here"):
+        workdir.claim(tmp_path, on)
