@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
+
+from topkast_jax.always_sparse.products import native_convolutions as ours
+from topkast_jax.always_sparse.products import native_library
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]
@@ -18,9 +23,10 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
     It takes images [batch, height, width, inputs] and a kernel [height, width, inputs, outputs],
     and returns images [batch, height, width, outputs]. It has no forward-mode derivative.
 
-    On a CPU, a 1×1 kernel is applied by a matrix product, and the gradient by any kernel is one
-    product for each row of the kernel. XLA writes that gradient as a convolution with the batch as
-    channels, which on a CPU takes longer than the products.
+    On one CPU, where `build_native` has compiled them, our own convolutions are used in float32.
+    Otherwise, a 1×1 kernel is applied by a matrix product on a CPU, and the gradient by any kernel
+    is one product for each row of the kernel. XLA writes that gradient as a convolution with the
+    batch as channels, which on a CPU takes longer than the products.
 
     Args:
         strides: of the window, down and across.
@@ -56,7 +62,17 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
 
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return convolve  # A product over a sharded batch has no sharding of its own.
-    forward = _by_platform(multiply, convolve) if pointwise else convolve
+
+    def native(x: jax.Array, kernel: jax.Array) -> ours.Geometry | None:
+        """The geometry for the compiled functions, where they are used."""
+        if not _is_compiled_for(x):
+            return None
+        return ours.geometry(x.shape[1:3], kernel.shape[:2], strides, padding)
+
+    def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if where := native(x, kernel):
+            return _by_platform(functools.partial(ours.convolve, where), convolve)(x, kernel)
+        return _by_platform(multiply, convolve)(x, kernel) if pointwise else convolve(x, kernel)
 
     def backward(
         operands: tuple[jax.Array, jax.Array], gradient: jax.Array
@@ -67,17 +83,58 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
         def of_kernel(x: jax.Array, kernel: jax.Array, g: jax.Array) -> jax.Array:
             return jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)(g)[0]
 
+        args = *operands, gradient
+        if where := native(*operands):
+            by_x = _by_platform(
+                lambda x, kernel, g: ours.gradient_by_images(where, g, kernel), of_x(convolve)
+            )
+            by_kernel = _by_platform(
+                lambda x, kernel, g: ours.gradient_by_kernel(where, x, g), of_kernel
+            )
+            return by_x(*args), by_kernel(*args)
         by_x = _by_platform(of_x(multiply), of_x(convolve)) if pointwise else of_x(convolve)
-        return by_x(*operands, gradient), _by_platform(by_rows, of_kernel)(*operands, gradient)
+        return by_x(*args), _by_platform(by_rows, of_kernel)(*args)
 
     fast = jax.custom_vjp(forward)
     fast.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)
     return fast
 
 
-def _by_platform(
-    on_cpu: Callable[..., jax.Array], elsewhere: Callable[..., jax.Array]
-) -> Callable[..., jax.Array]:
+def channel_sums(x: jax.Array, y: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums of y and of y·(x − shift) over all axes but the last; without a derivative.
+
+    XLA goes over the arrays once for each sum on a CPU, and our compiled function once for both.
+
+    Args:
+        x: [..., channels].
+        y: of the same shape; may be x itself.
+        shift: [channels].
+
+    Returns:
+        Both sums, [channels].
+    """
+
+    def by_xla(x: jax.Array, y: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        axes = tuple(range(x.ndim - 1))
+        centred = x - shift.reshape((1,) * len(axes) + shift.shape)
+        return jnp.sum(y, axes), jnp.sum(y * centred, axes)
+
+    def compiled(x: jax.Array, y: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sums = ours.channel_sums(x, y, shift)
+        return sums[0], sums[1]
+
+    form = _by_platform(compiled, by_xla) if _is_compiled_for(x) else by_xla
+    both: tuple[jax.Array, jax.Array] = form(x, y, shift)
+    return both
+
+
+def _is_compiled_for(x: jax.Array) -> bool:
+    """Whether a CPU has compiled functions for x; XLA cannot divide them between devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x.dtype == jnp.float32 and mesh.size <= 1 and native_library.unavailable() is None
+
+
+def _by_platform(on_cpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: jax.lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
 
 

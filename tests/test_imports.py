@@ -65,7 +65,8 @@ COMMANDS = {
     *(f"experiments.{name}" for name in ("main", "sweep", "report", "export", "convert")),
     *(f"experiments.language_modelling.{n}" for n in ("generate", "prepare", "check_parity")),
 }
-TASK = {"errors", "registry", "layers", "grain_batches", "task", "training", "config"}
+PRODUCTS = {"layers", "convolutions"}
+TASK = {"errors", "registry", "grain_batches", "task", "training", "config"} | PRODUCTS
 ROOMS = {
     "errors": set(),
     "signals": set(),
@@ -110,5 +111,7 @@ def test_an_installation_holds_the_library_alone():
     assert taken == {p for p in packages if p.split(".")[0] == "topkast_jax"}
     files = {path for glob in settings["package-data"]["topkast_jax"]
              for path in (ROOT / "topkast_jax").glob(glob)}  # fmt: skip
-    for needed in ("py.typed", "always_sparse/products/tuned.json"):
-        assert ROOT / "topkast_jax" / needed in files
+    products = ROOT / "topkast_jax" / "always_sparse" / "products"
+    native = {path for path in products.glob("native_*") if path.suffix != ".py"}
+    assert {path.suffix for path in native} == {".h", ".cc"}
+    assert {ROOT / "topkast_jax" / "py.typed", products / "tuned.json", *native} <= files

@@ -1,16 +1,19 @@
 """The products of the models with compact kernels, against their dense arrays."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from convolution_oracle import convolved
 from oracle import buffer_sizes
 
 import topkast_jax as tk
 from experiments import layers
 from topkast_jax.always_sparse import from_masks, to_dense
+from topkast_jax.always_sparse.products import native_library
 
 SAME = ((1, 1), (1, 1))
 NONE = ((0, 0), (0, 0))
@@ -71,14 +74,14 @@ def test_blocks_of_a_1x1_convolution_are_a_block_product():
     assert max(sizes) < dense.size
 
 
-def convolved(x, kernel, strides, padding):
-    """A convolution by its definition, in float64."""
-    x = np.pad(x.astype(np.float64), ((0, 0), *padding, (0, 0)))
-    height, width = kernel.shape[:2]
-    rows = range(0, x.shape[1] - height + 1, strides[0])
-    columns = range(0, x.shape[2] - width + 1, strides[1])
-    windows = [[x[:, i : i + height, j : j + width] for j in columns] for i in rows]
-    return np.einsum("rcnhwi,hwio->nrco", np.asarray(windows), kernel.astype(np.float64))
+@pytest.fixture(params=["compiled", "xla"])
+def form(request, monkeypatch):
+    """Whether our convolutions are compiled, by which both kinds are tested on every machine."""
+    if request.param == "compiled":
+        request.getfixturevalue("native_cpu")
+    else:
+        monkeypatch.setattr(native_library, "unavailable", lambda: "not compiled")
+    return request.param
 
 
 SIZES, STRIDES = [(1, 1), (3, 3), (1, 3)], [(1, 1), (2, 1), (3, 2)]
@@ -95,6 +98,7 @@ def pairwise():
 
 
 @pytest.mark.parametrize(("size", "strides", "padding"), list(pairwise()))
+@pytest.mark.usefixtures("form")
 def test_a_convolution_and_its_gradients_are_those_of_the_definition(size, strides, padding):
     """The definition is linear in both arguments, so that differences give its exact gradients."""
     rng = np.random.default_rng(0)
@@ -121,18 +125,37 @@ def test_a_convolution_and_its_gradients_are_those_of_the_definition(size, strid
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def lowered(size, platform, dtype=jnp.float32, mesh=None):
+    def gradient(kernel, x):
+        return jax.grad(lambda kernel: jnp.sum(layers.conv(x, kernel, (1, 1), NONE) ** 2))(kernel)
+
+    shapes = (jax.ShapeDtypeStruct(s, dtype) for s in ((size, size, 4, 8), (2, 5, 5, 4)))
+    with jax.sharding.use_abstract_mesh(mesh or jax.sharding.AbstractMesh((), ())):
+        return jax.jit(gradient).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+
+
 @pytest.mark.parametrize(
     ("platform", "size", "convolutions", "products"),
     [("cpu", 1, 0, 2), ("cpu", 3, 1, 3), ("tpu", 1, 2, 0), ("tpu", 3, 2, 0)],
 )
-def test_only_a_cpu_has_products_in_place_of_convolutions(platform, size, convolutions, products):
-    def gradient(kernel, x):
-        return jax.grad(lambda kernel: jnp.sum(layers.conv(x, kernel, (1, 1), NONE) ** 2))(kernel)
+def test_only_a_cpu_has_products_or_our_functions_in_place_of_convolutions(
+    form, platform, size, convolutions, products
+):
+    text = lowered(size, platform)
+    compiled = form == "compiled" and platform == "cpu"
+    targets = re.findall(r"@(topkast_\w+)", text)
+    ours = ["topkast_convolution", "topkast_convolution_kernel_gradient"]
+    assert targets == (ours if compiled else [])
+    assert text.count("stablehlo.convolution") == (0 if compiled else convolutions)
+    assert text.count("stablehlo.dot_general") == (0 if compiled else products)
 
-    shapes = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((size, size, 4, 8), (2, 5, 5, 4)))
-    text = jax.jit(gradient).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
-    assert text.count("stablehlo.convolution") == convolutions
-    assert text.count("stablehlo.dot_general") == products
+
+@pytest.mark.usefixtures("native_cpu")
+def test_our_convolutions_are_in_float32_and_on_one_device():
+    of_size = {n: jax.sharding.AbstractMesh((n,), ("data",)) for n in (1, 2)}
+    assert "topkast_convolution" in lowered(3, "cpu", mesh=of_size[1])
+    assert "topkast" not in lowered(3, "cpu", mesh=of_size[2])
+    assert "topkast" not in lowered(3, "cpu", jnp.bfloat16)
 
 
 @pytest.mark.parametrize("types", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from topkast_jax.always_sparse.products import native_library
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -69,8 +71,10 @@ def test_the_number_of_a_process_that_is_another_now_holds_nothing_up(detached, 
 @pytest.fixture
 def project(tmp_path):
     """`scripts/setup` with a stand-in for Python that notes when an environment is made."""
-    products = "topkast_jax/always_sparse/products"
-    sources = [f"{products}/{name}" for name in ("native_cpu.cc", "native_library.py")]
+    sources = [
+        path.relative_to(ROOT)
+        for path in (*native_library.SOURCES, pathlib.Path(native_library.__file__))
+    ]
     for name in ("scripts/setup", "requirements.lock", *sources):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(ROOT / name, tmp_path / name)

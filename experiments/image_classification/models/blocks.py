@@ -1,12 +1,13 @@
 """Layers and residual blocks. They compute in the dtype of their input; parameters are float32."""
 
+import functools
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments import layers
+from experiments import convolutions, layers
 from experiments.config.checks import Check, number, one_of
 
 
@@ -59,9 +60,64 @@ class BatchNorm(nnx.BatchNorm):
         super().__init__(features, momentum=0.9, scale_init=init, rngs=rngs)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:  # type: ignore[override]
-        """Normalises `x` by the batch's statistics in training, by the running ones otherwise."""
-        y = super().__call__(x.astype(jnp.float32), use_running_average=not train)
-        return y.astype(x.dtype)
+        """Normalises `x` by the batch's statistics in training, by the running ones otherwise.
+
+        In training, it has no forward-mode derivative.
+        """
+        dtype, x = x.dtype, x.astype(jnp.float32)
+        if not train:
+            return super().__call__(x, use_running_average=True).astype(dtype)
+        assert self.scale is not None
+        assert self.bias is not None
+        y, mean, variance = _normalized(x, self.scale[...], self.bias[...], self.epsilon)
+        for running, batch in ((self.mean, mean), (self.var, variance)):
+            batch = jax.lax.stop_gradient(batch)
+            running[...] = self.momentum * running[...] + (1 - self.momentum) * batch
+        return y.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _normalized(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`x` normalised over all axes but the last, and its means and variances, without gradients.
+
+    Its gradient is written out, because what JAX derives goes over the images more often.
+    """
+    return _normalized_forward(x, scale, bias, epsilon)[0]
+
+
+def _normalized_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    entries = x.size // x.shape[-1]
+    total, squares = convolutions.channel_sums(x, x, jnp.zeros_like(scale))
+    mean = total / entries
+    variance = jnp.maximum(0.0, squares / entries - mean * mean)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    y = _affine(x - layers.along_last(mean, x), inverse * scale, bias)
+    return (y, mean, variance), (x, mean, inverse, scale)
+
+
+def _normalized_backward(
+    epsilon: float, residuals: tuple[jax.Array, ...], gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    del epsilon
+    (x, mean, inverse, scale), (gradient, _, _) = residuals, gradients
+    centred, entries = x - layers.along_last(mean, x), x.size // x.shape[-1]
+    by_bias, by_scale = convolutions.channel_sums(x, gradient, mean)
+    by_scale *= inverse
+    factor = scale * inverse
+    of_centred, constant = -factor * inverse * by_scale / entries, -factor * by_bias / entries
+    by_x = layers.along_last(factor, x) * gradient + _affine(centred, of_centred, constant)
+    return by_x, by_scale, by_bias
+
+
+_normalized.defvjp(_normalized_forward, _normalized_backward)
+
+
+def _affine(x: jax.Array, factor: jax.Array, constant: jax.Array) -> jax.Array:
+    return x * layers.along_last(factor, x) + layers.along_last(constant, x)
 
 
 class Bottleneck(nnx.Module):

@@ -18,6 +18,7 @@ from experiments.tpu import compiling, library
 from experiments.training import partition
 from experiments.training.program import build
 from scripts import aot_products, aot_tpu, bench_memory
+from topkast_jax.always_sparse.products import native_library
 
 ROOT = pathlib.Path(__file__).parents[3]
 needs_compiler = pytest.mark.skipif(library.find() is None, reason="no libtpu: scripts/setup aot")
@@ -231,8 +232,11 @@ def test_setup_does_nothing_twice(tmp_path):
             made = subprocess.run(["cksum"], stdin=file, capture_output=True, text=True, check=True)
         end = " " if lock == "requirements.lock" else ""
         (tmp_path / stamp).write_text(made.stdout.rstrip("\n") + end + "\n")
-    products = ROOT / "topkast_jax" / "always_sparse" / "products"
-    sources = products / "native_cpu.cc", products / "native_library.py", tmp_path / ".made-from"
+    sources = (
+        *native_library.SOURCES,
+        pathlib.Path(native_library.__file__),
+        tmp_path / ".made-from",
+    )
     text = b"".join(source.read_bytes() for source in sources)
     machine = "grep -m 1 ^flags /proc/cpuinfo || uname -m; echo ${XDG_CACHE_HOME:-} ${HOME:-}"
     text += subprocess.run(["bash", "-c", machine], capture_output=True, check=True).stdout

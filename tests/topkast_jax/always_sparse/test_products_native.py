@@ -359,7 +359,7 @@ def test_the_command_replaces_a_library_that_does_not_load(fresh, monkeypatch, c
 
 
 def test_without_its_source_the_library_is_not_used(fresh, monkeypatch, capsys):
-    monkeypatch.setattr(native_library, "SOURCE", fresh / "gone.cc")
+    monkeypatch.setattr(native_library, "SOURCES", (fresh / "gone.cc",))
     assert "gone.cc" in native_library.unavailable()
     assert lowered_targets(entries_case((64, 64), 0.1, 0.2)) == set()
     assert build_native.main([]) == 2

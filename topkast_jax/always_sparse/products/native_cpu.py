@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ import numpy as np
 
 from topkast_jax.always_sparse.products import native_library
 from topkast_jax.always_sparse.products.settings import Settings, choice
-from topkast_jax.varying import result_like
 
 _TOKENS = range(16, 4097)
 # As in native_cpu.cc.
@@ -81,7 +79,7 @@ def spmm(
     """
 
     def product(x_TxI: jax.Array, *arrays: jax.Array) -> jax.Array:
-        (y_TxN,) = _call(
+        (y_TxN,) = native_library.call(
             "topkast_block_spmm",
             [((x_TxI.shape[0], width), jnp.float32)],
             (x_TxI, *arrays),
@@ -116,7 +114,7 @@ def sddmm(
       float32 `[b, rows, cols]`. Each thread keeps about `settings.tokens` × (rows + cols) floats of
       working memory for its next product.
     """
-    (blocks,) = _call(
+    (blocks,) = native_library.call(
         "topkast_block_sddmm",
         [((row.shape[0], *block), jnp.float32)],
         (_float32(x_TxK), _float32(dy_TxN), _int32(row), _int32(col)),
@@ -144,7 +142,7 @@ def entry_spmm(
     runs = -(-x_TxI.shape[1] // _INPUTS) * width
 
     def product(x_TxI: jax.Array, *arrays: jax.Array) -> jax.Array:
-        y_TxN, _, _ = _call(
+        y_TxN, _, _ = native_library.call(
             "topkast_entry_spmm",
             [
                 ((x_TxI.shape[0], width), jnp.float32),
@@ -176,7 +174,7 @@ def entry_sddmm(x_TxK: jax.Array, dy_TxN: jax.Array, index: jax.Array, forward: 
     (tokens, k), n = x_TxK.shape, dy_TxN.shape[1]
     tiles = -(-tokens // _TILE)
     runs = k * -(-n // _COLUMNS) + 1
-    entries, *_ = _call(
+    entries, *_ = native_library.call(
         "topkast_entry_sddmm",
         [
             (index.shape, jnp.float32),
@@ -223,14 +221,3 @@ def _mapped_over_tokens(
 
     y: jax.Array = called(x_TxI, *arrays)
     return y
-
-
-def _call(
-    target: str, results: list[tuple[Any, Any]], arrays: tuple[jax.Array, ...], **attributes: Any
-) -> list[jax.Array]:
-    """Calls a function of the library; results are given by shape and dtype."""
-    if reason := native_library.unavailable():
-        raise RuntimeError(f"{target}: {reason}")
-    types = [result_like(shape, dtype, arrays[0]) for shape, dtype in results]
-    call = jax.ffi.ffi_call(target, types, vmap_method="sequential")
-    return list(call(*arrays, **attributes))

@@ -1,8 +1,8 @@
-"""The library that `native_cpu.cc` is compiled to: where it is, how it is made, what loads it.
+"""The library that the C++ files here are compiled to: where it is, how it is made, its calls.
 
 It is compiled for the processor at hand by a C++ compiler of the system, with the headers of the
 installed jaxlib, once: `python -m topkast_jax.always_sparse.build_native`. Its name has a hash of
-the source, the flags, jaxlib's version, the processor's instructions and the C library, so that
+the sources, the flags, jaxlib's version, the processor's instructions and the C library, so that
 another version, or another machine that shares the folder, does not find it.
 """
 
@@ -19,18 +19,26 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib.version
 
 from topkast_jax.errors import SparsityError
+from topkast_jax.varying import result_like
 
-SOURCE = Path(__file__).with_name("native_cpu.cc")
+SOURCES = tuple(
+    Path(__file__).with_name(name)
+    for name in ("native_tiles.h", "native_cpu.cc", "native_convolutions.cc")
+)
 TARGETS = (
     "topkast_block_spmm",
     "topkast_block_sddmm",
     "topkast_entry_spmm",
     "topkast_entry_sddmm",
+    "topkast_convolution",
+    "topkast_convolution_kernel_gradient",
+    "topkast_channel_sums",
 )
 COMMAND = "python -m topkast_jax.always_sparse.build_native"
 COMPILERS = ("c++", "g++", "clang++")
@@ -41,7 +49,8 @@ _lock = threading.Lock()
 @functools.cache
 def path() -> Path:
     """Where the library for this machine is, or will be: in the user's folder for caches."""
-    parts = (SOURCE.read_bytes(), *_flags(), jaxlib.version.__version__, _processor())
+    sources = [source.read_bytes() for source in SOURCES]
+    parts = (*sources, *_flags(), jaxlib.version.__version__, _processor())
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else f"\0{part}".encode())
@@ -79,6 +88,30 @@ def _load() -> ctypes.CDLL | str:
     return library
 
 
+def call(
+    target: str, results: list[tuple[Any, Any]], arrays: tuple[jax.Array, ...], **attributes: Any
+) -> list[jax.Array]:
+    """Calls a function of the library.
+
+    Args:
+      target: its name, one of `TARGETS`.
+      results: shape and dtype of each result.
+      arrays: the operands.
+      **attributes: NumPy integers and arrays, or bool.
+
+    Returns:
+      The results. Under `vmap`, the function is called once for each element.
+
+    Raises:
+      RuntimeError: the library cannot be used.
+    """
+    if reason := unavailable():
+        raise RuntimeError(f"{target}: {reason}")
+    types = [result_like(shape, dtype, arrays[0]) for shape, dtype in results]
+    called = jax.ffi.ffi_call(target, types, vmap_method="sequential")
+    return list(called(*arrays, **attributes))
+
+
 def build() -> Path:
     """Compiles the library unless it is there and loads; two processes may do so at once.
 
@@ -97,12 +130,13 @@ def build() -> Path:
         with tempfile.TemporaryDirectory(dir=path().parent) as folder:
             made = Path(folder) / path().name
             headers = ("-isystem", jax.ffi.include_dir())
-            command = [*compiler, *_flags(), *headers, str(SOURCE), "-o", str(made)]
+            files = [str(source) for source in SOURCES if source.suffix == ".cc"]
+            command = [*compiler, *_flags(), *headers, *files, "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
                 said = next((line for line in lines if "error" in line), lines[0])
-                raise SparsityError(f"{shlex.join(compiler)} failed on {SOURCE.name}: {said}")
+                raise SparsityError(f"{shlex.join(compiler)} failed: {said}")
             os.replace(made, path())
     except OSError as error:
         raise SparsityError(f"the CPU kernels cannot be compiled: {error}") from error

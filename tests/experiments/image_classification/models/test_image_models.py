@@ -15,6 +15,7 @@ from experiments.image_classification.models import blocks
 from experiments.image_classification.models.perceptron import Perceptron
 from experiments.image_classification.models.pooling import max_pool_3x3
 from experiments.image_classification.models.resnet import ARCHITECTURES, ResNet
+from topkast_jax.always_sparse.products import native_library
 
 
 def build(name, num_classes=10, **options):
@@ -229,6 +230,51 @@ def test_batch_norm_in_training():
     np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), atol=1e-5)
     np.testing.assert_allclose(bn.mean.get_value(), 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(bn.var.get_value(), 0.9 + 0.1 * var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_batch_norm_in_training_is_that_of_flax(dtype, compiled, request, monkeypatch):
+    """Values, running statistics and the gradients, which ours writes out."""
+    if compiled:
+        request.getfixturevalue("native_cpu")
+    else:
+        monkeypatch.setattr(native_library, "unavailable", lambda: "not compiled")
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(3, 2, (5, 4, 6, 19)), dtype)
+    weights = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    leaves = {
+        name: jnp.asarray(rng.uniform(0.5, 2, 19), jnp.float32)
+        for name in ("scale", "bias", "mean", "var")
+    }
+
+    def run(make, call):
+        def loss(x, scale, bias):
+            bn = make()
+            for name, value in {**leaves, "scale": scale, "bias": bias}.items():
+                getattr(bn, name)[...] = value
+            y = call(bn, x)
+            of_batch = jnp.sum(bn.mean[...] + bn.var[...])  # Has no gradient.
+            statistics = bn.mean[...], bn.var[...]
+            return jnp.sum(y.astype(jnp.float32) * weights) + of_batch, (y, statistics)
+
+        grad = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+        return grad(x, leaves["scale"], leaves["bias"])
+
+    def flax_norm(bn, x):
+        return bn(x.astype(jnp.float32)).astype(dtype)
+
+    found = run(lambda: blocks.BatchNorm(19, nnx.Rngs(0)), lambda bn, x: bn(x, True))
+    expected = run(
+        lambda: nnx.BatchNorm(19, momentum=0.9, use_running_average=False, rngs=nnx.Rngs(0)),
+        flax_norm,
+    )
+    tolerance = 2e-2 if dtype == jnp.bfloat16 else 1e-4
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=tolerance, atol=tolerance
+        )
 
 
 def pooled(x, weights):

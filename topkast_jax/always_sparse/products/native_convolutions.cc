@@ -1,0 +1,371 @@
+// Convolutions of images on a CPU, in float32, and both their gradients, as custom calls of XLA;
+// and the sums that a normalisation of images needs, two in one pass.
+//
+// The taps of one row of the kernel see contiguous floats of a line of the image, because the
+// channels are the contiguous axis. One row of taps is therefore one product of registers, without
+// a copy of the image for each tap: add_tile reads its rows of `a` where they lie.
+//
+// native_library.py compiles this file for the processor it runs on; native_convolutions.py calls
+// it.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "native_tiles.h"
+
+namespace {
+
+using Array = ffi::Buffer<ffi::F32, 4>;
+using ArrayOut = ffi::ResultBuffer<ffi::F32, 4>;
+using Matrix = ffi::Buffer<ffi::F32, 2>;
+using MatrixOut = ffi::ResultBuffer<ffi::F32, 2>;
+using Row = ffi::Buffer<ffi::F32, 1>;
+using Numbers = ffi::Span<const int64_t>;
+
+ffi::Error unfit() {
+  return ffi::Error::InvalidArgument("shapes of images, kernel and result do not fit each other");
+}
+
+// A stride and a padding before the first entry for each axis.
+bool are_steps(Numbers strides, Numbers padding) {
+  return strides.size() == 2 && padding.size() == 2 && strides[0] > 0 && strides[1] > 0;
+}
+
+// Outputs along one axis that see their inputs through the same taps of the kernel: output
+// first + step * m, for m < count, sees input begin + stride * m + t through entry taps[t].
+struct Outputs {
+  int64_t first, step, count, stride, begin;
+  std::vector<int64_t> taps;
+
+  int64_t size() const { return static_cast<int64_t>(taps.size()); }
+  // How many inputs in a row they see together.
+  int64_t seen() const { return stride * (count - 1) + size(); }
+};
+
+std::vector<Outputs> along(int64_t outputs, int64_t size, int64_t stride, int64_t padding) {
+  Outputs all{0, 1, outputs, stride, -padding, {}};
+  for (int64_t k = 0; k < size; ++k) all.taps.push_back(k);
+  return {all};
+}
+
+// The same for the gradient by the images: entry r of an image has seen output o through the tap
+// k = r + padding - stride * o, so that entries of one remainder by the stride share their taps.
+std::vector<Outputs> along_transposed(int64_t outputs, int64_t size, int64_t stride,
+                                      int64_t padding) {
+  std::vector<Outputs> found;
+  for (int64_t r = 0; r < std::min(stride, outputs); ++r) {
+    Outputs same{r, stride, divide_up(outputs - r, stride), 1, 0, {}};
+    for (int64_t k = size - 1; k >= 0; --k) {
+      if ((r + padding - k) % stride == 0) same.taps.push_back(k);
+    }
+    if (!same.taps.empty()) same.begin = (r + padding - same.taps[0]) / stride;
+    found.push_back(std::move(same));
+  }
+  return found;
+}
+
+// Lines of an image, `stride` floats apart, and the end of what may be read.
+struct Lines {
+  const float* data;
+  int64_t stride;
+  const float* end;
+};
+
+// `lines` lines of `width` pixels from column `first` on, which may lie outside of them: where they
+// are, or, where columns outside are seen, in scratch(1) with zeros there.
+Lines seen_lines(const float* image, int64_t lines, int64_t width, int64_t channels, int64_t first,
+                 int64_t columns) {
+  const int64_t stride = width * channels;
+  if (first >= 0 && first + columns <= width)
+    return {image + first * channels, stride, image + lines * stride};
+  const int64_t left = std::clamp<int64_t>(-first, 0, columns);
+  const int64_t right = std::clamp<int64_t>(width - first, left, columns);
+  float* copy = scratch(1, lines * columns * channels);
+  float* to = copy;
+  for (int64_t i = 0; i < lines; ++i, to += columns * channels) {
+    const float* from = image + i * stride + (first + left) * channels;
+    std::fill(to, to + left * channels, 0.0f);
+    std::copy(from, from + (right - left) * channels, to + left * channels);
+    std::fill(to + right * channels, to + columns * channels, 0.0f);
+  }
+  return {copy, columns * channels, to};
+}
+
+// y = the convolution of x with the kernel; or, with `transposed`, of x, the gradient of its
+// outputs, the gradient y of its images.
+ffi::Error Convolution(ffi::ThreadPool pool, Array x, Array kernel, Numbers strides,
+                       Numbers padding, bool transposed, ArrayOut y) {
+  const int64_t images = x.dimensions()[0], height = x.dimensions()[1], width = x.dimensions()[2];
+  const int64_t inputs = x.dimensions()[3], outputs = y->dimensions()[3];
+  const int64_t y_height = y->dimensions()[1], y_width = y->dimensions()[2];
+  const int64_t rows = kernel.dimensions()[0], columns = kernel.dimensions()[1];
+  if (!are_steps(strides, padding) || y->dimensions()[0] != images ||
+      kernel.dimensions()[transposed ? 3 : 2] != inputs ||
+      kernel.dimensions()[transposed ? 2 : 3] != outputs)
+    return unfit();
+  const float *x_data = x.typed_data(), *w_data = kernel.typed_data();
+  float* y_data = y->typed_data();
+
+  const auto outputs_along = transposed ? along_transposed : along;
+  const int64_t panels = divide_up(outputs, kCols);
+  if (y->element_count() == 0) return ffi::Error::Success();
+  Memory memory;
+  for (const Outputs& down : outputs_along(y_height, rows, strides[0], padding[0])) {
+    for (const Outputs& across : outputs_along(y_width, columns, strides[1], padding[1])) {
+      // Each row of taps is packed into panels of its own, one after the other.
+      const int64_t depth = across.size() * inputs, taps = down.size() * across.size();
+      float* packed = memory.at_least(down.size() * panels * cols_panel(depth));
+      parallel(pool, taps * panels, [&](int64_t task) {
+        const int64_t tap = task / panels, p = task % panels, j = p * kCols;
+        const int64_t row = tap / across.size(), column = tap % across.size();
+        const int64_t here = std::min<int64_t>(kCols, outputs - j);
+        const float* w =
+            w_data + (down.taps[row] * columns + across.taps[column]) * inputs * outputs;
+        float* to = packed + (row * panels + p) * cols_panel(depth) + column * inputs * kCols;
+        if (transposed) {
+          transpose_padded(w + j * inputs, inputs, here, inputs, to, kCols);
+        } else {
+          pack_cols(w + j, outputs, inputs, here, to);
+        }
+      });
+
+      // Lines first … last - 1 of outputs of one image, from panels p … p_end - 1 of the kernel.
+      auto convolve = [&](int64_t image, int64_t first, int64_t last, int64_t p, int64_t p_end) {
+        const int64_t top = down.begin + down.stride * first;
+        const int64_t low = std::clamp<int64_t>(top, 0, height);
+        const int64_t high = std::clamp<int64_t>(
+            top + down.stride * (last - first - 1) + down.size(), low, height);
+        const Lines seen = seen_lines(x_data + (image * height + low) * width * inputs, high - low,
+                                      width, inputs, across.begin, across.seen());
+        const int64_t parts = divide_up(across.count, kRows), c_row = across.step * outputs;
+        for (; p < p_end; ++p) {
+          const int64_t valid = std::min<int64_t>(kCols, outputs - p * kCols);
+          for (int64_t line = first; line < last; ++line) {
+            const int64_t y_line = image * y_height + down.first + down.step * line;
+            float* c_line = y_data + (y_line * y_width + across.first) * outputs + p * kCols;
+            const int64_t at = down.begin + down.stride * line;
+            for (int64_t part = 0; part < parts; ++part) {
+              const int64_t m = part * across.count / parts;
+              const int64_t here = (part + 1) * across.count / parts - m;
+              float* c = c_line + m * c_row;
+              bool add = false;
+              for (int64_t t = 0; t < down.size(); ++t) {
+                if (at + t < low || at + t >= high) continue;
+                const float* a =
+                    seen.data + (at + t - low) * seen.stride + m * across.stride * inputs;
+                const float* b = packed + (t * panels + p) * cols_panel(depth);
+                add_rows(here, a, across.stride * inputs, 1, b, depth, c, c_row, valid, add);
+                add = true;
+              }
+              for (int64_t i = 0; !add && i < here; ++i) std::fill_n(c + i * c_row, valid, 0.0f);
+            }
+          }
+        }
+      };
+      // A task takes some lines of an image and the whole kernel or, where that is the larger one,
+      // some panels of the kernel and all images.
+      constexpr int64_t kSeen = 1 << 16;  // Floats of a task's lines, a quarter of an L2 cache.
+      const int64_t line = std::max<int64_t>(1, down.stride * across.seen() * inputs);
+      const int64_t most = std::clamp<int64_t>(kSeen / line, 1, down.count);
+      const int64_t groups = divide_up(down.count, most);
+      const int64_t image_tasks = images * groups;
+      const int64_t panel_tasks = std::min(panels, 4 * threads(pool));
+      auto on_image = [&](int64_t task, int64_t p, int64_t p_end) {
+        const int64_t group = task % groups;
+        convolve(task / groups, group * down.count / groups, (group + 1) * down.count / groups, p,
+                 p_end);
+      };
+      if (kernel.element_count() <= x.element_count()) {
+        parallel(pool, image_tasks, [&](int64_t task) { on_image(task, 0, panels); });
+      } else {
+        parallel(pool, panel_tasks, [&](int64_t task) {
+          for (int64_t i = 0; i < image_tasks; ++i)
+            on_image(i, task * panels / panel_tasks, (task + 1) * panels / panel_tasks);
+        });
+      }
+    }
+  }
+  return ffi::Error::Success();
+}
+
+// dw = the gradient by the kernel, from images x and the gradient dy of the outputs.
+ffi::Error KernelGradient(ffi::ThreadPool pool, Array x, Array dy, Numbers strides,
+                          Numbers padding, ArrayOut dw) {
+  const int64_t images = x.dimensions()[0], height = x.dimensions()[1], width = x.dimensions()[2];
+  const int64_t inputs = x.dimensions()[3], outputs = dy.dimensions()[3];
+  const int64_t dy_height = dy.dimensions()[1], dy_width = dy.dimensions()[2];
+  const int64_t rows = dw->dimensions()[0], columns = dw->dimensions()[1];
+  if (!are_steps(strides, padding) || dy.dimensions()[0] != images ||
+      dw->dimensions()[2] != inputs || dw->dimensions()[3] != outputs)
+    return unfit();
+  const float *x_data = x.typed_data(), *dy_data = dy.typed_data();
+  float* dw_data = dw->typed_data();
+  if (dy.element_count() == 0) {
+    std::fill_n(dw_data, dw->element_count(), 0.0f);
+    return ffi::Error::Success();
+  }
+
+  // A chunk of dy, whole images or lines of one, is packed into panels; a strip of what kRows
+  // entries of a row of the kernel have seen of x is then multiplied by all of them. In a strip,
+  // the lines that one row of the kernel has seen, `stride` apart, lie next to each other.
+  constexpr int64_t kChunk = 1 << 17;  // Floats of dy: with the strip, half of an L2 cache.
+  const int64_t most = std::max<int64_t>(1, kChunk / round_up(outputs, kCols) / dy_width);
+  const int64_t most_images = std::clamp<int64_t>(most / dy_height, 1, images);
+  const int64_t most_lines = std::min(most, dy_height);
+  const int64_t stride = strides[0], phases = std::min(stride, rows);
+  const int64_t depth = columns * inputs, row_tiles = divide_up(depth, kRows) * rows;
+  const int64_t tasks = std::min(row_tiles, threads(pool));
+  const int64_t step = dy_width * kRowStep;  // Floats of a line in a strip.
+  parallel(pool, tasks, [&](int64_t task) {
+    bool begun = false;
+    for (int64_t n = 0; n < images; n += most_images) {
+      const int64_t here = std::min(most_images, images - n);
+      for (int64_t first = 0; first < dy_height; first += most_lines) {
+        const int64_t lines = std::min(most_lines, dy_height - first);
+        const int64_t pixels = here * lines * dy_width;
+        const int64_t strip_lines = lines + (rows - 1) / stride;
+        const int64_t strip_size = here * phases * strip_lines * step;
+        const int64_t packed_size = divide_up(outputs, kCols) * cols_panel(pixels);
+        float* strip = scratch(0, strip_size + packed_size);
+        float* packed = strip + strip_size;
+        pack_cols(dy_data + (n * dy_height + first) * dy_width * outputs, outputs, pixels, outputs,
+                  packed);
+        // Of several images all lines, so that these follow each other.
+        const int64_t top = stride * first - padding[0];
+        const int64_t bottom = top + stride * (lines - 1) + rows;
+        const int64_t low = here > 1 ? 0 : std::clamp<int64_t>(top, 0, height);
+        const int64_t high = here > 1 ? height : std::clamp<int64_t>(bottom, low, height);
+        const Lines seen = seen_lines(x_data + (n * height + low) * width * inputs,
+                                      here * (high - low), width, inputs, -padding[1],
+                                      strides[1] * (dy_width - 1) + columns);
+        int64_t held = -1;
+        for (int64_t i = task * row_tiles / tasks; i < (task + 1) * row_tiles / tasks; ++i) {
+          const int64_t row = i % rows, m = i / rows * kRows;
+          const int64_t m_count = std::min<int64_t>(kRows, depth - m);
+          if (m != held) {
+            held = m;
+            for (int64_t line = 0; line < here * phases * strip_lines; ++line) {
+              const int64_t phase = line / strip_lines % phases;
+              const int64_t at = top + stride * (line % strip_lines) + phase;
+              if (at < low || at >= high) continue;
+              const int64_t image = line / strip_lines / phases;
+              const float* from =
+                  seen.data + (image * (high - low) + at - low) * seen.stride + m;
+              pack_rows(from, strides[1] * inputs, dy_width, m_count, seen.end - from,
+                        strip + line * step);
+            }
+          }
+          // The lines whose input lies in the image.
+          const int64_t above = padding[0] - row;
+          const int64_t begin = std::clamp<int64_t>(divide_up(above, stride) - first, 0, lines);
+          const int64_t end =
+              std::clamp<int64_t>(divide_up(height + above, stride) - first, begin, lines);
+          for (int64_t j = 0; j < outputs; j += kCols) {
+            const float* panel = packed + j / kCols * cols_panel(pixels);
+            for (int64_t image = 0; image < here; ++image) {
+              const int64_t line = (image * phases + row % stride) * strip_lines + row / stride;
+              const float* b = panel + (image * lines + begin) * dy_width * kCols;
+              add_rows(m_count, strip + (line + begin) * step, 1, kRowStep, b,
+                       (end - begin) * dy_width, dw_data + (row * depth + m) * outputs + j, outputs,
+                       std::min<int64_t>(kCols, outputs - j), begun || image > 0);
+            }
+          }
+        }
+        begun = true;
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// ---- Sums over channels ------------------------------------------------------------------------
+
+// For each channel: sums[0] += the sum of y, sums[1] += the sum of y * (x - shift) over the rows of
+// x and y.
+void add_sums(const float* x, const float* y, const float* shift, int64_t rows, int64_t channels,
+              float* sums) {
+  constexpr int64_t kTogether = 4;  // Rows, for which a sum is loaded and stored once.
+  for (int64_t r = 0; r < rows; r += kTogether) {
+    const int64_t here = std::min(kTogether, rows - r);
+    int64_t c = 0;
+    for (; here == kTogether && c + kLanes <= channels; c += kLanes) {
+      Vector sum = load(sums + c), products = load(sums + channels + c);
+      const Vector from = load(shift + c);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kTogether; ++i) {
+        const Vector value = load(y + i * channels + c);
+        sum += value;
+        products += value * (load(x + i * channels + c) - from);
+      }
+      store(sums + c, sum);
+      store(sums + channels + c, products);
+    }
+    for (; c < channels; ++c) {
+      for (int64_t i = 0; i < here; ++i) {
+        const float value = y[i * channels + c];
+        sums[c] += value;
+        sums[channels + c] += value * (x[i * channels + c] - shift[c]);
+      }
+    }
+    x += kTogether * channels, y += kTogether * channels;
+  }
+}
+
+// sums [2, channels]: of y, and of y * (x - shift), over all rows of x and y [rows, channels].
+ffi::Error ChannelSums(ffi::ThreadPool pool, Matrix x, Matrix y, Row shift, MatrixOut sums) {
+  const int64_t rows = x.dimensions()[0], channels = x.dimensions()[1];
+  if (y.dimensions()[0] != rows || y.dimensions()[1] != channels ||
+      shift.dimensions()[0] != channels || sums->dimensions()[0] != 2 ||
+      sums->dimensions()[1] != channels)
+    return unfit();
+  const float *x_data = x.typed_data(), *y_data = y.typed_data(), *from = shift.typed_data();
+  float* to = sums->typed_data();
+  // Parts of a fixed size, so that the sums do not depend on the number of threads.
+  constexpr int64_t kPart = 256;
+  const int64_t parts = divide_up(rows, kPart), width = 2 * channels;
+  Memory memory;
+  float* partial = memory.at_least(parts * width);
+  parallel(pool, parts, [=](int64_t part) {
+    const int64_t first = part * kPart;
+    std::fill_n(partial + part * width, width, 0.0f);
+    add_sums(x_data + first * channels, y_data + first * channels, from,
+             std::min(kPart, rows - first), channels, partial + part * width);
+  });
+  std::fill_n(to, width, 0.0f);
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t c = 0; c < width; ++c) to[c] += partial[part * width + c];
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(topkast_convolution, Convolution,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Attr<Numbers>("strides")
+                                  .Attr<Numbers>("padding")
+                                  .Attr<bool>("transposed")
+                                  .Ret<Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(topkast_convolution_kernel_gradient, KernelGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Arg<Array>()
+                                  .Attr<Numbers>("strides")
+                                  .Attr<Numbers>("padding")
+                                  .Ret<Array>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(topkast_channel_sums, ChannelSums,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Matrix>()
+                                  .Arg<Matrix>()
+                                  .Arg<Row>()
+                                  .Ret<Matrix>());
