@@ -10,8 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <memory>
+#include <utility>
 #include <vector>
 
 #include "native_tiles.h"
@@ -167,9 +166,9 @@ ffi::Error Convolution(ffi::ThreadPool pool, Array x, Array kernel, Numbers stri
       };
       // A task takes some lines of an image and the whole kernel or, where that is the larger one,
       // some panels of the kernel and all images.
-      constexpr int64_t kSeen = 1 << 16;  // Floats of a task's lines, a quarter of an L2 cache.
-      const int64_t line = std::max<int64_t>(1, down.stride * across.seen() * inputs);
-      const int64_t most = std::clamp<int64_t>(kSeen / line, 1, down.count);
+      constexpr int64_t kLines = 1 << 16;  // Floats of a task, at both ends: a quarter of an L2.
+      const int64_t line = down.stride * across.seen() * inputs + across.count * outputs;
+      const int64_t most = std::clamp<int64_t>(kLines / line, 1, down.count);
       const int64_t groups = divide_up(down.count, most);
       const int64_t image_tasks = images * groups;
       const int64_t panel_tasks = std::min(panels, 4 * threads(pool));
@@ -211,8 +210,9 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Array x, Array dy, Numbers strid
   // A chunk of dy, whole images or lines of one, is packed into panels; a strip of what kRows
   // entries of a row of the kernel have seen of x is then multiplied by all of them. In a strip,
   // the lines that one row of the kernel has seen, `stride` apart, lie next to each other.
-  constexpr int64_t kChunk = 1 << 17;  // Floats of dy: with the strip, half of an L2 cache.
-  const int64_t most = std::max<int64_t>(1, kChunk / round_up(outputs, kCols) / dy_width);
+  constexpr int64_t kChunk = 1 << 18;  // Floats of x and dy: half of an L2 cache.
+  const int64_t floats = round_up(outputs, kCols) + strides[0] * strides[1] * inputs;
+  const int64_t most = std::max<int64_t>(1, kChunk / floats / dy_width);
   const int64_t most_images = std::clamp<int64_t>(most / dy_height, 1, images);
   const int64_t most_lines = std::min(most, dy_height);
   const int64_t stride = strides[0], phases = std::min(stride, rows);
