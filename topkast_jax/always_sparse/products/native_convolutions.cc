@@ -216,8 +216,8 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Array x, Array dy, Numbers strid
   const int64_t most_images = std::clamp<int64_t>(most / dy_height, 1, images);
   const int64_t most_lines = std::min(most, dy_height);
   const int64_t stride = strides[0], phases = std::min(stride, rows);
-  const int64_t depth = columns * inputs, row_tiles = divide_up(depth, kRows) * rows;
-  const int64_t tasks = std::min(row_tiles, threads(pool));
+  const int64_t depth = columns * inputs, tiles = divide_up(depth, kRows);
+  const int64_t tasks = std::min(tiles * rows, threads(pool));
   const int64_t step = dy_width * kRowStep;  // Floats of a line in a strip.
   parallel(pool, tasks, [&](int64_t task) {
     bool begun = false;
@@ -242,11 +242,11 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Array x, Array dy, Numbers strid
                                       here * (high - low), width, inputs, -padding[1],
                                       strides[1] * (dy_width - 1) + columns);
         int64_t held = -1;
-        for (int64_t i = task * row_tiles / tasks; i < (task + 1) * row_tiles / tasks; ++i) {
-          const int64_t row = i % rows, m = i / rows * kRows;
-          const int64_t m_count = std::min<int64_t>(kRows, depth - m);
-          if (m != held) {
-            held = m;
+        for (int64_t i = task * tiles * rows / tasks; i < (task + 1) * tiles * rows / tasks; ++i) {
+          const int64_t row = i % rows, tile = i / rows, m = tile * depth / tiles;
+          const int64_t m_count = (tile + 1) * depth / tiles - m;
+          if (tile != held) {
+            held = tile;
             for (int64_t line = 0; line < here * phases * strip_lines; ++line) {
               const int64_t phase = line / strip_lines % phases;
               const int64_t at = top + stride * (line % strip_lines) + phase;
