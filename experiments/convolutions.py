@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from experiments.processor import instruction_set
 from topkast_jax.always_sparse.products import native_convolutions as ours
 from topkast_jax.always_sparse.products import native_library
 
@@ -24,9 +25,10 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
     and returns images [batch, height, width, outputs]. It has no forward-mode derivative.
 
     On one CPU, where `build_native` has compiled them, our own convolutions are used in float32.
-    Otherwise, a 1×1 kernel is applied by a matrix product on a CPU, and the gradient by any kernel
-    is one product for each row of the kernel. XLA writes that gradient as a convolution with the
-    batch as channels, which on a CPU takes longer than the products.
+    Otherwise, and without AVX-512, where XLA's products take less time, a 1×1 kernel is applied by
+    a matrix product on a CPU. Without ours, the gradient by any kernel is one product for each row
+    of the kernel. XLA writes that gradient as a convolution with the batch as channels, which on a
+    CPU takes longer than the products.
 
     Args:
         strides: of the window, down and across.
@@ -63,6 +65,8 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
     if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         return convolve  # A product over a sharded batch has no sharding of its own.
 
+    multiplies = pointwise and instruction_set() != "AVX-512"
+
     def native(x: jax.Array, kernel: jax.Array) -> ours.Geometry | None:
         """The geometry for the compiled functions, where they are used."""
         if not _is_compiled_for(x):
@@ -70,7 +74,8 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
         return ours.geometry(x.shape[1:3], kernel.shape[:2], strides, padding)
 
     def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        if where := native(x, kernel):
+        where = native(x, kernel)
+        if where and not multiplies:
             return _by_platform(functools.partial(ours.convolve, where), convolve)(x, kernel)
         return _by_platform(multiply, convolve)(x, kernel) if pointwise else convolve(x, kernel)
 
@@ -84,16 +89,13 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
             return jax.linear_transpose(lambda kernel: convolve(x, kernel), kernel)(g)[0]
 
         args = *operands, gradient
+        by_x = of_x(multiply if pointwise else convolve)
+        by_kernel: Callable[..., jax.Array] = by_rows
         if where := native(*operands):
-            by_x = _by_platform(
-                lambda x, kernel, g: ours.gradient_by_images(where, g, kernel), of_x(convolve)
-            )
-            by_kernel = _by_platform(
-                lambda x, kernel, g: ours.gradient_by_kernel(where, x, g), of_kernel
-            )
-            return by_x(*args), by_kernel(*args)
-        by_x = _by_platform(of_x(multiply), of_x(convolve)) if pointwise else of_x(convolve)
-        return by_x(*args), _by_platform(by_rows, of_kernel)(*args)
+            by_kernel = lambda x, kernel, g: ours.gradient_by_kernel(where, x, g)  # noqa: E731
+            if not multiplies:
+                by_x = lambda x, kernel, g: ours.gradient_by_images(where, g, kernel)  # noqa: E731
+        return _by_platform(by_x, of_x(convolve))(*args), _by_platform(by_kernel, of_kernel)(*args)
 
     fast = jax.custom_vjp(forward)
     fast.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)

@@ -72,7 +72,7 @@ ROOMS = {
     "signals": set(),
     "processor": set(),
     "registry": {"errors"},
-    "convolutions": set(),
+    "convolutions": {"processor"},
     "layers": {"convolutions"},
     "grain_batches": {"errors"},
     "task": {"errors", "registry"},

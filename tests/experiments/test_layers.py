@@ -10,6 +10,7 @@ import pytest
 from convolution_oracle import convolved
 from oracle import buffer_sizes
 
+import experiments.convolutions
 import topkast_jax as tk
 from experiments import layers
 from topkast_jax.always_sparse import from_masks, to_dense
@@ -134,20 +135,31 @@ def lowered(size, platform, dtype=jnp.float32, mesh=None):
         return jax.jit(gradient).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
 
+OURS = ["topkast_convolution", "topkast_convolution_kernel_gradient"]
+
+
 @pytest.mark.parametrize(
-    ("platform", "size", "convolutions", "products"),
-    [("cpu", 1, 0, 2), ("cpu", 3, 1, 3), ("tpu", 1, 2, 0), ("tpu", 3, 2, 0)],
+    ("platform", "size", "vectors", "by_xla", "compiled"),
+    [
+        ("cpu", 1, "AVX-512", (0, 2, []), (0, 0, OURS)),
+        ("cpu", 1, "AVX2", (0, 2, []), (0, 1, OURS[1:])),
+        ("cpu", 3, "AVX2", (1, 3, []), (0, 0, OURS)),
+        ("tpu", 1, "AVX-512", (2, 0, []), (2, 0, [])),
+        ("tpu", 3, "AVX-512", (2, 0, []), (2, 0, [])),
+    ],
 )
 def test_only_a_cpu_has_products_or_our_functions_in_place_of_convolutions(
-    form, platform, size, convolutions, products
+    form, platform, size, vectors, by_xla, compiled, monkeypatch
 ):
+    """The numbers of XLA's convolutions and products, and the names of ours."""
+    monkeypatch.setattr(experiments.convolutions, "instruction_set", lambda: vectors)
     text = lowered(size, platform)
-    compiled = form == "compiled" and platform == "cpu"
-    targets = re.findall(r"@(topkast_\w+)", text)
-    ours = ["topkast_convolution", "topkast_convolution_kernel_gradient"]
-    assert targets == (ours if compiled else [])
-    assert text.count("stablehlo.convolution") == (0 if compiled else convolutions)
-    assert text.count("stablehlo.dot_general") == (0 if compiled else products)
+    found = (
+        text.count("stablehlo.convolution"),
+        text.count("stablehlo.dot_general"),
+        re.findall(r"@(topkast_\w+)", text),
+    )
+    assert found == (compiled if form == "compiled" else by_xla)
 
 
 @pytest.mark.usefixtures("native_cpu")
