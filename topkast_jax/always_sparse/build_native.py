@@ -1,10 +1,10 @@
-"""Compiles the products of compact kernels for this CPU, once.
+"""Compiles the products of compact kernels, and convolutions, for this CPU, once.
 
     python -m topkast_jax.always_sparse.build_native
 
-Afterwards `matmul` uses them on CPUs (backend "native_cpu"); without them it uses XLA. It needs a
-C++ compiler: CXX, or c++, g++ or clang++. The library is written to the user's folder for caches,
-XDG_CACHE_HOME or ~/.cache. Prints its path.
+Afterwards `matmul` (backend "native_cpu") and the image models of `experiments` use them on CPUs;
+without them, XLA computes. It needs a C++ compiler: CXX, or c++, g++ or clang++. The library is
+written to the user's folder for caches, XDG_CACHE_HOME or ~/.cache. Prints its path.
 """
 
 from __future__ import annotations
