@@ -93,6 +93,12 @@ class Plan:
         jax.eval_shape(choose, theta, grads, None, None, np.int32(0))
 
     @property
+    def decays(self) -> bool:
+        """Whether updates have a decoupled penalty."""
+        weight = self.exploration_decay
+        return not isinstance(weight, int | float) or weight != 0
+
+    @property
     def ever_chooses(self) -> bool:
         """Whether sets are chosen after `init`."""
         return self.refresh_every is not None or self.method.first_choice == "first_update"
@@ -365,7 +371,7 @@ def _update(
         **at_forward_view(extra, _forward_view(now, treedef, names)),
     )
     columns = columns_of("update", updates, names, treedef)
-    for path, leaf in leaves.items():
+    for path, leaf in leaves.items() if plan.decays else ():
         sets = unpack(now.flags[path])
         columns[path] = decay_update(plan, leaf, columns[path], now.theta[path], sets, state.step)
     updates = _inside(plan, columns, now, arrays)
@@ -431,8 +437,6 @@ def decay_update(
 ) -> Any:
     """The inner optimizer's update of a leaf, with the decoupled penalty on its backward set."""
     weight = plan.exploration_decay
-    if isinstance(weight, int | float) and weight == 0:
-        return update
     now = jnp.asarray(weight(step) if callable(weight) else weight, theta.dtype)
     density = jnp.asarray(leaf.forward_density, theta.dtype)
     decay = jnp.where(sets.forward, now, now / density) * theta

@@ -294,7 +294,7 @@ class AlwaysSparse:
         )
         decayed = [
             update
-            if leaf is None
+            if leaf is None or not self.plan.decays
             else decay_update(
                 self.plan, leaf.leaf, update, values, _sets(kernel, values), state.step
             )
