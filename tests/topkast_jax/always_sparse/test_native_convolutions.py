@@ -67,6 +67,9 @@ def test_any_convolution(batch, size, channels, window, strides, padding, seed):
         (1, (90, 90), (3, 64), (7, 7), (2, 2), ((3, 3), (3, 3))),
         (50, (14, 12), (20, 33), (3, 2), (1, 2), ((1, 1), (0, 1))),  # Several images in a chunk.
         (2, (5, 6), (140, 300), (3, 3), (1, 1), ((1, 1), (1, 1))),  # A kernel larger than images.
+        # Kernels that are too large for sums of each part: images and lines in several chunks.
+        (5, (14, 14), (80, 100), (3, 3), (2, 1), ((1, 1), (1, 1))),
+        (1, (40, 60), (300, 250), (1, 1), (1, 1), NONE),
         (3, (9, 8), (70, 40), (1, 1), (2, 3), NONE),
         (2, (0, 4), (3, 5), (2, 2), (1, 1), ((1, 1), (1, 1))),
     ],

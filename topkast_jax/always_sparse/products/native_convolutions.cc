@@ -190,6 +190,19 @@ ffi::Error Convolution(ffi::ThreadPool pool, Array x, Array kernel, Numbers stri
   return ffi::Error::Success();
 }
 
+// to = the sum of `parts` arrays of `size` floats, which follow each other.
+void add_parts(ffi::ThreadPool& pool, const float* partial, int64_t parts, int64_t size,
+               float* to) {
+  constexpr int64_t kTask = 1 << 13;
+  parallel(pool, divide_up(size, kTask), [=](int64_t task) {
+    const int64_t first = task * kTask, last = std::min(size, first + kTask);
+    std::fill(to + first, to + last, 0.0f);
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t i = first; i < last; ++i) to[i] += partial[part * size + i];
+    }
+  });
+}
+
 // dw = the gradient by the kernel, from images x and the gradient dy of the outputs.
 ffi::Error KernelGradient(ffi::ThreadPool pool, Array x, Array dy, Numbers strides,
                           Numbers padding, ArrayOut dw) {
@@ -210,74 +223,115 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Array x, Array dy, Numbers strid
   // A chunk of dy, whole images or lines of one, is packed into panels; a strip of what kRows
   // entries of a row of the kernel have seen of x is then multiplied by all of them. In a strip,
   // the lines that one row of the kernel has seen, `stride` apart, lie next to each other.
-  constexpr int64_t kChunk = 1 << 18;  // Floats of x and dy: half of an L2 cache.
-  const int64_t floats = round_up(outputs, kCols) + strides[0] * strides[1] * inputs;
+  const int64_t stride = strides[0], phases = std::min(stride, rows);
+  const int64_t depth = columns * inputs, tiles = divide_up(depth, kRows);
+  std::vector<int64_t> starts;  // Where each tile begins in a row of the kernel, and where it ends.
+  for (int64_t tile = 0; tile <= tiles; ++tile) starts.push_back(tile * depth / tiles);
+
+  // Where there are few sums, each part of the pixels has its own ones, and every pixel is packed
+  // once. Otherwise each thread sums some tiles over all pixels. The number of parts and the chunks
+  // do not depend on the number of threads, so that the rounding does not either.
+  constexpr int64_t kFewSums = 1 << 16, kMostParts = 16, kPixels = 1024;
+  const int64_t sums = dw->element_count(), pixels = images * dy_height * dy_width;
+  int64_t parts = 1;
+  while (sums <= kFewSums && parts < kMostParts && 2 * parts * kPixels <= pixels) parts *= 2;
+
+  // A chunk of dy, whole images or lines of one, is packed into panels, and what a row of the
+  // kernel has seen of x into strips, of the entries of one tile each.
+  constexpr int64_t kChunk = 1 << 17;  // Floats that are packed: a quarter of an L2 cache.
+  const int64_t packed_tiles = parts > 1 ? tiles : divide_up(tiles, 2);  // Of one of two threads.
+  const int64_t floats = round_up(outputs, kCols) + packed_tiles * phases * kRowStep;
   const int64_t most = std::max<int64_t>(1, kChunk / floats / dy_width);
   const int64_t most_images = std::clamp<int64_t>(most / dy_height, 1, images);
   const int64_t most_lines = std::min(most, dy_height);
-  const int64_t stride = strides[0], phases = std::min(stride, rows);
-  const int64_t depth = columns * inputs, tiles = divide_up(depth, kRows);
-  const int64_t tasks = std::min(tiles * rows, threads(pool));
-  const int64_t step = dy_width * kRowStep;  // Floats of a line in a strip.
-  parallel(pool, tasks, [&](int64_t task) {
-    bool begun = false;
-    for (int64_t n = 0; n < images; n += most_images) {
+  const int64_t groups = divide_up(dy_height, most_lines);
+  const int64_t chunks = divide_up(images, most_images) * groups;
+  parts = std::min(parts, chunks);
+
+  // sums_to = the sums over chunks chunk … chunk_end - 1, for i_begin <= i < i_end: row i % rows of
+  // the kernel, tile i / rows.
+  auto sum_chunks = [&](int64_t chunk, int64_t chunk_end, int64_t i_begin, int64_t i_end,
+                        float* sums_to) {
+    for (bool begun = false; chunk < chunk_end; ++chunk, begun = true) {
+      const int64_t n = chunk / groups * most_images, first = chunk % groups * most_lines;
       const int64_t here = std::min(most_images, images - n);
-      for (int64_t first = 0; first < dy_height; first += most_lines) {
-        const int64_t lines = std::min(most_lines, dy_height - first);
-        const int64_t pixels = here * lines * dy_width;
-        const int64_t strip_lines = lines + (rows - 1) / stride;
-        const int64_t strip_size = here * phases * strip_lines * step;
-        const int64_t packed_size = divide_up(outputs, kCols) * cols_panel(pixels);
-        float* strip = scratch(0, strip_size + packed_size);
-        float* packed = strip + strip_size;
-        pack_cols(dy_data + (n * dy_height + first) * dy_width * outputs, outputs, pixels, outputs,
-                  packed);
-        // Of several images all lines, so that these follow each other.
-        const int64_t top = stride * first - padding[0];
-        const int64_t bottom = top + stride * (lines - 1) + rows;
-        const int64_t low = here > 1 ? 0 : std::clamp<int64_t>(top, 0, height);
-        const int64_t high = here > 1 ? height : std::clamp<int64_t>(bottom, low, height);
-        const Lines seen = seen_lines(x_data + (n * height + low) * width * inputs,
-                                      here * (high - low), width, inputs, -padding[1],
-                                      strides[1] * (dy_width - 1) + columns);
-        int64_t held = -1;
-        for (int64_t i = task * tiles * rows / tasks; i < (task + 1) * tiles * rows / tasks; ++i) {
-          const int64_t row = i % rows, tile = i / rows, m = tile * depth / tiles;
-          const int64_t m_count = (tile + 1) * depth / tiles - m;
-          if (tile != held) {
-            held = tile;
-            for (int64_t line = 0; line < here * phases * strip_lines; ++line) {
-              const int64_t phase = line / strip_lines % phases;
-              const int64_t at = top + stride * (line % strip_lines) + phase;
-              if (at < low || at >= high) continue;
-              const int64_t image = line / strip_lines / phases;
-              const float* from =
-                  seen.data + (image * (high - low) + at - low) * seen.stride + m;
-              pack_rows(from, strides[1] * inputs, dy_width, m_count, seen.end - from,
-                        strip + line * step);
-            }
-          }
-          // The lines whose input lies in the image.
-          const int64_t above = padding[0] - row;
-          const int64_t begin = std::clamp<int64_t>(divide_up(above, stride) - first, 0, lines);
-          const int64_t end =
-              std::clamp<int64_t>(divide_up(height + above, stride) - first, begin, lines);
-          for (int64_t j = 0; j < outputs; j += kCols) {
-            const float* panel = packed + j / kCols * cols_panel(pixels);
-            for (int64_t image = 0; image < here; ++image) {
-              const int64_t line = (image * phases + row % stride) * strip_lines + row / stride;
-              const float* b = panel + (image * lines + begin) * dy_width * kCols;
-              add_rows(m_count, strip + (line + begin) * step, 1, kRowStep, b,
-                       (end - begin) * dy_width, dw_data + (row * depth + m) * outputs + j, outputs,
-                       std::min<int64_t>(kCols, outputs - j), begun || image > 0);
+      const int64_t lines = std::min(most_lines, dy_height - first);
+      const int64_t depth_here = here * lines * dy_width;
+      const int64_t strip_lines = lines + (rows - 1) / stride;
+      const int64_t line_step = dy_width * kRowStep;
+      const int64_t strip_size = here * phases * strip_lines * line_step + kGap;
+      const int64_t panel_size = cols_panel(depth_here);
+      const int64_t tile_begin = i_begin / rows, tile_end = divide_up(i_end, rows);
+      const int64_t panels = divide_up(outputs, kCols) * panel_size;
+      float* packed = scratch(0, panels + (tile_end - tile_begin) * strip_size);
+      float* strips = packed + panels;
+      pack_cols(dy_data + (n * dy_height + first) * dy_width * outputs, outputs, depth_here,
+                outputs, packed);
+      // Of several images all lines, so that these follow each other.
+      const int64_t top = stride * first - padding[0];
+      const int64_t bottom = top + stride * (lines - 1) + rows;
+      const int64_t low = here > 1 ? 0 : std::clamp<int64_t>(top, 0, height);
+      const int64_t high = here > 1 ? height : std::clamp<int64_t>(bottom, low, height);
+      const Lines seen = seen_lines(x_data + (n * height + low) * width * inputs,
+                                    here * (high - low), width, inputs, -padding[1],
+                                    strides[1] * (dy_width - 1) + columns);
+      // In a strip, lines of x that are `stride` apart, as one row of the kernel sees them, lie
+      // next to each other. All strips are made in one pass over x.
+      for (int64_t line = 0; line < here * phases * strip_lines; ++line) {
+        const int64_t phase = line / strip_lines % phases;
+        const int64_t at = top + stride * (line % strip_lines) + phase;
+        if (at < low || at >= high) continue;
+        const int64_t image = line / strip_lines / phases;
+        const float* from = seen.data + (image * (high - low) + at - low) * seen.stride;
+        float* to = strips + line * line_step;
+        for (int64_t k = 0; k < dy_width; ++k, from += strides[1] * inputs, to += kRowStep) {
+          for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+            const float* entries = from + starts[tile];
+            float* into = to + (tile - tile_begin) * strip_size;
+            if (entries + kRowStep <= seen.end) {
+              for (int v = 0; v < kRowStep; v += kLanes) store(into + v, load(entries + v));
+            } else {
+              std::copy_n(entries, starts[tile + 1] - starts[tile], into);
             }
           }
         }
-        begun = true;
+      }
+      for (int64_t i = i_begin; i < i_end; ++i) {
+        const int64_t row = i % rows, tile = i / rows, m = starts[tile];
+        const float* strip = strips + (tile - tile_begin) * strip_size;
+        // The lines whose input lies in the image.
+        const int64_t above = padding[0] - row;
+        const int64_t begin = std::clamp<int64_t>(divide_up(above, stride) - first, 0, lines);
+        const int64_t end =
+            std::clamp<int64_t>(divide_up(height + above, stride) - first, begin, lines);
+        for (int64_t j = 0; j < outputs; j += kCols) {
+          const float* panel = packed + j / kCols * panel_size;
+          for (int64_t image = 0; image < here; ++image) {
+            const int64_t line = (image * phases + row % stride) * strip_lines + row / stride;
+            const float* b = panel + (image * lines + begin) * dy_width * kCols;
+            add_rows(starts[tile + 1] - m, strip + (line + begin) * line_step, 1, kRowStep, b,
+                     (end - begin) * dy_width, sums_to + (row * depth + m) * outputs + j, outputs,
+                     std::min<int64_t>(kCols, outputs - j), begun || image > 0);
+          }
+        }
       }
     }
+  };
+
+  const int64_t units = tiles * rows;
+  if (parts == 1) {
+    const int64_t tasks = std::min(units, threads(pool));
+    parallel(pool, tasks, [&](int64_t task) {
+      sum_chunks(0, chunks, task * units / tasks, (task + 1) * units / tasks, dw_data);
+    });
+    return ffi::Error::Success();
+  }
+  Memory memory;
+  float* partial = memory.at_least(parts * sums);
+  parallel(pool, parts, [&](int64_t part) {
+    sum_chunks(part * chunks / parts, (part + 1) * chunks / parts, 0, units, partial + part * sums);
   });
+  add_parts(pool, partial, parts, sums, dw_data);
   return ffi::Error::Success();
 }
 
@@ -334,10 +388,7 @@ ffi::Error ChannelSums(ffi::ThreadPool pool, Matrix x, Matrix y, Row shift, Matr
     add_sums(x_data + first * channels, y_data + first * channels, from,
              std::min(kPart, rows - first), channels, partial + part * width);
   });
-  std::fill_n(to, width, 0.0f);
-  for (int64_t part = 0; part < parts; ++part) {
-    for (int64_t c = 0; c < width; ++c) to[c] += partial[part * width + c];
-  }
+  add_parts(pool, partial, parts, width, to);
   return ffi::Error::Success();
 }
 
