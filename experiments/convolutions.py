@@ -16,6 +16,7 @@ from topkast_jax.always_sparse.products import native_library
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]
+Sums = tuple[jax.Array, jax.Array]
 
 
 def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) -> Convolution:
@@ -102,7 +103,12 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
     return fast
 
 
-def channel_sums(x: jax.Array, y: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+def channel_sums(
+    x: jax.Array,
+    y: jax.Array,
+    shift: jax.Array,
+    positive: tuple[jax.Array, jax.Array] | None = None,
+) -> Sums:
     """Sums of y and of y·(x − shift) over all axes but the last; without a derivative.
 
     XLA goes over the arrays once for each sum on a CPU, and our compiled function once for both.
@@ -111,22 +117,28 @@ def channel_sums(x: jax.Array, y: jax.Array, shift: jax.Array) -> tuple[jax.Arra
         x: [..., channels].
         y: of the same shape; may be x itself.
         shift: [channels].
+        positive: a factor and a constant, [channels] each; the sums are over the entries where
+            (x − shift)·factor + constant is positive. None: over all entries.
 
     Returns:
         Both sums, [channels].
     """
 
-    def by_xla(x: jax.Array, y: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def by_xla(x: jax.Array, y: jax.Array, shift: jax.Array, *above: jax.Array) -> Sums:
         axes = tuple(range(x.ndim - 1))
-        centred = x - shift.reshape((1,) * len(axes) + shift.shape)
+        shift, *above_x = (a.reshape((1,) * len(axes) + a.shape) for a in (shift, *above))
+        centred = x - shift
+        if above_x:
+            factor, constant = above_x
+            y = jnp.where(centred * factor + constant > 0, y, 0)
         return jnp.sum(y, axes), jnp.sum(y * centred, axes)
 
-    def compiled(x: jax.Array, y: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sums = ours.channel_sums(x, y, shift)
+    def compiled(x: jax.Array, y: jax.Array, shift: jax.Array, *above: jax.Array) -> Sums:
+        sums = ours.channel_sums(x, y, shift, (above[0], above[1]) if above else None)
         return sums[0], sums[1]
 
     form = _by_platform(compiled, by_xla) if _is_compiled_for(x) else by_xla
-    both: tuple[jax.Array, jax.Array] = form(x, y, shift)
+    both: Sums = form(x, y, shift, *(positive or ()))
     return both
 
 

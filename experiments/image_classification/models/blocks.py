@@ -59,36 +59,40 @@ class BatchNorm(nnx.BatchNorm):
         init = jax.nn.initializers.zeros if zero_scale else jax.nn.initializers.ones
         super().__init__(features, momentum=0.9, scale_init=init, rngs=rngs)
 
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, x: jax.Array, train: bool, *, relu: bool = False
+    ) -> jax.Array:
         """Normalises `x` by the batch's statistics in training, by the running ones otherwise.
 
-        In training, it has no forward-mode derivative.
+        With `relu`, what it returns is rectified. In training, it has no forward-mode derivative.
         """
         dtype, x = x.dtype, x.astype(jnp.float32)
         if not train:
-            return super().__call__(x, use_running_average=True).astype(dtype)
+            y = super().__call__(x, use_running_average=True)
+            return (jax.nn.relu(y) if relu else y).astype(dtype)
         assert self.scale is not None
         assert self.bias is not None
-        y, mean, variance = _normalized(x, self.scale[...], self.bias[...], self.epsilon)
+        y, mean, variance = _normalized(x, self.scale[...], self.bias[...], self.epsilon, relu)
         for running, batch in ((self.mean, mean), (self.var, variance)):
             batch = jax.lax.stop_gradient(batch)
             running[...] = self.momentum * running[...] + (1 - self.momentum) * batch
         return y.astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _normalized(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, relu: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`x` normalised over all axes but the last, and its means and variances, without gradients.
 
-    Its gradient is written out, because what JAX derives goes over the images more often.
+    Its gradient is written out, because what JAX derives goes over the images more often: with
+    `relu`, where the output was positive is told from `x` instead of from the output.
     """
-    return _normalized_forward(x, scale, bias, epsilon)[0]
+    return _normalized_forward(x, scale, bias, epsilon, relu)[0]
 
 
 def _normalized_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, relu: bool
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]]:
     entries = x.size // x.shape[-1]
     total, squares = convolutions.channel_sums(x, x, jnp.zeros_like(scale))
@@ -96,18 +100,21 @@ def _normalized_forward(
     variance = jnp.maximum(0.0, squares / entries - mean * mean)
     inverse = jax.lax.rsqrt(variance + epsilon)
     y = _affine(x - layers.along_last(mean, x), inverse * scale, bias)
-    return (y, mean, variance), (x, mean, inverse, scale)
+    return (jax.nn.relu(y) if relu else y, mean, variance), (x, mean, inverse, scale, bias)
 
 
 def _normalized_backward(
-    epsilon: float, residuals: tuple[jax.Array, ...], gradients: tuple[jax.Array, ...]
+    epsilon: float, relu: bool, residuals: tuple[jax.Array, ...], gradients: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     del epsilon
-    (x, mean, inverse, scale), (gradient, _, _) = residuals, gradients
+    (x, mean, inverse, scale, bias), (gradient, _, _) = residuals, gradients
     centred, entries = x - layers.along_last(mean, x), x.size // x.shape[-1]
-    by_bias, by_scale = convolutions.channel_sums(x, gradient, mean)
+    factor = inverse * scale
+    positive = (factor, bias) if relu else None
+    by_bias, by_scale = convolutions.channel_sums(x, gradient, mean, positive)
     by_scale *= inverse
-    factor = scale * inverse
+    if relu:
+        gradient = jnp.where(_affine(centred, factor, bias) > 0, gradient, 0)
     of_centred, constant = -factor * inverse * by_scale / entries, -factor * by_bias / entries
     by_x = layers.along_last(factor, x) * gradient + _affine(centred, of_centred, constant)
     return by_x, by_scale, by_bias
@@ -144,8 +151,8 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Applies the block."""
-        y = jax.nn.relu(self.bn1(self.conv1(x), train))
-        y = jax.nn.relu(self.bn2(self.conv2(y), train))
+        y = self.bn1(self.conv1(x), train, relu=True)
+        y = self.bn2(self.conv2(y), train, relu=True)
         y = self.bn3(self.conv3(y), train)
         if self.projects:
             x = self.shortcut_bn(self.shortcut(x), train)
@@ -172,7 +179,7 @@ class Basic(nnx.Module):
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Applies the block."""
-        y = jax.nn.relu(self.bn1(self.conv1(x), train))
+        y = self.bn1(self.conv1(x), train, relu=True)
         y = self.bn2(self.conv2(y), train)
         x = x[:, :: self.stride, :: self.stride]
         before = self.new_channels // 2
@@ -198,10 +205,10 @@ class PreActivation(nnx.Module):
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Applies the block."""
-        y = jax.nn.relu(self.bn1(x, train))
+        y = self.bn1(x, train, relu=True)
         if self.projects:
             x = self.shortcut(y)
-        y = jax.nn.relu(self.bn2(self.conv1(y), train))
+        y = self.bn2(self.conv1(y), train, relu=True)
         return x + self.conv2(y)
 
 

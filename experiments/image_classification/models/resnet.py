@@ -149,12 +149,12 @@ class ResNet(nnx.Module):
         """Maps normalised images to float32 logits; training also updates the batch statistics."""
         x = self.stem(images.astype(self.dtype))
         if not self.pre_activated:
-            x = jax.nn.relu(self.stem_bn(x, train))
+            x = self.stem_bn(x, train, relu=True)
         if self.max_pool:
             x = max_pool_3x3(x)
         for name in self.stages:
             x = getattr(self, name)(x, train)
         if self.pre_activated:
-            x = jax.nn.relu(self.head_bn(x, train))
+            x = self.head_bn(x, train, relu=True)
         # The head computes in float32, because the loss takes differences of its logits.
         return self.head(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))

@@ -127,6 +127,8 @@ def test_shapes_that_do_not_fit_are_an_error_and_read_nothing():
         lambda: native.gradient_by_kernel(where, x, dy[0]),
         lambda: native.channel_sums(x, dy, jnp.zeros(4)),
         lambda: native.channel_sums(x, x, jnp.zeros(3)),
+        lambda: native.channel_sums(x, x, jnp.zeros(4), (jnp.zeros(4), jnp.zeros(3))),
+        lambda: native.channel_sums(x, x, jnp.zeros(4), (jnp.zeros(5), jnp.zeros(4))),
     ]
     for call in wrong:
         with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
@@ -135,10 +137,22 @@ def test_shapes_that_do_not_fit_are_an_error_and_read_nothing():
         jax.block_until_ready(wrong[0]())
 
 
-@settings(max_examples=15, deadline=None)
-@given(rows=st.integers(0, 700), channels=st.integers(1, 70), seed=st.integers(0, 99))
-def test_sums_over_channels(rows, channels, seed):
-    x, y, shift = normal(seed, (rows, 1, channels), (rows, 1, channels), (channels,))
-    x64, y64, shift64 = (np.asarray(a, np.float64) for a in (x, y, shift))
-    expected = [y64.sum((0, 1)), (y64 * (x64 - shift64)).sum((0, 1))]
-    assert_close(native.channel_sums(x, y, shift), expected, 1e-5)
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 700),
+    channels=st.integers(1, 70),
+    rectified=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_sums_over_channels(rows, channels, rectified, seed):
+    """Eighths, so that no rounding decides what is positive."""
+    shapes = [(rows, 1, channels)] * 2 + [(channels,)] * 3
+    x, y, shift, factor, constant = (jnp.round(8 * a) / 8 for a in normal(seed, *shapes))
+    x64, y64, shift64, factor64, constant64 = (
+        np.asarray(a, np.float64) for a in (x, y, shift, factor, constant)
+    )
+    centred = x64 - shift64
+    if rectified:
+        y64 = np.where(centred * factor64 + constant64 > 0, y64, 0)
+    sums = native.channel_sums(x, y, shift, (factor, constant) if rectified else None)
+    assert_close(sums, [y64.sum((0, 1)), (y64 * centred).sum((0, 1))], 1e-5)

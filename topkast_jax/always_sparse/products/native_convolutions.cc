@@ -337,9 +337,15 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Array x, Array dy, Numbers strid
 
 // ---- Sums over channels ------------------------------------------------------------------------
 
+// A map of each channel, x -> (x - shift) * factor + constant.
+struct Affine {
+  const float *shift, *factor, *constant;
+};
+
 // For each channel: sums[0] += the sum of y, sums[1] += the sum of y * (x - shift) over the rows of
-// x and y.
-void add_sums(const float* x, const float* y, const float* shift, int64_t rows, int64_t channels,
+// x and y; with kRectified over those where the map of x is positive.
+template <bool kRectified>
+void add_sums(const float* x, const float* y, const Affine& map, int64_t rows, int64_t channels,
               float* sums) {
   constexpr int64_t kTogether = 4;  // Rows, for which a sum is loaded and stored once.
   for (int64_t r = 0; r < rows; r += kTogether) {
@@ -347,36 +353,45 @@ void add_sums(const float* x, const float* y, const float* shift, int64_t rows, 
     int64_t c = 0;
     for (; here == kTogether && c + kLanes <= channels; c += kLanes) {
       Vector sum = load(sums + c), products = load(sums + channels + c);
-      const Vector from = load(shift + c);
+      const Vector shift = load(map.shift + c);
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kTogether; ++i) {
-        const Vector value = load(y + i * channels + c);
+        Vector value = load(y + i * channels + c);
+        const Vector centred = load(x + i * channels + c) - shift;
+        if constexpr (kRectified) {
+          value = centred * load(map.factor + c) + load(map.constant + c) > 0 ? value : Vector{};
+        }
         sum += value;
-        products += value * (load(x + i * channels + c) - from);
+        products += value * centred;
       }
       store(sums + c, sum);
       store(sums + channels + c, products);
     }
     for (; c < channels; ++c) {
       for (int64_t i = 0; i < here; ++i) {
-        const float value = y[i * channels + c];
-        sums[c] += value;
-        sums[channels + c] += value * (x[i * channels + c] - shift[c]);
+        const float centred = x[i * channels + c] - map.shift[c];
+        if (kRectified && !(centred * map.factor[c] + map.constant[c] > 0)) continue;
+        sums[c] += y[i * channels + c];
+        sums[channels + c] += y[i * channels + c] * centred;
       }
     }
     x += kTogether * channels, y += kTogether * channels;
   }
 }
 
-// sums [2, channels]: of y, and of y * (x - shift), over all rows of x and y [rows, channels].
-ffi::Error ChannelSums(ffi::ThreadPool pool, Matrix x, Matrix y, Row shift, MatrixOut sums) {
+// sums [2, channels]: of y, and of y * (x - shift), over all rows of x and y [rows, channels]; with
+// `rectified` over those where (x - shift) * factor + constant is positive.
+ffi::Error ChannelSums(ffi::ThreadPool pool, Matrix x, Matrix y, Row shift, Row factor,
+                       Row constant, bool rectified, MatrixOut sums) {
   const int64_t rows = x.dimensions()[0], channels = x.dimensions()[1];
   if (y.dimensions()[0] != rows || y.dimensions()[1] != channels ||
-      shift.dimensions()[0] != channels || sums->dimensions()[0] != 2 ||
+      shift.dimensions()[0] != channels || factor.dimensions()[0] != channels ||
+      constant.dimensions()[0] != channels || sums->dimensions()[0] != 2 ||
       sums->dimensions()[1] != channels)
     return unfit();
-  const float *x_data = x.typed_data(), *y_data = y.typed_data(), *from = shift.typed_data();
-  float* to = sums->typed_data();
+  const float *x_data = x.typed_data(), *y_data = y.typed_data();
+  const Affine map{shift.typed_data(), factor.typed_data(), constant.typed_data()};
+  const auto add = rectified ? add_sums<true> : add_sums<false>;
   // Parts of a fixed size, so that the sums do not depend on the number of threads.
   constexpr int64_t kPart = 256;
   const int64_t parts = divide_up(rows, kPart), width = 2 * channels;
@@ -385,10 +400,10 @@ ffi::Error ChannelSums(ffi::ThreadPool pool, Matrix x, Matrix y, Row shift, Matr
   parallel(pool, parts, [=](int64_t part) {
     const int64_t first = part * kPart;
     std::fill_n(partial + part * width, width, 0.0f);
-    add_sums(x_data + first * channels, y_data + first * channels, from,
-             std::min(kPart, rows - first), channels, partial + part * width);
+    add(x_data + first * channels, y_data + first * channels, map, std::min(kPart, rows - first),
+        channels, partial + part * width);
   });
-  add_parts(pool, partial, parts, width, to);
+  add_parts(pool, partial, parts, width, sums->typed_data());
   return ffi::Error::Success();
 }
 
@@ -419,4 +434,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(topkast_channel_sums, ChannelSums,
                                   .Arg<Matrix>()
                                   .Arg<Matrix>()
                                   .Arg<Row>()
+                                  .Arg<Row>()
+                                  .Arg<Row>()
+                                  .Attr<bool>("rectified")
                                   .Ret<Matrix>());

@@ -142,13 +142,20 @@ gradient_by_kernel.defvjp(
 )
 
 
-def channel_sums(x: jax.Array, y: jax.Array, shift: jax.Array) -> jax.Array:
+def channel_sums(
+    x: jax.Array,
+    y: jax.Array,
+    shift: jax.Array,
+    positive: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
     """Sums of y and of y·(x − shift) over all axes but the last, in one pass over both arrays.
 
     Args:
       x: float32 [..., channels].
       y: float32, of the same shape; x itself is read once.
       shift: float32 [channels].
+      positive: a factor and a constant, float32 [channels] each; the sums are over the entries
+        where (x − shift)·factor + constant is positive. None: over all entries.
 
     Returns:
       float32 [2, channels].
@@ -158,8 +165,12 @@ def channel_sums(x: jax.Array, y: jax.Array, shift: jax.Array) -> jax.Array:
     """
     channels = x.shape[-1]
     matrices = x.reshape(-1, channels), y.reshape(-1, channels)
-    shape = (2, channels), jnp.float32
-    (sums,) = native_library.call("topkast_channel_sums", [shape], (*matrices, shift))
+    (sums,) = native_library.call(
+        "topkast_channel_sums",
+        [((2, channels), jnp.float32)],
+        (*matrices, shift, *(positive or (shift, shift))),
+        rectified=positive is not None,
+    )
     return sums
 
 

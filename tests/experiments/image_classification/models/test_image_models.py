@@ -232,9 +232,10 @@ def test_batch_norm_in_training():
     np.testing.assert_allclose(bn.var.get_value(), 0.9 + 0.1 * var, rtol=1e-5)
 
 
+@pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_batch_norm_in_training_is_that_of_flax(dtype, compiled, request, monkeypatch):
+def test_batch_norm_in_training_is_that_of_flax(dtype, compiled, relu, request, monkeypatch):
     """Values, running statistics and the gradients, which ours writes out."""
     if compiled:
         request.getfixturevalue("native_cpu")
@@ -262,9 +263,10 @@ def test_batch_norm_in_training_is_that_of_flax(dtype, compiled, request, monkey
         return grad(x, leaves["scale"], leaves["bias"])
 
     def flax_norm(bn, x):
-        return bn(x.astype(jnp.float32)).astype(dtype)
+        y = bn(x.astype(jnp.float32))
+        return (jax.nn.relu(y) if relu else y).astype(dtype)
 
-    found = run(lambda: blocks.BatchNorm(19, nnx.Rngs(0)), lambda bn, x: bn(x, True))
+    found = run(lambda: blocks.BatchNorm(19, nnx.Rngs(0)), lambda bn, x: bn(x, True, relu=relu))
     expected = run(
         lambda: nnx.BatchNorm(19, momentum=0.9, use_running_average=False, rngs=nnx.Rngs(0)),
         flax_norm,
