@@ -70,15 +70,15 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
 
     def native(x: jax.Array, kernel: jax.Array) -> ours.Geometry | None:
         """The geometry for the compiled functions, where they are used."""
-        if not _is_compiled_for(x):
+        if not is_compiled_for(x):
             return None
         return ours.geometry(x.shape[1:3], kernel.shape[:2], strides, padding)
 
     def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
         where = native(x, kernel)
         if where and not multiplies:
-            return _by_platform(functools.partial(ours.convolve, where), convolve)(x, kernel)
-        return _by_platform(multiply, convolve)(x, kernel) if pointwise else convolve(x, kernel)
+            return by_platform(functools.partial(ours.convolve, where), convolve)(x, kernel)
+        return by_platform(multiply, convolve)(x, kernel) if pointwise else convolve(x, kernel)
 
     def backward(
         operands: tuple[jax.Array, jax.Array], gradient: jax.Array
@@ -96,7 +96,7 @@ def convolution(strides: tuple[int, int], padding: Padding, *, pointwise: bool) 
             by_kernel = lambda x, kernel, g: ours.gradient_by_kernel(where, x, g)  # noqa: E731
             if not multiplies:
                 by_x = lambda x, kernel, g: ours.gradient_by_images(where, g, kernel)  # noqa: E731
-        return _by_platform(by_x, of_x(convolve))(*args), _by_platform(by_kernel, of_kernel)(*args)
+        return by_platform(by_x, of_x(convolve))(*args), by_platform(by_kernel, of_kernel)(*args)
 
     fast = jax.custom_vjp(forward)
     fast.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)
@@ -137,18 +137,19 @@ def channel_sums(
         sums = ours.channel_sums(x, y, shift, (above[0], above[1]) if above else None)
         return sums[0], sums[1]
 
-    form = _by_platform(compiled, by_xla) if _is_compiled_for(x) else by_xla
+    form = by_platform(compiled, by_xla) if is_compiled_for(x) else by_xla
     both: Sums = form(x, y, shift, *(positive or ()))
     return both
 
 
-def _is_compiled_for(x: jax.Array) -> bool:
-    """Whether a CPU has compiled functions for x; XLA cannot divide them between devices."""
+def is_compiled_for(x: jax.Array) -> bool:
+    """Whether a CPU has compiled functions for `x`; XLA cannot divide them between devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return x.dtype == jnp.float32 and mesh.size <= 1 and native_library.unavailable() is None
 
 
-def _by_platform(on_cpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+def by_platform(on_cpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that is the one or the other where it is compiled for a platform."""
     return lambda *args: jax.lax.platform_dependent(*args, cpu=on_cpu, default=elsewhere)
 
 

@@ -1,5 +1,5 @@
 // Convolutions of images on a CPU, in float32, and both their gradients, as custom calls of XLA;
-// and the sums that a normalisation of images needs, two in one pass.
+// the sums that a normalisation of images needs, two in one pass; and maxima over windows.
 //
 // The taps of one row of the kernel see contiguous floats of a line of the image, because the
 // channels are the contiguous axis. One row of taps is therefore one product of registers, without
@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -22,6 +23,8 @@ using ArrayOut = ffi::ResultBuffer<ffi::F32, 4>;
 using Matrix = ffi::Buffer<ffi::F32, 2>;
 using MatrixOut = ffi::ResultBuffer<ffi::F32, 2>;
 using Row = ffi::Buffer<ffi::F32, 1>;
+using Places = ffi::Buffer<ffi::S8, 4>;
+using PlacesOut = ffi::ResultBuffer<ffi::S8, 4>;
 using Numbers = ffi::Span<const int64_t>;
 
 ffi::Error unfit() {
@@ -348,6 +351,7 @@ template <bool kRectified>
 void add_sums(const float* x, const float* y, const Affine& map, int64_t rows, int64_t channels,
               float* sums) {
   constexpr int64_t kTogether = 4;  // Rows, for which a sum is loaded and stored once.
+  constexpr int64_t kAhead = 2 * kTogether;  // Rows until those that are fetched meanwhile.
   for (int64_t r = 0; r < rows; r += kTogether) {
     const int64_t here = std::min(kTogether, rows - r);
     int64_t c = 0;
@@ -356,6 +360,8 @@ void add_sums(const float* x, const float* y, const Affine& map, int64_t rows, i
       const Vector shift = load(map.shift + c);
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kTogether; ++i) {
+        __builtin_prefetch(x + (i + kAhead) * channels + c);
+        __builtin_prefetch(y + (i + kAhead) * channels + c);
         Vector value = load(y + i * channels + c);
         const Vector centred = load(x + i * channels + c) - shift;
         if constexpr (kRectified) {
@@ -407,6 +413,101 @@ ffi::Error ChannelSums(ffi::ThreadPool pool, Matrix x, Matrix y, Row shift, Row 
   return ffi::Error::Success();
 }
 
+// ---- Maxima over windows -----------------------------------------------------------------------
+
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+
+// Windows of 3×3 with a stride of 2 and one line of padding on each side.
+
+// y = the maximum of each window of x, chosen = which of its entries that is, row by row: the first
+// of equal ones, and a NaN if there is one.
+ffi::Error MaxPool(ffi::ThreadPool pool, Array x, ArrayOut y, PlacesOut chosen) {
+  const int64_t images = x.dimensions()[0], height = x.dimensions()[1], width = x.dimensions()[2];
+  const int64_t rows = divide_up(height, 2), columns = divide_up(width, 2);
+  const int64_t channels = x.dimensions()[3];
+  for (const auto shape : {y->dimensions(), chosen->dimensions()}) {
+    if (shape[0] != images || shape[1] != rows || shape[2] != columns || shape[3] != channels)
+      return unfit();
+  }
+  const float* x_data = x.typed_data();
+  float* y_data = y->typed_data();
+  int8_t* chosen_data = chosen->typed_data();
+  parallel(pool, images * rows, [=](int64_t line) {
+    for (int64_t column = 0; column < columns; ++column) {
+      const float* entries[9];  // Those of the window that lie in the image, and which they are.
+      int32_t places[9];
+      int count = 0;
+      for (int k = 0; k < 9; ++k) {
+        const int64_t i = 2 * (line % rows) - 1 + k / 3, j = 2 * column - 1 + k % 3;
+        if (i < 0 || i >= height || j < 0 || j >= width) continue;
+        entries[count] = x_data + ((line / rows * height + i) * width + j) * channels;
+        places[count++] = k;
+      }
+      const int64_t to = (line * columns + column) * channels;
+      int64_t c = 0;
+      for (; c + kLanes <= channels; c += kLanes) {
+        Vector most = load(entries[0] + c);
+        Integers place = Integers{} + places[0];
+        for (int t = 1; t < count; ++t) {
+          const Vector entry = load(entries[t] + c);
+          const Integers more = (entry > most) | (entry != entry);
+          most = more ? entry : most;
+          place = more ? Integers{} + places[t] : place;
+        }
+        store(y_data + to + c, most);
+        const auto bytes = __builtin_convertvector(place, Bytes);
+        std::memcpy(chosen_data + to + c, &bytes, sizeof(bytes));
+      }
+      for (; c < channels; ++c) {
+        int best = 0;
+        for (int t = 1; t < count; ++t) {
+          const float entry = entries[t][c];
+          if (entry > entries[best][c] || entry != entry) best = t;
+        }
+        y_data[to + c] = entries[best][c];
+        chosen_data[to + c] = static_cast<int8_t>(places[best]);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// dx = the gradient by the images, from the gradient dy of the maxima.
+ffi::Error MaxPoolGradient(ffi::ThreadPool pool, Places chosen, Array dy, ArrayOut dx) {
+  const int64_t images = dx->dimensions()[0], height = dx->dimensions()[1];
+  const int64_t width = dx->dimensions()[2], channels = dx->dimensions()[3];
+  const int64_t rows = divide_up(height, 2), columns = divide_up(width, 2);
+  for (const auto shape : {chosen.dimensions(), dy.dimensions()}) {
+    if (shape[0] != images || shape[1] != rows || shape[2] != columns || shape[3] != channels)
+      return unfit();
+  }
+  const int8_t* chosen_data = chosen.typed_data();
+  const float* dy_data = dy.typed_data();
+  float* dx_data = dx->typed_data();
+  parallel(pool, images * height, [=](int64_t line) {
+    const int64_t i = line % height;
+    for (int64_t j = 0; j < width; ++j) {
+      float* __restrict to = dx_data + (line * width + j) * channels;
+      std::fill_n(to, channels, 0.0f);
+      // An even line is in the middle of one window, an odd one is the last of one and the first of
+      // the next. So it is with the columns.
+      for (int64_t row = i / 2; row <= (i + 1) / 2 && row < rows; ++row) {
+        for (int64_t column = j / 2; column <= (j + 1) / 2 && column < columns; ++column) {
+          const auto place = static_cast<int8_t>(3 * (i - 2 * row + 1) + j - 2 * column + 1);
+          const int64_t from = ((line / height * rows + row) * columns + column) * channels;
+          const int8_t* places = chosen_data + from;
+          const float* gradients = dy_data + from;
+          for (int64_t c = 0; c < channels; ++c) {
+            to[c] += places[c] == place ? gradients[c] : 0.0f;
+          }
+        }
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(topkast_convolution, Convolution,
@@ -438,3 +539,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(topkast_channel_sums, ChannelSums,
                                   .Arg<Row>()
                                   .Attr<bool>("rectified")
                                   .Ret<Matrix>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(topkast_max_pool, MaxPool,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Array>()
+                                  .Ret<Array>()
+                                  .Ret<Places>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(topkast_max_pool_gradient, MaxPoolGradient,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Places>()
+                                  .Arg<Array>()
+                                  .Ret<Array>());

@@ -1,8 +1,8 @@
-"""Convolutions on a CPU, by the compiled functions of `native_convolutions.cc`.
+"""Convolutions, sums over channels and maxima of images on a CPU, by `native_convolutions.cc`.
 
 Each of the three functions of a convolution is linear in both of its arrays, and the gradients by
-these are the other two: reverse mode works to any order. `channel_sums` has no gradient. All of
-them compute in float32 alone.
+these are the other two: reverse mode works to any order. The other functions have no gradient. All
+of them compute in float32 alone.
 """
 
 from __future__ import annotations
@@ -172,6 +172,47 @@ def channel_sums(
         rectified=positive is not None,
     )
     return sums
+
+
+def max_pool(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The maxima over windows of 3×3, with stride 2 and one row of padding on each side.
+
+    Args:
+      x: float32 images [batch, height, width, channels].
+
+    Returns:
+      float32 [batch, ⌈height / 2⌉, ⌈width / 2⌉, channels]; and as int8 of the same shape, which of
+      the 9 entries of its window each maximum is, row by row: of equal ones the first, and a NaN
+      where there is one.
+
+    Raises:
+      RuntimeError: the library cannot be used.
+    """
+    batch, height, width, channels = x.shape
+    shape = (batch, -(-height // 2), -(-width // 2), channels)
+    results = [(shape, jnp.float32), (shape, jnp.int8)]
+    y, chosen = native_library.call("topkast_max_pool", results, (x,))
+    return y, chosen
+
+
+def max_pool_gradient(chosen: jax.Array, dy: jax.Array, images: Pair) -> jax.Array:
+    """The gradient by the images of `max_pool`; it has no gradient itself.
+
+    Args:
+      chosen: what `max_pool` returns second.
+      dy: float32 of the same shape, gradient of the maxima.
+      images: height and width.
+
+    Returns:
+      float32 images [batch, *images, channels].
+
+    Raises:
+      RuntimeError, jax.errors.JaxRuntimeError: as in `convolve`.
+    """
+    shape = (dy.shape[0], *images, dy.shape[-1])
+    results = [(shape, jnp.float32)]
+    (dx,) = native_library.call("topkast_max_pool_gradient", results, (chosen, dy))
+    return dx
 
 
 def _convolution(

@@ -39,6 +39,8 @@ TARGETS = (
     "topkast_convolution",
     "topkast_convolution_kernel_gradient",
     "topkast_channel_sums",
+    "topkast_max_pool",
+    "topkast_max_pool_gradient",
 )
 COMMAND = "python -m topkast_jax.always_sparse.build_native"
 COMPILERS = ("c++", "g++", "clang++")

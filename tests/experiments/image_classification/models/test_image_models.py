@@ -309,12 +309,28 @@ def test_max_pool_and_its_gradient_against_numpy(size, types):
         np.testing.assert_allclose(back(weights)[0], gradient, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("native_cpu")
+@pytest.mark.parametrize("size", [(6, 6), (7, 4), (1, 5), (2, 1)], ids=str)
+def test_compiled_max_pool_and_its_gradient_against_numpy(size):
+    """With a NaN, which is the maximum of its windows and has their gradients."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-9, -6, (2, *size, 37)).astype(np.float32)
+    x[1, -1, -1, ::5] = np.nan
+    weights = rng.normal(size=(2, -(-size[0] // 2), -(-size[1] // 2), 37)).astype(np.float32)
+    maxima, gradient = pooled(x, weights)
+    y, back = jax.vjp(jax.jit(max_pool_3x3), jnp.asarray(x))
+    np.testing.assert_array_equal(y, maxima)
+    np.testing.assert_allclose(back(jnp.asarray(weights))[0], gradient, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("native_cpu")
 @pytest.mark.parametrize(("platform", "windows"), [("cpu", 0), ("tpu", 1)])
-def test_on_a_cpu_the_gradient_of_max_pool_has_no_windows(platform, windows):
+def test_only_on_a_cpu_max_pool_is_compiled(platform, windows):
     shape = jax.ShapeDtypeStruct((2, 6, 6, 2), jnp.float32)
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(max_pool_3x3(x) ** 2)))
     text = gradient.trace(shape).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.select_and_scatter") == windows
+    assert text.count("topkast_max_pool_gradient") == 1 - windows
 
 
 def lenet(**options):
