@@ -223,9 +223,6 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Array x, Array dy, Numbers strid
     return ffi::Error::Success();
   }
 
-  // A chunk of dy, whole images or lines of one, is packed into panels; a strip of what kRows
-  // entries of a row of the kernel have seen of x is then multiplied by all of them. In a strip,
-  // the lines that one row of the kernel has seen, `stride` apart, lie next to each other.
   const int64_t stride = strides[0], phases = std::min(stride, rows);
   const int64_t depth = columns * inputs, tiles = divide_up(depth, kRows);
   std::vector<int64_t> starts;  // Where each tile begins in a row of the kernel, and where it ends.
@@ -240,7 +237,8 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Array x, Array dy, Numbers strid
   while (sums <= kFewSums && parts < kMostParts && 2 * parts * kPixels <= pixels) parts *= 2;
 
   // A chunk of dy, whole images or lines of one, is packed into panels, and what a row of the
-  // kernel has seen of x into strips, of the entries of one tile each.
+  // kernel has seen of x into strips, of the entries of one tile each. Every strip is then
+  // multiplied by all panels.
   constexpr int64_t kChunk = 1 << 17;  // Floats that are packed: a quarter of an L2 cache.
   const int64_t packed_tiles = parts > 1 ? tiles : divide_up(tiles, 2);  // Of one of two threads.
   const int64_t floats = round_up(outputs, kCols) + packed_tiles * phases * kRowStep;
