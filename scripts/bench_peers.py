@@ -18,9 +18,9 @@ A peer that is not installed is named under "not_installed", with what installs 
 compute in float32 with all cores that this process may use, and run in turn. A `ratio` is the
 median over repeats of the time of ours over that of the peer in the same repeat: at 1.0 or below,
 ours is as fast or faster. `quartiles` are those of the same ratios. PyTorch runs eagerly, without
-torch.compile, with its fused optimizers. In the first two rows, each side has a process of its own
-that keeps the memory that it frees, as experiments.main does; the others run in one process that
-returns it. The last line is JSON.
+torch.compile, with its fused optimizers. In the first two rows, each side has a process of its own,
+and the others run in one. All of them keep the memory that they free, as experiments.main does. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -535,6 +535,7 @@ def main(argv: list[str]) -> None:
     if not here:
         told = "; ".join(f"{name}: {install}" for name, install in missing.items())
         raise UserError(f"--rows={','.join(chosen)}: no peer is installed ({told})")
+    host_memory.keep_freed()
     use_all_cores()
     rows = {}
     for name, row in here.items():
